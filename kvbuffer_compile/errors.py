@@ -1,0 +1,41 @@
+"""The three ways a rewrite can end other than well (design: a declined graph is a value, not an exception)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Declined:
+    """Why one state, or one graph, was left as it is.
+
+    node: name of the graph node at which the rule failed ("" for a whole graph).
+    rule: short identifier of the rule, stable enough to test for, e.g. "nonlinear".
+    reason: one sentence a model author can act on.
+    source: "file:line" of the model code that made the node, "" when unknown.
+    """
+
+    node: str
+    rule: str
+    reason: str
+    source: str = ""
+
+    def __str__(self) -> str:
+        where = f" ({self.source})" if self.source else ""
+        return f"{self.rule} at {self.node or 'graph'}: {self.reason}{where}"
+
+
+class DeclinedError(RuntimeError):
+    """Raised instead of returning a Declined when the user asked for `on_decline="raise"`."""
+
+
+class IRError(AssertionError):
+    """A Program that breaks the rules of the IR: a bug of ours. Carries the program text."""
+
+
+class EmitError(RuntimeError):
+    """A code generator could not print or build a Program: a bug of ours, or a missing tool. Carries the text."""
+
+
+class StateError(RuntimeError):
+    """A state cannot be served without risking a wrong number: says which access and what to do instead."""

@@ -1,0 +1,118 @@
+"""What was decided about one state: how its tensor is laid out, which variant runs, how many rows it may owe.
+
+The calling convention of every step op, whoever implements it (ATen, C++, Triton):
+
+    recurrent   step(state!, *operands)                         -> [outputs]
+    buffered    step(state!, cursor!, *rows!, *operands)        -> [outputs]
+
+    state      the user's tensor, any strides; Layout.canonical(state) is [*lanes, K, V]
+    cursor     int32 [2, N], N sequences (lane 0; 1 when the layout has no sequence lane).
+               cursor[0, b] = tokens owed; -1 marks a padding sequence: its outputs are zero, nothing is touched.
+               cursor[1, b] = the count at which the next step flushes first (staggers layers; L after a flush)
+    rows       one tensor for each of program.logged, [N, *other lanes, capacity(, K or V)];
+               size 1 along the lanes where the value does not vary; slots >= cursor[0] hold garbage (NaN in tests)
+    operands   one tensor for each of program.inputs, [*lanes(, K or V)], size 1 along lanes where it does not vary,
+               any strides and float dtype
+    outputs    one contiguous tensor for each of program.outputs, [*lanes(, K or V)], in the plan's compute dtype
+
+A buffered step, for every sequence with cursor[0] >= 0: if cursor[0] >= cursor[1], fold the rows into the state
+and set cursor[0] = 0, cursor[1] = L; run the program on (state, rows); store the program's logged values in slot
+cursor[0]; add 1 to cursor[0].
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvbuffer_compile.ir import Program, Var
+
+Variant = Literal["recurrent", "buffered"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a state tensor is seen as [*lanes, K, V]: split its dims into `dims`, then permute the parts by `order`.
+
+    dims: for each dim of the tensor, the sizes of its parts, outermost first; None for a size known at run time.
+    order: the parts (numbered across all dims) of the lanes in physical order, then the key part, then the value part.
+    """
+
+    dims: tuple[tuple[int | None, ...], ...]
+    order: tuple[int, ...]
+
+    @property
+    def lanes(self) -> int:
+        """How many lane axes there are."""
+        return len(self.order) - 2
+
+    @property
+    def sequence(self) -> bool:
+        """Whether lane 0 is the outermost part of dim 0, by convention the sequences of a batch."""
+        return self.lanes > 0 and self.order[0] == 0
+
+    def canonical(self, state: Tensor) -> Tensor:
+        """The state as a view [*lanes, K, V]; never a copy."""
+        sizes: list[int] = []
+        for n, parts in zip(state.shape, self.dims, strict=True):
+            known = prod(p for p in parts if p is not None)
+            sizes += [n // known if p is None else p for p in parts]
+        return state.view(sizes).permute(self.order)
+
+    def __str__(self) -> str:
+        dims = " x ".join("(" + " ".join("?" if p is None else str(p) for p in d) + ")" for d in self.dims)
+        return f"{dims} as {self.order}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One state's plan. Equal plans share one op and one kernel.
+
+    sizes: (K, V). flush: the flush length L in tokens; capacity: slots a buffer has (>= L).
+    row_dtypes: one for each of program.logged. compute: dtype of arithmetic and outputs (float32; float64 for
+    float64 states). target: who implements the op.
+    why: one line of the cost model for people; does not take part in equality.
+    """
+
+    program: Program
+    layout: Layout
+    variant: Variant
+    sizes: tuple[int, int]
+    flush: int
+    capacity: int
+    state_dtype: torch.dtype
+    row_dtypes: tuple[torch.dtype, ...]
+    compute: torch.dtype = torch.float32
+    target: str = "aten"
+    why: str = field(default="", compare=False)
+
+    @property
+    def key(self) -> str:
+        """A content hash that names the op and the kernels of this plan, equal in every process."""
+        parts = (self.program, self.layout, self.variant, self.sizes, self.flush, self.capacity,
+                 self.state_dtype, self.row_dtypes, self.compute, self.target)  # fmt: skip
+        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+    def row_shape(self, v: Var, lanes: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the rows of one logged value for a state whose lanes have these sizes."""
+        sizes = [n if name in v.lanes else 1 for name, n in zip(self.program.lanes, lanes, strict=True)]
+        if self.layout.sequence:
+            sizes[0] = lanes[0]  # cursors differ per sequence, so slots do too
+        else:
+            sizes = [1, *sizes]
+        tail = {"scalar": (), "key": self.sizes[:1], "value": self.sizes[1:]}[v.kind]
+        return (*sizes, self.capacity, *tail)
+
+    def sequences(self, lanes: tuple[int, ...]) -> int:
+        """How many cursors a state with these lane sizes needs."""
+        return lanes[0] if self.layout.sequence else 1
+
+    def __str__(self) -> str:
+        rows = ", ".join(f"{v}:{str(d).removeprefix('torch.')}" for v, d in zip(self.program.logged, self.row_dtypes, strict=True))
+        head = f"{self.variant} L={self.flush} capacity={self.capacity} K={self.sizes[0]} V={self.sizes[1]} target={self.target}"
+        return f"{head}\n  rows {rows or '-'}\n  {self.why}".rstrip()

@@ -1,0 +1,62 @@
+"""What the lift hands on: a program tied to the nodes of a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule, Node
+
+from kvbuffer_compile.errors import Declined
+from kvbuffer_compile.ir import Program
+from kvbuffer_compile.plan import Layout
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where one program output goes: `node` is replaced by value.permute(perm).reshape(shape), cast to its dtype.
+
+    value has the program's canonical shape [*lanes(, K or V)] at full lane sizes. shape: ints or size nodes.
+    """
+
+    node: Node
+    perm: tuple[int, ...]
+    shape: tuple[int | Node, ...]
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """One state's recurrence in a graph.
+
+    state: its placeholder. operands: one node for each of program.inputs, in canonical shape. outputs: one for each of
+    program.outputs. write: the copy_ node that stores the next state, or None when it is returned: then `returned`
+    is its position among the graph's outputs. source: "file:line" of the model code that updates the state.
+    """
+
+    state: Node
+    program: Program
+    layout: Layout
+    sizes: tuple[int, int]
+    operands: tuple[Node, ...]
+    outputs: tuple[Output, ...]
+    write: Node | None
+    returned: int | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A candidate that is no recurrence we can serve. hopeless: it never met an addition or a contraction (a KV
+    cache, a shift register, a plain operand), so reports do not show it."""
+
+    state: Node
+    why: Declined
+    hopeless: bool = False
+
+
+@dataclass
+class LiftedGraph:
+    """A copy of the captured graph in which operand nodes have been inserted, and what was found in it."""
+
+    gm: GraphModule
+    found: list[Lifted] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
