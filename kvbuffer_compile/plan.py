@@ -98,6 +98,23 @@ class Plan:
                  self.state_dtype, self.row_dtypes, self.compute, self.target)  # fmt: skip
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
+    @property
+    def op_name(self) -> str:
+        """The step op's name in the kvbuffer namespace."""
+        return f"step_{self.key}"
+
+    @property
+    def schema(self) -> str:
+        """The step op's schema: what it writes is marked, so that functionalisation and Inductor keep the order."""
+        written = ["state"]
+        if self.variant == "buffered":
+            written += ["cursor", *(f"row_{v}" for v in self.program.logged)]
+        args = [f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(written)]
+        args += [f"Tensor {v}" for v in self.program.inputs]
+        count = len(self.program.outputs)
+        returns = "Tensor" if count == 1 else "(" + ", ".join(["Tensor"] * count) + ")"
+        return f"{self.op_name}({', '.join(args)}) -> {returns}"
+
     def row_shape(self, v: Var, lanes: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the rows of one logged value for a state whose lanes have these sizes."""
         sizes = [n if name in v.lanes else 1 for name, n in zip(self.program.lanes, lanes, strict=True)]
