@@ -1,0 +1,80 @@
+# `make demo` and `make test` need Python 3.11 or 3.12 and a C++ compiler, and set up the rest in $(VENV).
+#
+#   make demo       complete a prompt with the stored model: eager, Inductor, kvbuffer
+#   make test       the tests                    make test ARGS="-k packaging"   some of them
+#   make nightly    the slow sweeps              make lint      ruff and mypy
+#   make clean      remove the environment and everything built
+#
+# Variables: PYTHON (interpreter that creates the environment), VENV (its folder), WORKERS (test
+# processes), ARGS (further arguments of the demo or of pytest), TORCH_REQUIREMENTS (pip arguments that
+# choose the torch wheel).
+
+VENV    ?= .venv
+WORKERS ?= 2
+ARGS    ?=
+
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+FIND_PYTHON = for p in python3.11 python3.12 python3 python; do \
+	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done
+PYTHON ?= $(or $(shell $(FIND_PYTHON)),python3)
+
+# Without an NVIDIA GPU, Linux takes the CPU wheel; see requirements-cpu.txt.
+NEEDS_CPU_WHEEL := $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 && echo yes)
+ifeq ($(NEEDS_CPU_WHEEL),yes)
+TORCH_REQUIREMENTS ?= --no-deps --retries 1 -r requirements-cpu.txt
+else
+TORCH_REQUIREMENTS ?= -c constraints.txt torch==2.13.0
+endif
+
+BIN       := $(VENV)/bin
+PIP       := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+DEVELOP   := $(VENV)/.installed-dev
+
+.PHONY: demo test nightly lint install clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+nightly: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(WORKERS) -m nightly $(ARGS)
+
+lint: $(DEVELOP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(INSTALLED)
+
+$(BIN)/python:
+	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
+	  echo "error: Python 3.11 or 3.12 is needed, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | head -n 1)." >&2; \
+	  echo "       Name one with: make $(firstword $(MAKECMDGOALS) demo) PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; }
+	@command -v $(firstword $(CXX)) >/dev/null 2>&1 || \
+	  echo "warning: no C++ compiler '$(firstword $(CXX))': torch.compile cannot build kernels for the CPU. Install g++." >&2
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	  echo "warning: Python.h is missing: torch.compile cannot build kernels for the CPU. Install python3-dev." >&2
+	@echo "== environment: $(VENV), with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu, install python3-venv." >&2; exit 1; }
+
+$(INSTALLED): pyproject.toml constraints.txt requirements-cpu.txt | $(BIN)/python
+	@echo "== torch"
+	$(PIP) install $(TORCH_REQUIREMENTS)
+	@echo "== kvbuffer_compile, and what its tests and plots need"
+	$(PIP) install -c constraints.txt -e ".[test,plot]"
+	@touch $@
+
+$(DEVELOP): $(INSTALLED)
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find kvbuffer_compile passes codegen tests examples benchmarks -name __pycache__ -type d \
+	  -prune -exec rm -rf {} + 2>/dev/null || true

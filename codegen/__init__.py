@@ -1,0 +1,1 @@
+"""Code generation: Program and Plan -> source text -> callable."""

@@ -1,0 +1,1 @@
+"""Adapters to other libraries. Each module here imports its library only when it is used."""

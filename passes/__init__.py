@@ -1,0 +1,1 @@
+"""Compiler passes: captured graph -> Program -> Plan -> rewritten graph."""
