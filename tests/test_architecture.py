@@ -26,6 +26,7 @@ LEVELS = {
     "plan": 2,
     "passes": 3,
     "codegen": 3,
+    "composite": 4,
     "ops": 4,
     "runtime": 4,
     "integrations": 5,
