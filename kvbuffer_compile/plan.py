@@ -6,9 +6,10 @@ The calling convention of every step op, whoever implements it (ATen, C++, Trito
     buffered    step(state!, cursor!, *rows!, *operands)        -> [outputs]
 
     state      the user's tensor, any strides; Layout.canonical(state) is [*lanes, K, V]
-    cursor     int32 [2, N], N sequences (lane 0; 1 when the layout has no sequence lane).
+    cursor     int32 [3, N], N sequences (lane 0; 1 when the layout has no sequence lane).
                cursor[0, b] = tokens owed; -1 marks a padding sequence: its outputs are zero, nothing is touched.
                cursor[1, b] = the count at which the next step flushes first (staggers layers; L after a flush)
+               cursor[2, b] = steps run so far, for padding sequences too: tells after an exception who has stepped
     rows       one tensor for each of program.logged, [N, *other lanes, capacity(, K or V)];
                size 1 along the lanes where the value does not vary; slots >= cursor[0] hold garbage (NaN in tests)
     operands   one tensor for each of program.inputs, [*lanes(, K or V)], size 1 along lanes where it does not vary,
@@ -17,7 +18,7 @@ The calling convention of every step op, whoever implements it (ATen, C++, Trito
 
 A buffered step, for every sequence with cursor[0] >= 0: if cursor[0] >= cursor[1], fold the rows into the state
 and set cursor[0] = 0, cursor[1] = L; run the program on (state, rows); store the program's logged values in slot
-cursor[0]; add 1 to cursor[0].
+cursor[0]; add 1 to cursor[0]. cursor[2] grows by 1 for every sequence.
 """
 
 from __future__ import annotations

@@ -1,0 +1,105 @@
+"""State tensors that cannot be read stale: any access outside a rewritten graph folds the owed rows in first.
+
+A state keeps its identity and storage; only its Python class changes, to `GuardedState`. Its `__torch_function__` is
+called for every eager operation that touches it or a view made of it. While Dynamo traces, it leaves a
+`kvbuffer::materialize` marker in the graph instead: our backend erases it (our runtime knows what is owed), any other
+backend executes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+plain_calls = torch._C.DisableTorchFunctionSubclass  # inside it a GuardedState is an ordinary tensor
+
+# What tells about a tensor without looking at its values.
+_METADATA_PROPERTIES = (
+    "shape dtype device ndim layout requires_grad is_leaf grad_fn _version nbytes is_sparse is_quantized _base names "
+    "grad is_meta is_cpu is_cuda retains_grad itemsize"
+)
+_METADATA_METHODS = (
+    "size dim stride numel is_contiguous element_size storage_offset nelement is_floating_point __len__ __hash__ "
+    "is_complex _is_view is_inference ndimension get_device"
+)
+_METADATA: frozenset[Any] = frozenset(
+    [getattr(Tensor, n).__get__ for n in _METADATA_PROPERTIES.split() if hasattr(Tensor, n)]
+    + [getattr(Tensor, n) for n in _METADATA_METHODS.split() if hasattr(Tensor, n)]
+)
+# What replaces every element of its first argument: owed rows are dropped, not folded in.
+_OVERWRITES: frozenset[Any] = frozenset([Tensor.zero_, Tensor.fill_, Tensor.copy_, torch.zero_, torch.fill_])
+
+_on_touch: Callable[[Tensor, bool], None] = lambda tensor, overwritten: None  # noqa: E731  (set by runtime)
+
+
+def on_touch(callback: Callable[[Tensor, bool], None]) -> None:
+    """Register who is told of an access: callback(tensor, overwritten), called before the access happens."""
+    global _on_touch
+    _on_touch = callback
+
+
+def _materialize_op() -> Any:
+    library = torch.library.Library("kvbuffer", "FRAGMENT")
+    library.define("materialize(Tensor(a!) state) -> ()")
+    library.impl("materialize", lambda state: _on_touch(state, False), "CompositeExplicitAutograd")
+    torch.library.register_fake("kvbuffer::materialize", lambda state: None, lib=library)
+    _keep.append(library)
+    return torch.ops.kvbuffer.materialize.default
+
+
+_keep: list[Any] = []
+MARKER = _materialize_op()
+
+
+class GuardedState(Tensor):
+    """A state tensor whose owed rows are folded in before anyone sees or changes its values."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            with plain_calls():
+                # False when AOT or fake-tensor code runs us for real: a marker there breaks its conversion
+                if torch.compiler.is_dynamo_compiling() and func not in _METADATA:
+                    for a in args:
+                        if isinstance(a, GuardedState):
+                            MARKER(a)
+                return func(*args, **kwargs)
+        with plain_calls():
+            if func in _METADATA:
+                return func(*args, **kwargs)
+            for t in _states((args, kwargs)):
+                _on_touch(t, func in _OVERWRITES and t is args[0] and not kwargs)
+            out = func(*args, **kwargs)
+            if type(out) is Tensor and out._is_view():
+                out.__class__ = GuardedState  # a view may be held and read after later steps
+            return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            with plain_calls():
+                _on_touch(self, False)
+                copy = self.as_subclass(Tensor).clone()
+                copy.__dict__.update(self.__dict__)
+            memo[id(self)] = copy
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        with plain_calls():
+            _on_touch(self, False)
+            return self.as_subclass(Tensor).__reduce_ex__(proto)
+
+
+def _states(x: Any) -> Iterator[GuardedState]:
+    if isinstance(x, GuardedState):
+        yield x
+    elif isinstance(x, list | tuple):
+        for y in x:
+            yield from _states(y)
+    elif isinstance(x, dict):
+        yield from _states(list(x.values()))

@@ -1,0 +1,57 @@
+"""The registered step ops: one mutable op per plan, opaque to Dynamo and Inductor, with a fake kernel.
+
+The composite implementation serves every device; a generated kernel takes precedence on its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvbuffer_compile import composite
+from kvbuffer_compile.plan import Plan
+
+LIBRARY = torch.library.Library("kvbuffer", "FRAGMENT")
+
+
+@functools.cache
+def step_op(plan: Plan) -> Any:
+    """The op of a plan, registered on first use; returns its OpOverload."""
+    name = plan.op_name
+    LIBRARY.define(plan.schema, tags=(torch.Tag.flexible_layout,))
+    LIBRARY.impl(name, torch.compiler.disable(_composite(plan)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kvbuffer::{name}", _fake(plan), lib=LIBRARY)
+    return getattr(torch.ops.kvbuffer, name).default
+
+
+def _composite(plan: Plan) -> Callable[..., Any]:
+    rows = len(plan.program.logged)
+
+    def recurrent(state: Tensor, *operands: Tensor) -> Any:
+        return _returned(composite.recurrent_step(plan, state, operands))
+
+    def buffered(state: Tensor, cursor: Tensor, *rest: Tensor) -> Any:
+        return _returned(composite.buffered_step(plan, state, cursor, rest[:rows], rest[rows:]))
+
+    return recurrent if plan.variant == "recurrent" else buffered
+
+
+def _fake(plan: Plan) -> Callable[..., Any]:
+    def fake(state: Tensor, *rest: Tensor) -> Any:
+        view = plan.layout.canonical(state)
+        tails = {"scalar": (), "key": view.shape[-2:-1], "value": view.shape[-1:]}
+        shapes = [(*view.shape[:-2], *tails[v.kind]) for v in plan.program.outputs]
+        return _returned(tuple(state.new_empty(s, dtype=plan.compute) for s in shapes))
+
+    return fake
+
+
+def _returned(outputs: tuple[Tensor, ...]) -> Any:
+    """What a schema with these many returns expects of a Python implementation."""
+    if not outputs:
+        return None
+    return outputs[0] if len(outputs) == 1 else outputs
