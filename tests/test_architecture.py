@@ -27,6 +27,7 @@ LEVELS = {
     "passes": 3,
     "codegen": 3,
     "composite": 4,
+    "guard": 4,
     "ops": 4,
     "runtime": 4,
     "integrations": 5,
