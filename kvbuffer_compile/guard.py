@@ -73,8 +73,10 @@ class GuardedState(Tensor):
         with plain_calls():
             if func in _METADATA:
                 return func(*args, **kwargs)
-            for t in _states((args, kwargs)):
-                _on_touch(t, func in _OVERWRITES and t is args[0] and not kwargs)
+            states = list(_states((args, kwargs)))
+            overwritten = func in _OVERWRITES and len(states) == 1 and states[0] is args[0]
+            for t in states:
+                _on_touch(t, overwritten)
             out = func(*args, **kwargs)
             if type(out) is Tensor and out._is_view():
                 out.__class__ = GuardedState  # a view may be held and read after later steps

@@ -13,9 +13,8 @@ A value may be constant along some lanes (keys shared by a group of heads): it t
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeVar, assert_never
 
@@ -89,7 +88,6 @@ class Program:
     ops: tuple[Op, ...]
     outputs: tuple[Var, ...]
     tokens: int = 1
-    _checked: bool = field(default=False, repr=False, compare=False)
 
     def __str__(self) -> str:
         return print_program(self)
@@ -240,7 +238,7 @@ def _verify_op(op: Op, tainted: set[str]) -> None:
 
 
 def print_program(program: Program) -> str:
-    """The text form; `parse` reads it back."""
+    """The text form; text.parse reads it back."""
     lines = [f"program over {' '.join(program.lanes) or '-'} tokens {program.tokens}"]
     lines += [f"  input {v}: {v.kind}({' '.join(v.lanes)})" for v in program.inputs]
     lines += [f"  {_print_op(op)}" for op in program.ops]
@@ -262,87 +260,15 @@ def _print_op(op: Op) -> str:
             assert_never(op)
 
 
-def parse(text: str) -> Program:
-    """Read the text form. Kinds and lanes of results follow from those of the operands. IRError on bad text."""
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    head = re.fullmatch(r"program over (.+) tokens (\d+)", lines[0]) if lines else None
-    if head is None:
-        raise IRError(f"program text must begin with 'program over <lanes> tokens <n>', got {lines[:1]}")
-    lanes = tuple(x for x in head[1].split() if x != "-")
-    reader = _Reader(lanes)
-    for line in lines[1:]:
-        reader.read(line)
-    return verify(Program(lanes, tuple(reader.inputs), tuple(reader.ops), tuple(reader.outputs), int(head[2])))
-
-
-class _Reader:
-    def __init__(self, lanes: tuple[str, ...]) -> None:
-        self.lanes = lanes
-        self.inputs: list[Var] = []
-        self.ops: list[Op] = []
-        self.outputs: list[Var] = []
-        self.vars: dict[str, Var] = {}
-
-    def read(self, line: str) -> None:
-        if m := re.fullmatch(r"input (\w+): (\w+)\((.*)\)", line):
-            self.inputs.append(self._define(m[1], m[2], m[3].split()))
-        elif m := re.fullmatch(r"decay (\w+)", line):
-            self.ops.append(Decay(self._use(m[1])))
-        elif m := re.fullmatch(r"update (\w+), (\w+)", line):
-            self.ops.append(Update(self._use(m[1]), self._use(m[2])))
-        elif m := re.fullmatch(r"(\w+) = read (\w+)", line):
-            x = self._use(m[2])
-            self.ops.append(Read(self._define(m[1], "value" if x.kind == "key" else "key", self.lanes), x))
-        elif m := re.fullmatch(r"(\w+) = ([\w.]+)\((.*)\)", line):
-            args = tuple(self._argument(a.strip()) for a in m[3].split(",")) if m[3] else ()
-            self.ops.append(map_op(m[1], m[2], args, self.lanes, self._define))
-        elif m := re.fullmatch(r"return ?(.*)", line):
-            self.outputs += [self._use(a.strip()) for a in m[1].split(",") if a.strip()]
-        else:
-            raise IRError(f"cannot read the program line {line!r}")
-
-    def _define(self, name: str, kind: str, lanes: Iterable[str]) -> Var:
-        if kind not in KINDS:
-            raise IRError(f"{name} has kind {kind!r}; allowed: {', '.join(KINDS)}")
-        return self.vars.setdefault(name, Var(name, kind, tuple(lanes)))
-
-    def _use(self, name: str) -> Var:
-        if name not in self.vars:
-            raise IRError(f"{name} is used before it is defined")
-        return self.vars[name]
-
-    def _argument(self, text: str) -> Var | float | int | bool:
-        if text in self.vars:
-            return self.vars[text]
-        if text in ("True", "False"):
-            return text == "True"
-        try:
-            return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
-        except ValueError:
-            raise IRError(f"{text} is neither a variable nor a number") from None
-
-
-def map_op(
-    name: str,
-    fn: str,
-    args: tuple[Var | float | int | bool, ...],
-    lanes: tuple[str, ...],
-    define: Any = Var,
-) -> Map:
-    """A Map whose result has the kind and the lanes that follow from its arguments."""
-    used = [a for a in args if isinstance(a, Var)]
-    kinds = {v.kind for v in used} - {"scalar"}
-    kind = "scalar" if fn in REDUCTIONS or not kinds else kinds.pop()
-    along = {x for v in used for x in v.lanes}
-    return Map(define(name, kind, tuple(x for x in lanes if x in along)), fn, args)
-
-
 def rename(program: Program) -> Program:
     """The same program with canonical names (x0, x1, ... inputs; t0, t1, ... results): equal algebra compares equal."""
     fresh: dict[str, Var] = {}
 
     def new(v: Var, prefix: str) -> Var:
-        return fresh.setdefault(v.name, Var(f"{prefix}{len([n for n in fresh.values() if n.name[0] == prefix])}", v.kind, v.lanes))
+        if v.name not in fresh:
+            count = sum(known.name.startswith(prefix) for known in fresh.values())
+            fresh[v.name] = Var(f"{prefix}{count}", v.kind, v.lanes)
+        return fresh[v.name]
 
     inputs = tuple(new(v, "x") for v in program.inputs)
     ops = tuple(_renamed(op, lambda v: new(v, "t")) for op in program.ops)
@@ -362,14 +288,3 @@ def _renamed(op: Op, new: Any) -> Op:
             return Map(new(out), fn, renamed)
         case _:
             assert_never(op)
-
-
-def dependencies(program: Program) -> Iterator[tuple[Op, frozenset[str]]]:
-    """Each op with the names of all values it depends on, directly or not."""
-    above: dict[str, frozenset[str]] = {v.name: frozenset((v.name,)) for v in program.inputs}
-    for op in program.ops:
-        deps: frozenset[str] = frozenset().union(*(above[v.name] for v in operands(op)))
-        out = result(op)
-        if out is not None:
-            above[out.name] = deps | {out.name}
-        yield op, deps

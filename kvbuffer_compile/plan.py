@@ -131,6 +131,8 @@ class Plan:
         return lanes[0] if self.layout.sequence else 1
 
     def __str__(self) -> str:
-        rows = ", ".join(f"{v}:{str(d).removeprefix('torch.')}" for v, d in zip(self.program.logged, self.row_dtypes, strict=True))
-        head = f"{self.variant} L={self.flush} capacity={self.capacity} K={self.sizes[0]} V={self.sizes[1]} target={self.target}"
+        dtypes = (str(d).removeprefix("torch.") for d in self.row_dtypes)
+        rows = ", ".join(f"{v}:{d}" for v, d in zip(self.program.logged, dtypes, strict=True))
+        sizes = f"K={self.sizes[0]} V={self.sizes[1]}"
+        head = f"{self.variant} L={self.flush} capacity={self.capacity} {sizes} target={self.target}"
         return f"{head}\n  rows {rows or '-'}\n  {self.why}".rstrip()

@@ -36,7 +36,8 @@ class Account:
         self.phase = phase
         self.state = _alias(owner)
         self.inference = self.state.is_inference()
-        self.owner = weakref.ref(owner, lambda _, key=id(owner): _owner_died(key))
+        key = id(owner)
+        self.owner = weakref.ref(owner, lambda _: _owner_died(key))
         self.base = owner._base if owner._is_view() else None
         self.address = self.state.data_ptr()
         self.storage = self.state.untyped_storage().data_ptr()
@@ -148,6 +149,10 @@ def close(account: Account) -> None:
     for key, other in list(_accounts.items()):
         if other is account:
             del _accounts[key]
+    _forget_storage(account)
+
+
+def _forget_storage(account: Account) -> None:
     holders = _on_storage.get(account.storage, [])
     if account in holders:
         holders.remove(account)
@@ -160,16 +165,11 @@ def _owner_died(key: int) -> None:
     account = _accounts.pop(key, None)
     if account is None:
         return
-    holders = _on_storage.get(account.storage, [])
     handle = account.state.untyped_storage()
     if torch._C._storage_Use_Count(handle._cdata) <= 2:  # type: ignore[attr-defined]  # our alias and this handle
         account.dirty = False
-    close_holders = holders
     account.settle()
-    if account in close_holders:
-        close_holders.remove(account)
-    if not close_holders:
-        _on_storage.pop(account.storage, None)
+    _forget_storage(account)
 
 
 def _span(t: Tensor) -> tuple[int, int]:
@@ -274,4 +274,6 @@ def _check_rollback(account: Account, n: int | Sequence[int] | Tensor) -> None:
         raise ValueError(f"rollback(obj, n): n has shape {tuple(count.shape)}, the state has {owed.shape[0]} sequences")
     available = owed.cpu().clamp(min=0)
     if bool((count < 0).any()) or bool((count > available).any()):
-        raise ValueError(f"rollback(obj, n): n={count.tolist()} but between 0 and {available.tolist()} tokens can be taken back")
+        raise ValueError(
+            f"rollback(obj, n): n={count.tolist()} but between 0 and {available.tolist()} tokens can be taken back"
+        )

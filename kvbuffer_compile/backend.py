@@ -1,0 +1,177 @@
+"""The torch.compile backend: captured graph -> lift -> choose -> validate -> splice -> Inductor."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+from torch.fx import GraphModule
+
+from kvbuffer_compile import dump, guard, options, targets
+from kvbuffer_compile.errors import Declined, DeclinedError, IRError
+from kvbuffer_compile.machine import machine_for
+from kvbuffer_compile.options import Options
+from kvbuffer_compile.passes.choose import choose
+from kvbuffer_compile.passes.lift import lift
+from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
+from kvbuffer_compile.passes.rewrite import Spliced, splice
+from kvbuffer_compile.passes.validate import validate
+from kvbuffer_compile.plan import Plan
+from kvbuffer_compile.step import SettleOnly, Step
+
+log = logging.getLogger("kvbuffer_compile")
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """What was decided about one graph: for reports and tests. `states`: every candidate with its plan or reason."""
+
+    states: tuple[tuple[Lifted, Plan | Declined], ...] = ()
+    refused: tuple[Any, ...] = ()
+    why_not: Declined | None = None
+
+    @property
+    def rewritten(self) -> list[tuple[Lifted, Plan]]:
+        return [(lifted, plan) for lifted, plan in self.states if isinstance(plan, Plan)]
+
+
+@dataclass
+class Observers:
+    """Who is told about every graph the backend decides on (explain, tests)."""
+
+    listeners: list[Callable[[GraphRecord], None]] = field(default_factory=list)
+
+    def tell(self, record: GraphRecord) -> None:
+        for listener in self.listeners:
+            listener(record)
+
+
+observers = Observers()
+
+
+def kvbuffer(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """Backend for torch.compile(backend="kvbuffer"). options: fields of Options, and options of Inductor.
+
+    ValueError for an unknown option, or a value that is not allowed.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    ours, inductor = _split_options(options)
+    patches = dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
+    patches.update(inductor)
+    _erase_markers(gm)
+    inner = functools.partial(compile_graph, ours=ours)
+    # AOTAutogradCache does not know of our inner compile: a hit would hand back a graph that was never rewritten.
+    with functorch_config.patch(enable_autograd_cache=False):
+        return compile_fx(gm, list(example_inputs), inner_compile=inner, config_patches=patches or None)  # type: ignore[no-any-return]
+
+
+def _split_options(given: dict[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+    return options.split(given)
+
+
+def _erase_markers(gm: GraphModule) -> None:
+    """Our runtime settles what a graph reads by itself; the markers are for other backends."""
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target is guard.MARKER:
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def compile_graph(gm: GraphModule, example_inputs: list[Any], *, ours: Options, **kwargs: Any) -> Callable[..., Any]:
+    """Inductor's inner compile with our rewrite in front of it."""
+    compile_inner = _inner_compiler(ours)
+    try:
+        record, rewritten, spliced = rewrite_graph(gm, ours, inference=bool(kwargs.get("is_inference")))
+    except DeclinedError:
+        raise
+    except Exception as error:
+        if os.environ.get("KVBUFFER_STRICT") == "1":
+            raise
+        warnings.warn(f"kvbuffer left a graph to Inductor after an internal error: {error!r}", stacklevel=2)
+        record, rewritten, spliced = GraphRecord(why_not=Declined("", "internal-error", str(error))), gm, []
+    observers.tell(record)
+    _report_declines(record, ours)
+    if not spliced:
+        return SettleOnly(compile_inner(gm, example_inputs, **kwargs))
+    inputs = [n.meta["val"] for n in rewritten.graph.nodes if n.op == "placeholder"]
+    extra = range(len(example_inputs), len(inputs))
+    kwargs["static_input_idxs"] = [*kwargs.get("static_input_idxs", ()), *extra]
+    compiled = compile_inner(rewritten, [*example_inputs, *inputs[len(example_inputs) :]], **kwargs)
+    return Step(compiled, spliced, original=gm if ours.check else None)
+
+
+def rewrite_graph(gm: GraphModule, ours: Options, inference: bool) -> tuple[GraphRecord, GraphModule, list[Spliced]]:
+    """The pipeline: what was decided, the rewritten copy of the graph, and what its step needs at run time."""
+    if not inference:
+        return GraphRecord(why_not=Declined("", "gradients", "the graph needs gradients")), gm, []
+    lifted = lift(gm)
+    states = tuple((found, _plan(lifted, found, ours)) for found in lifted.found)
+    record = GraphRecord(states, tuple(lifted.refused))
+    spliced = splice(lifted.gm, record.rewritten, targets.step_op)
+    if ours.dump is not None:
+        dump.write(ours.dump, gm, lifted.gm, record.rewritten)
+    return record, lifted.gm, spliced
+
+
+def _plan(graph: LiftedGraph, found: Lifted, ours: Options) -> Plan | Declined:
+    """Choose a plan for one lifted state and prove it on numbers before it may be used."""
+    if found.write is None and not ours.donate:
+        reason = "the next state is returned, and the caller may still hold the old one: pass options={'donate': True}"
+        return Declined(found.state.name, "not-donated", reason, found.source)
+    device = found.state.meta["val"].device
+    plan = choose(found, ours, machine_for(device), targets.resolve(ours.target, device))
+    if isinstance(plan, Declined):
+        return plan
+    problem = validate(graph, found)
+    if problem is not None:
+        return problem
+    return replace(plan, target=targets.build(plan))
+
+
+def _inner_compiler(ours: Options) -> Callable[..., Any]:
+    if ours.inner == "inductor":
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        return compile_fx_inner
+    if ours.inner == "eager":
+        return lambda gm, inputs, **kwargs: torch._functorch.aot_autograd.make_boxed_func(gm.forward)
+    given = ours.inner
+    return lambda gm, inputs, **kwargs: _boxed(given(gm, inputs))  # type: ignore[operator]
+
+
+def _boxed(fn: Callable[..., Any]) -> Callable[..., Any]:
+    if getattr(fn, "_boxed_call", False):
+        return fn
+    return torch._functorch.aot_autograd.make_boxed_func(fn)  # type: ignore[no-any-return]
+
+
+def _report_declines(record: GraphRecord, ours: Options) -> None:
+    for lifted, plan in record.states:
+        if isinstance(plan, Plan):
+            log.info("%s: %s %s", lifted.state.name, lifted.program.signature, plan)
+    declined = [plan for _, plan in record.states if isinstance(plan, Declined)]
+    declined += [r.why for r in record.refused if not r.hopeless]
+    for why in declined:
+        log.info("declined %s", why)
+        if ours.on_decline == "warn":
+            warnings.warn(f"kvbuffer declined {why}", stacklevel=2)
+    if declined and ours.on_decline == "raise":
+        raise DeclinedError("; ".join(map(str, declined)))
+
+
+__all__ = ["GraphRecord", "IRError", "kvbuffer", "observers"]

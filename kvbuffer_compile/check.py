@@ -1,0 +1,68 @@
+"""options={"check": True}: run every rewritten step beside the original graph and compare what they give."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from kvbuffer_compile import composite
+from kvbuffer_compile.errors import StateError
+from kvbuffer_compile.passes.rewrite import Spliced
+from kvbuffer_compile.runtime import Account
+
+
+def run(
+    original: GraphModule,
+    states: list[Spliced],
+    run_step: Callable[[list[Any], list[Account]], Any],
+    args: list[Any],
+    accounts: list[Account],
+) -> Any:
+    """One step both ways; StateError when an output or a state differs by more than the tolerance of its dtype."""
+    count = sum(n.op == "placeholder" for n in original.graph.nodes)
+    copies = [a.clone() if isinstance(a, Tensor) else a for a in args[:count]]
+    owing = iter(accounts)
+    current: list[tuple[int, Callable[[], Tensor]]] = []  # each state's position, and its value at the time of asking
+    for state in states:
+        if state.plan.variant == "buffered":
+            account = next(owing)
+            copies[state.index] = dense(account)
+            current.append((state.index, functools.partial(dense, account)))
+        else:
+            current.append((state.index, functools.partial(_itself, args[state.index])))
+    expected = original(*copies)
+    out = run_step(args, accounts)
+    for i, (got, want) in enumerate(zip(out, expected, strict=True)):
+        _compare(f"output {i}", got, want)
+    for index, value in current:
+        _compare(f"state {index}", value(), copies[index])
+    return out
+
+
+def _itself(state: Tensor) -> Tensor:
+    return state
+
+
+def dense(account: Account) -> Tensor:
+    """A copy of the state with its owed rows folded in; the account itself is left as it is."""
+    state = torch.empty_like(account.state).copy_(account.state)
+    cursor = account.cursor.clone()
+    composite.flush(account.plan, state, cursor, account.rows, cursor[0] > 0)
+    return state
+
+
+def _compare(name: str, got: Any, want: Any) -> None:
+    if not isinstance(want, Tensor) or not want.dtype.is_floating_point:
+        return
+    scale = want.abs().max().item() if want.numel() else 0.0
+    error = (got.double() - want.double()).abs().max().item() if want.numel() else 0.0
+    tolerance = 200 * torch.finfo(want.dtype).eps * max(scale, 1e-6)
+    if error > tolerance:
+        raise StateError(
+            f"kvbuffer check: {name} differs from the original graph by {error:.3g} (allowed {tolerance:.3g})"
+        )

@@ -1,0 +1,97 @@
+"""What runs in place of a compiled graph: hand the states' rows to the rewritten graph, settle what others read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from kvbuffer_compile import check, runtime
+from kvbuffer_compile.guard import GuardedState, plain_calls
+from kvbuffer_compile.passes.rewrite import Spliced
+from kvbuffer_compile.runtime import Account
+
+
+class SettleOnly:
+    """A graph that was not rewritten: states it is given are settled first and passed as plain tensors."""
+
+    _boxed_call = True
+
+    def __init__(self, compiled: Callable[..., Any]) -> None:
+        self.compiled = compiled
+        self.tensors: list[int] | None = None  # inputs that can be states
+
+    def __call__(self, args: list[Any]) -> Any:
+        with plain_calls():
+            self.settle(args)
+            return self.compiled(args)
+
+    def settle(self, args: list[Any], apart: Sequence[int] = ()) -> None:
+        """Fold in the rows of every state among the inputs, except those at `apart`."""
+        if self.tensors is None:  # Dynamo guards the Python types of inputs: parameters stay parameters
+            self.tensors = [
+                i for i, a in enumerate(args)
+                if isinstance(a, Tensor) and not isinstance(a, torch.nn.Parameter) and i not in apart
+            ]  # fmt: skip
+        for i in self.tensors:
+            if type(args[i]) is GuardedState:
+                runtime.touch(args[i])
+                args[i] = args[i].as_subclass(Tensor)
+
+
+class Step(SettleOnly):
+    """A rewritten graph. Its compiled form takes, behind the user's inputs, cursor and rows of each buffered state."""
+
+    def __init__(self, compiled: Callable[..., Any], states: list[Spliced], original: GraphModule | None) -> None:
+        super().__init__(compiled)
+        self.states = states
+        self.indices = [s.index for s in states]
+        self.phases = _phases(states)
+        self.original = original
+
+    def __call__(self, args: list[Any]) -> Any:
+        with plain_calls():
+            self.settle(args, self.indices)
+            accounts = [self._enter(args, s, phase) for s, phase in zip(self.states, self.phases, strict=True)]
+            open_accounts = [a for a in accounts if a is not None]
+            if self.original is not None:
+                return check.run(self.original, self.states, self.run, args, open_accounts)
+            return self.run(args, open_accounts)
+
+    def run(self, args: list[Any], accounts: list[Account]) -> Any:
+        """The compiled graph on prepared inputs; a step that fails half-way is taken back."""
+        try:
+            out = self.compiled(args)
+        except BaseException:
+            for account in accounts:
+                account.take_back_unfinished()
+            raise
+        for account in accounts:
+            account.steps += 1
+            if account.aliased:
+                account.settle()
+        return out
+
+    def _enter(self, args: list[Any], state: Spliced, phase: int) -> Account | None:
+        owner = args[state.index]
+        if state.plan.variant == "recurrent":
+            if type(owner) is GuardedState:
+                runtime.touch(owner)
+                args[state.index] = owner.as_subclass(Tensor)
+            return None
+        account = runtime.open_account(owner, state.plan, phase)
+        account.dirty = True
+        args[state.index] = account.state
+        args.append(account.cursor)
+        args.extend(account.rows)
+        return account
+
+
+def _phases(states: list[Spliced]) -> list[int]:
+    """For each state the number of rows at which it first flushes: spread over the period, so that no token pays
+    for all layers."""
+    n = max(1, len(states))
+    return [s.plan.flush - (j * s.plan.flush) // n for j, s in enumerate(states)]

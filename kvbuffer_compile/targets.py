@@ -1,0 +1,58 @@
+"""Who implements the steps: generated kernels where they can be built, plain ATen everywhere."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+
+from kvbuffer_compile import ops
+from kvbuffer_compile.errors import EmitError
+from kvbuffer_compile.plan import Plan
+
+
+def resolve(wanted: str, device: torch.device) -> str:
+    """The target to plan for: what was asked, or the best that this device and machine offer."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cpu" and _cpp_compiler() is not None:
+        return "cpp"
+    return "aten"
+
+
+def _cpp_compiler() -> str | None:
+    from kvbuffer_compile.codegen import build
+
+    return build.compiler()
+
+
+def build(plan: Plan) -> str:
+    """Register the plan's op and build its kernel; returns the target that will run ("aten" after a failed build)."""
+    if plan.target == "cpp" and not _built(plan):
+        return "aten"
+    return plan.target
+
+
+@functools.cache
+def _built(plan: Plan) -> bool:
+    from kvbuffer_compile.codegen import build as cpp
+
+    ops.step_op(plan)
+    try:
+        cpp.load(plan)
+    except EmitError as error:
+        _warn_once(str(error))
+        return False
+    return True
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(f"kvbuffer runs its slower composite steps: {message}", stacklevel=2)
+
+
+def step_op(plan: Plan) -> Any:
+    """The op of a plan that was built."""
+    return ops.step_op(plan)

@@ -1,0 +1,122 @@
+"""Splice planned steps into the lifted copy of a graph: one op a state in place of the recurrence's own nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._inductor.pattern_matcher import stable_topological_sort
+from torch.fx import Graph, GraphModule, Node
+
+from kvbuffer_compile.errors import IRError
+from kvbuffer_compile.passes.lifted import Lifted, Output
+from kvbuffer_compile.plan import Plan
+
+aten = torch.ops.aten
+_METADATA_USES = frozenset(
+    {aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.sym_storage_offset.default}
+)
+
+
+@dataclass(frozen=True)
+class Spliced:
+    """One rewritten state: the position of its tensor among the graph's inputs, and how many inputs were appended
+    for it (cursor and rows, in the op's order; none for the recurrent variant)."""
+
+    index: int
+    plan: Plan
+    extra: int
+
+
+def splice(gm: GraphModule, chosen: list[tuple[Lifted, Plan]], op_of: Callable[[Plan], Any]) -> list[Spliced]:
+    """Rewrite gm in place. New placeholders are appended behind the existing ones, state by state.
+
+    op_of: gives a plan's step op. IRError when the state keeps a user besides its op: an operand hid a use of it.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    last = placeholders[-1]
+    done = []
+    for lifted, plan in chosen:
+        extra, last = _side_inputs(gm.graph, lifted, plan, last)
+        _replace(gm.graph, lifted, op_of(plan), extra)
+        done.append(Spliced(placeholders.index(lifted.state), plan, len(extra)))
+    stable_topological_sort(gm.graph)
+    gm.graph.eliminate_dead_code()
+    for lifted, plan in chosen:
+        _require_sole_user(lifted, op_of(plan))
+    gm.graph.lint()
+    gm.recompile()
+    return done
+
+
+def _side_inputs(graph: Graph, lifted: Lifted, plan: Plan, last: Node) -> tuple[list[Node], Node]:
+    """Placeholders for the cursor and the rows of a buffered state."""
+    if plan.variant == "recurrent":
+        return [], last
+    state = lifted.state.meta["val"]
+    lanes = tuple(plan.layout.canonical(state).shape[:-2])
+    shapes: list[tuple[str, tuple[Any, ...], torch.dtype]] = [("cursor", (3, plan.sequences(lanes)), torch.int32)]
+    for v, dtype in zip(plan.program.logged, plan.row_dtypes, strict=True):
+        shapes.append((f"row_{v}", plan.row_shape(v, lanes), dtype))
+    nodes = []
+    for name, shape, dtype in shapes:
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"{lifted.state.name}_{name}")
+        last.meta["val"] = state.new_empty(shape, dtype=dtype)
+        nodes.append(last)
+    return nodes, last
+
+
+def _replace(graph: Graph, lifted: Lifted, op: Any, extra: list[Node]) -> None:
+    """Insert the op at the end (sorting moves it), hand its outputs to the users of the reads, drop the write."""
+    end = graph.output_node()
+    with graph.inserting_before(end):
+        step = graph.call_function(op, (lifted.state, *extra, *lifted.operands))
+        step.meta["val"] = op(*(n.meta["val"] for n in step.args if isinstance(n, Node)))
+        many = len(lifted.outputs) != 1
+        for i, output in enumerate(lifted.outputs):
+            value = _call(graph, _getitem, (step, i)) if many else step
+            output.node.replace_all_uses_with(_restored(graph, value, output))
+    if lifted.write is not None:
+        graph.erase_node(lifted.write)
+    else:
+        _return_state(end, lifted)
+
+
+def _getitem(values: Any, i: int) -> Any:
+    return values[i]
+
+
+def _restored(graph: Graph, value: Node, output: Output) -> Node:
+    """A program output in the dims and dtype of the node it stands for."""
+    value = _call(graph, aten.permute.default, (value, list(output.perm)))
+    value = _call(graph, aten.reshape.default, (value, list(output.shape)))
+    dtype = output.node.meta["val"].dtype
+    if value.meta["val"].dtype != dtype:
+        value = _call(graph, torch.ops.prims.convert_element_type.default, (value, dtype))
+    return value
+
+
+def _call(graph: Graph, target: Any, args: tuple[Any, ...]) -> Node:
+    """A call with its fake value."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*torch.fx.node.map_arg(args, lambda n: n.meta["val"]))
+    return node
+
+
+def _return_state(end: Node, lifted: Lifted) -> None:
+    """The next state is returned: the state itself, updated in place (the user donated it), takes its position."""
+    outputs = list(end.args[0])  # type: ignore[arg-type]
+    outputs[lifted.returned] = lifted.state  # type: ignore[index]
+    end.args = (type(end.args[0])(outputs),)  # type: ignore[arg-type]
+
+
+def _require_sole_user(lifted: Lifted, op: Any) -> None:
+    others = [
+        n for n in lifted.state.users
+        if n.target is not op and n.target not in _METADATA_USES and not (n.op == "output" and lifted.write is None)
+    ]  # fmt: skip
+    if others:
+        raise IRError(f"state {lifted.state} keeps the users {others} beside its step\n{lifted.program}")

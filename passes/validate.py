@@ -1,0 +1,177 @@
+"""Prove a lifted program on numbers: the original nodes and the program, side by side in float64.
+
+The slice of the graph that makes the reads and the next state from the state is cut where computation becomes opaque
+(matrix products with weights, convolutions, embeddings, inputs); random values are put there. Two checks:
+
+    values   every output of the program and the next state equal the original's
+    order    no operand depends on the state, and the program runs on a really mutable memory, so that a read of an old
+             state placed behind an update is seen
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from kvbuffer_compile.errors import Declined
+from kvbuffer_compile.ir import run
+from kvbuffer_compile.memory import Dense
+from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
+
+aten = torch.ops.aten
+TOLERANCE = 1e-9  # of float64 arithmetic on a few hundred terms; a wrong factor is off by 1e-2 and more
+DRAWS = 2
+
+# Where the slice is cut: what these compute is an operand, whatever it was made from.
+_OPAQUE = frozenset(
+    {
+        aten.mm, aten.addmm, aten.convolution, aten.embedding, aten.index, aten.index_select, aten.gather,
+        aten.cumsum, aten.topk, aten.sort, aten.scatter, aten.index_put, aten._grouped_mm, aten.cat,
+        aten._scaled_dot_product_flash_attention_for_cpu, aten._softmax,
+    }
+)  # fmt: skip
+_CASTS = frozenset({torch.ops.prims.convert_element_type.default, aten._to_copy.default})
+
+
+def validate(graph: LiftedGraph, lifted: Lifted) -> Declined | None:
+    """None when the program does what the graph does; a Declined with the difference otherwise."""
+    problem = _entangled(lifted)
+    for draw in range(DRAWS):
+        problem = problem or _compare(lifted, _Evaluator(torch.randn, seed=draw), _Evaluator(torch.rand, seed=draw))
+    if problem is None:
+        return None
+    reason = f"the lifted program disagrees with the graph ({problem}); please report this model"
+    return Declined(lifted.state.name, "validation", reason, lifted.source)
+
+
+def _entangled(lifted: Lifted) -> str | None:
+    """An operand that depends on the state's values would be needed before the step that makes it."""
+    below = {lifted.state}
+    for node in lifted.state.graph.nodes:
+        if _is_tensor(node) and not below.isdisjoint(node.all_input_nodes):
+            below.add(node)
+    for operand in lifted.operands:
+        if operand in below:
+            return f"operand {operand} depends on the state"
+    return None
+
+
+def _compare(lifted: Lifted, original: _Evaluator, positive: _Evaluator) -> str | None:
+    """One draw. positive: a second draw of numbers in (0, 1), taken where the first leaves the domain of a function."""
+    next_state = lifted.write.args[1] if lifted.write is not None else _returned_node(lifted)
+    # evaluate the operands first: what both sides share is computed once
+    operands = [original.value(n) for n in lifted.operands]
+    wanted = [original.value(o.node) for o in lifted.outputs]
+    after = original.value(next_state)
+    if not all(bool(x.isfinite().all()) for x in (*wanted, after)):
+        return "it computes no finite numbers" if original is positive else _compare(lifted, positive, positive)
+
+    state = original.value(lifted.state)
+    memory = Dense(lifted.layout.canonical(state))
+    env = run(lifted.program, memory, {v.name: x for v, x in zip(lifted.program.inputs, operands, strict=True)})
+    for var, output, want in zip(lifted.program.outputs, lifted.outputs, wanted, strict=True):
+        got = _full(env[var.name], memory.state, var.kind).permute(output.perm).reshape(want.shape)
+        if (error := _distance(got, want)) > TOLERANCE:
+            return f"read {output.node} differs by {error:.1e}"
+    error = _distance(memory.state, lifted.layout.canonical(after.contiguous()))
+    return f"the next state differs by {error:.1e}" if error > TOLERANCE else None
+
+
+def _returned_node(lifted: Lifted) -> Node:
+    returned = lifted.state.graph.output_node().args[0]
+    return returned[lifted.returned]  # type: ignore[index,return-value]
+
+
+def _full(value: Tensor, state: Tensor, kind: str) -> Tensor:
+    tail = {"scalar": (), "key": state.shape[-2:-1], "value": state.shape[-1:]}[kind]
+    return value.expand(*state.shape[:-2], *tail)
+
+
+def _distance(got: Tensor, want: Tensor) -> float:
+    """Largest difference relative to the largest value; infinite when one side is not finite where the other is."""
+    if not want.numel():
+        return 0.0
+    scale = want.abs().max().clamp_min(1e-30)
+    distance = ((got - want).abs().max() / scale).item()
+    return float("inf") if distance != distance else distance
+
+
+class _Evaluator:
+    """Evaluates nodes in float64 on random values for everything opaque. One value a node, made once."""
+
+    def __init__(self, draw: Callable[..., Tensor], seed: int) -> None:
+        self.draw = draw
+        self.generator = torch.Generator().manual_seed(seed)
+        self.values: dict[Node, Any] = {}
+
+    def value(self, node: Node) -> Any:
+        for n in _slice([node], self.values):
+            self.values[n] = self._random(n) if _is_cut(n) else self._call(n)
+        return self.values[node]
+
+    def _call(self, node: Node) -> Any:
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])
+        if node.target in _CASTS and _is_float(node):
+            return args[0].double()
+        if "dtype" in kwargs and _is_float(node):
+            kwargs = {**kwargs, "dtype": torch.float64}
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        args = _hinted(args)
+        out = node.target(*args, **_hinted(kwargs))  # type: ignore[operator]
+        return out.double() if isinstance(out, Tensor) and out.dtype.is_floating_point else out
+
+    def _random(self, node: Node) -> Any:
+        val = node.meta.get("val")
+        if not isinstance(val, Tensor):
+            return _hint(val)
+        shape = [int(_hint(s)) for s in val.shape]
+        if val.dtype.is_floating_point:
+            return self.draw(shape, generator=self.generator, dtype=torch.float64)
+        if val.dtype == torch.bool:
+            return torch.rand(shape, generator=self.generator) < 0.5
+        return torch.randint(0, 2, shape, generator=self.generator, dtype=val.dtype)
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _is_float(node: Node) -> bool:
+    return _is_tensor(node) and bool(node.meta["val"].dtype.is_floating_point)
+
+
+def _is_cut(node: Node) -> bool:
+    return node.op != "call_function" or getattr(node.target, "overloadpacket", None) in _OPAQUE
+
+
+def _slice(ends: Iterable[Node], known: dict[Node, Any]) -> list[Node]:
+    """The nodes to evaluate for `ends`, operands before users, without those that are known."""
+    order: list[Node] = []
+    seen = set(known)
+    stack: list[tuple[Node, bool]] = [(n, False) for n in ends]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            if not _is_cut(node):
+                stack.extend((n, False) for n in node.all_input_nodes)
+    return order
+
+
+def _hint(x: Any) -> Any:
+    """A concrete size for a symbolic one."""
+    if isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return x.node.hint
+    return x
+
+
+def _hinted(x: Any) -> Any:
+    return torch.utils._pytree.tree_map(_hint, x)
