@@ -1,0 +1,31 @@
+"""Every test runs strict: an internal error is an error, and unused row slots hold NaN."""
+
+import os
+
+os.environ.setdefault("KVBUFFER_STRICT", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # two workers share two cores
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    """No test sees graphs that another one compiled."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def records():
+    """Every graph the backend decides on during a test, as GraphRecords."""
+    from kvbuffer_compile.backend import observers
+
+    seen = []
+    observers.listeners.append(seen.append)
+    yield seen
+    observers.listeners.clear()
