@@ -141,20 +141,23 @@ def recurrent_step(plan: Plan, state: Tensor, operands: Sequence[Tensor]) -> tup
 def buffered_step(
     plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tensor], operands: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """One buffered step, as defined in plan.py."""
+    """One buffered step of one token, or of T tokens for the verify variant, as defined in plan.py."""
+    tokens = _tokens(plan, operands)
     view = plan.layout.canonical(state)
     owed, limit = cursor[0], cursor[1]
-    flush(plan, state, cursor, rows, (owed >= 0) & (owed >= limit))
+    flush(plan, state, cursor, rows, (owed >= 0) & ((owed >= limit) | (owed + len(tokens) > plan.capacity)))
     spread = () if plan.layout.sequence else (None,)  # lane of size 1 for the one cursor
-    memory = Buffered(condense(plan, view[spread].to(plan.compute), owed, rows), plan.sizes)
-    env = run(plan.program, memory, {n: x[spread] for n, x in _inputs(plan, operands).items()})
+    base = _base(view[spread].to(plan.compute), cursor)
+    memory = Buffered(condense(plan, base, owed, rows), plan.sizes)
+    runs = [run(plan.program, memory, {n: x[spread] for n, x in inputs.items()}) for inputs in tokens]
 
     active = owed >= 0
     for v, row in zip(plan.program.logged, rows, strict=True):
-        _store(row, env[v.name], owed, active, slot_dim=row.dim() - (1 if v.kind == "scalar" else 2))
-    cursor[0] += active
+        for t, env in enumerate(runs):
+            _store(row, env[v.name], owed + t, active, slot_dim=row.dim() - (1 if v.kind == "scalar" else 2))
+    cursor[0] += len(tokens) * active
     cursor[2] += 1
-    return tuple(_finished(plan, env[v.name], v.kind, view, active) for v in plan.program.outputs)
+    return tuple(_stacked(plan, [env[v.name] for env in runs], v.kind, view, active) for v in plan.program.outputs)
 
 
 def flush(plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tensor], which: Tensor) -> None:
@@ -166,10 +169,28 @@ def flush(plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tensor], whi
         return
     view = plan.layout.canonical(state)
     base = view if plan.layout.sequence else view[None]
-    dense = condense(plan, base.to(plan.compute), cursor[0], rows).dense()
+    dense = condense(plan, _base(base.to(plan.compute), cursor), cursor[0], rows).dense()
     base.copy_(torch.where(which.view(-1, *[1] * (base.dim() - 1)), dense.to(base.dtype), base))
     cursor[0].masked_fill_(which, 0)
     cursor[1].masked_fill_(which, plan.flush)
+    cursor[3].masked_fill_(which, 0)
+
+
+def _base(base: Tensor, cursor: Tensor) -> Tensor:
+    """The state as it may be read: zero for sequences that have none yet, whatever its memory holds."""
+    if cursor.device.type == "cpu" and not bool(cursor[3].any()):
+        return base
+    return torch.where((cursor[3] > 0).view(-1, *[1] * (base.dim() - 1)), 0, base)
+
+
+def _tokens(plan: Plan, operands: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """The program's inputs, token by token."""
+    inputs = _inputs(plan, operands)
+    if plan.variant != "verify":
+        return [inputs]
+    axis = plan.layout.lanes
+    count = max(x.shape[axis] for x in inputs.values())
+    return [{n: x.select(axis, t if x.shape[axis] > 1 else 0) for n, x in inputs.items()} for t in range(count)]
 
 
 def _inputs(plan: Plan, operands: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -190,6 +211,12 @@ def _full(plan: Plan, value: Tensor, kind: Kind, view: Tensor) -> Tensor:
     """An output at full lane sizes, contiguous."""
     tail = {"scalar": (), "key": view.shape[-2:-1], "value": view.shape[-1:]}[kind]
     return value.expand(*view.shape[:-2], *tail).contiguous()
+
+
+def _stacked(plan: Plan, values: list[Tensor], kind: Kind, view: Tensor, active: Tensor) -> Tensor:
+    """One output of all tokens."""
+    done = [_finished(plan, value, kind, view, active) for value in values]
+    return torch.stack(done, dim=plan.layout.lanes) if plan.variant == "verify" else done[0]
 
 
 def _finished(plan: Plan, value: Tensor, kind: Kind, view: Tensor, active: Tensor) -> Tensor:

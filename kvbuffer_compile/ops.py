@@ -41,10 +41,15 @@ def _composite(plan: Plan) -> Callable[..., Any]:
 
 
 def _fake(plan: Plan) -> Callable[..., Any]:
-    def fake(state: Tensor, *rest: Tensor) -> Any:
+    first = 2 + len(plan.program.logged)  # the operands of a verify op come behind state, cursor and rows
+
+    def fake(*args: Tensor) -> Any:
+        state = args[0]
         view = plan.layout.canonical(state)
+        lanes = view.shape[:-2]
+        tokens = (args[first].shape[len(lanes)],) if plan.variant == "verify" else ()
         tails = {"scalar": (), "key": view.shape[-2:-1], "value": view.shape[-1:]}
-        shapes = [(*view.shape[:-2], *tails[v.kind]) for v in plan.program.outputs]
+        shapes = [(*lanes, *tokens, *tails[v.kind]) for v in plan.program.outputs]
         return _returned(tuple(state.new_empty(s, dtype=plan.compute) for s in shapes))
 
     return fake

@@ -4,21 +4,25 @@ The calling convention of every step op, whoever implements it (ATen, C++, Trito
 
     recurrent   step(state!, *operands)                         -> [outputs]
     buffered    step(state!, cursor!, *rows!, *operands)        -> [outputs]
+    verify      the same for T tokens in one call, T >= 1 known at run time from the operands
 
     state      the user's tensor, any strides; Layout.canonical(state) is [*lanes, K, V]
-    cursor     int32 [3, N], N sequences (lane 0; 1 when the layout has no sequence lane).
+    cursor     int32 [4, N], N sequences (lane 0; 1 when the layout has no sequence lane).
                cursor[0, b] = tokens owed; -1 marks a padding sequence: its outputs are zero, nothing is touched.
                cursor[1, b] = the count at which the next step flushes first (staggers layers; L after a flush)
                cursor[2, b] = steps run so far, for padding sequences too: tells after an exception who has stepped
+               cursor[3, b] = 1 while the state is known to be zero and holds nothing: it is not read
     rows       one tensor for each of program.logged, [N, *other lanes, capacity(, K or V)];
                size 1 along the lanes where the value does not vary; slots >= cursor[0] hold garbage (NaN in tests)
     operands   one tensor for each of program.inputs, [*lanes(, K or V)], size 1 along lanes where it does not vary,
-               any strides and float dtype
-    outputs    one contiguous tensor for each of program.outputs, [*lanes(, K or V)], in the plan's compute dtype
+               any strides and float dtype; for verify [*lanes, T(, K or V)]
+    outputs    one contiguous tensor for each of program.outputs, [*lanes(, K or V)], in the plan's compute dtype;
+               for verify [*lanes, T(, K or V)]
 
-A buffered step, for every sequence with cursor[0] >= 0: if cursor[0] >= cursor[1], fold the rows into the state
-and set cursor[0] = 0, cursor[1] = L; run the program on (state, rows); store the program's logged values in slot
-cursor[0]; add 1 to cursor[0]. cursor[2] grows by 1 for every sequence.
+A buffered step, for every sequence with cursor[0] >= 0: if cursor[0] >= cursor[1] or cursor[0] + T > capacity, fold
+the rows into the state and set cursor[0] = 0, cursor[1] = L, cursor[3] = 0; run the program T times on (state, rows);
+store the program's logged values in slots cursor[0], cursor[0] + 1, ...; add T to cursor[0]. cursor[2] grows by 1 for
+every sequence. Rolling back is subtracting from cursor[0].
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from torch import Tensor
 
 from kvbuffer_compile.ir import Program, Var
 
-Variant = Literal["recurrent", "buffered"]
+Variant = Literal["recurrent", "buffered", "verify"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,13 @@ class Plan:
                  self.state_dtype, self.row_dtypes, self.compute, self.target)  # fmt: skip
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
+    def shares_rows(self, other: Plan) -> bool:
+        """Whether rows written under one plan can be read under the other (decode and verify of one recurrence)."""
+        return all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("program", "layout", "sizes", "flush", "capacity", "state_dtype", "row_dtypes", "compute")
+        )
+
     @property
     def op_name(self) -> str:
         """The step op's name in the kvbuffer namespace."""
@@ -108,7 +119,7 @@ class Plan:
     def schema(self) -> str:
         """The step op's schema: what it writes is marked, so that functionalisation and Inductor keep the order."""
         written = ["state"]
-        if self.variant == "buffered":
+        if self.variant != "recurrent":
             written += ["cursor", *(f"row_{v}" for v in self.program.logged)]
         args = [f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(written)]
         args += [f"Tensor {v}" for v in self.program.inputs]

@@ -57,7 +57,7 @@ class Account:
         """Whether this account can go on serving `owner` under `plan`."""
         return (
             self.owner() is owner
-            and self.plan == plan
+            and self.plan.shares_rows(plan)
             and self.address == owner.data_ptr()
             and self.state.shape == owner.shape
             and self.state.stride() == owner.stride()
@@ -74,13 +74,14 @@ class Account:
     def drop(self) -> None:
         """Forget the owed rows: the state is about to be overwritten as a whole."""
         self.dirty = False
+        self.cursor[3].zero_()
         self.cursor[0].clamp_(max=0)
         self.cursor[1].fill_(self.phase)
 
-    def take_back_unfinished(self) -> None:
-        """After an exception in the middle of a step: if this state had stepped already, undo it (one cursor move)."""
+    def take_back_unfinished(self, tokens: int = 1) -> None:
+        """After an exception in the middle of a step of so many tokens: if this state had stepped, undo it."""
         stepped = self.cursor[2] - self.steps
-        self.cursor[0] -= torch.where(self.cursor[0] > 0, stepped, 0)
+        self.cursor[0] -= torch.where(self.cursor[0] > 0, stepped * tokens, 0)
         self.cursor[2] -= stepped
 
 
@@ -91,7 +92,7 @@ def _alias(owner: Tensor) -> Tensor:
 
 def _allocate(state: Tensor, plan: Plan) -> tuple[Tensor, list[Tensor]]:
     lanes = tuple(plan.layout.canonical(state).shape[:-2])
-    cursor = torch.zeros(3, plan.sequences(lanes), dtype=torch.int32, device=state.device)
+    cursor = torch.zeros(4, plan.sequences(lanes), dtype=torch.int32, device=state.device)
     rows = [
         torch.empty(plan.row_shape(v, lanes), dtype=dtype, device=state.device)
         for v, dtype in zip(plan.program.logged, plan.row_dtypes, strict=True)

@@ -57,7 +57,7 @@ def _side_inputs(graph: Graph, lifted: Lifted, plan: Plan, last: Node) -> tuple[
         return [], last
     state = lifted.state.meta["val"]
     lanes = tuple(plan.layout.canonical(state).shape[:-2])
-    shapes: list[tuple[str, tuple[Any, ...], torch.dtype]] = [("cursor", (3, plan.sequences(lanes)), torch.int32)]
+    shapes: list[tuple[str, tuple[Any, ...], torch.dtype]] = [("cursor", (4, plan.sequences(lanes)), torch.int32)]
     for v, dtype in zip(plan.program.logged, plan.row_dtypes, strict=True):
         shapes.append((f"row_{v}", plan.row_shape(v, lanes), dtype))
     nodes = []

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from kvbuffer_compile.errors import Declined
@@ -40,8 +41,9 @@ _CASTS = frozenset({torch.ops.prims.convert_element_type.default, aten._to_copy.
 def validate(graph: LiftedGraph, lifted: Lifted) -> Declined | None:
     """None when the program does what the graph does; a Declined with the difference otherwise."""
     problem = _entangled(lifted)
-    for draw in range(DRAWS):
-        problem = problem or _compare(lifted, _Evaluator(torch.randn, seed=draw), _Evaluator(torch.rand, seed=draw))
+    with unset_fake_temporarily(), torch.no_grad():  # the compiler runs us under its fake tensors
+        for draw in range(DRAWS):
+            problem = problem or _compare(lifted, _Evaluator(torch.randn, seed=draw), _Evaluator(torch.rand, seed=draw))
     if problem is None:
         return None
     reason = f"the lifted program disagrees with the graph ({problem}); please report this model"

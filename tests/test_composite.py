@@ -56,7 +56,7 @@ def make_plan(program: Program, flush: int, dtype: torch.dtype, variant: str = "
 def make_buffers(plan: Plan, limits: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Cursor and rows; unused slots hold NaN, or a large number where the dtype has none."""
     garbage = float("nan") if plan.compute.is_floating_point else 10**9
-    cursor = torch.zeros(3, len(limits), dtype=torch.int32)
+    cursor = torch.zeros(4, len(limits), dtype=torch.int32)
     cursor[1] = torch.tensor(limits)
     lanes = tuple(SIZES.values())
     return cursor, [torch.full(plan.row_shape(v, lanes), garbage, dtype=plan.compute) for v in plan.program.logged]
@@ -125,6 +125,51 @@ def test_padding_sequences_give_zero_and_touch_nothing():
     assert all(row[1].isnan().all() for row in rows)
 
 
+@pytest.mark.parametrize("text", [GDN, EVERYTHING], ids=["gdn", "everything"])
+def test_verify_is_many_steps_in_one(text):
+    """T varies every round, some tokens are taken back, the state never leaves the definition."""
+    program = parse(text)
+    plan = make_plan(program, 4, torch.int64, variant="verify", capacity=9)
+    state = torch.randint(-3, 4, (*SIZES.values(), K, V))
+    dense = Dense(state.clone())
+    cursor, rows = make_buffers(plan, [4, 2, 4])
+    op = ops.step_op(plan)
+    for tokens, dropped in [(3, 1), (5, 0), (1, 1), (4, 4), (2, 0), (5, 2), (4, 0)]:
+        drafts = [draw(program, torch.int64) for _ in range(tokens)]
+        stacked = [torch.stack([d[v.name] for d in drafts], dim=2) for v in program.inputs]
+        out = op(state, cursor, *rows, *stacked)
+        outs = [out] if len(program.outputs) == 1 else out
+        ahead = Dense(dense.state.clone())
+        for t, inputs in enumerate(drafts):
+            if t == tokens - dropped:
+                dense = Dense(ahead.state.clone())
+            expected = run(program, ahead, inputs)
+            for v, got in zip(program.outputs, outs, strict=True):
+                assert torch.equal(got[:, :, t], expected[v.name].expand_as(got[:, :, t]))
+        if dropped == 0:
+            dense = ahead
+        cursor[0] -= dropped
+        view = state.clone()
+        composite.flush(plan, view, cursor.clone(), rows, cursor[0] > 0)
+        assert torch.equal(view, dense.state)
+
+
+def test_a_state_that_holds_nothing_is_not_read():
+    program = parse(GDN)
+    plan = make_plan(program, 6, torch.float64)
+    state = torch.full((*SIZES.values(), K, V), float("nan"), dtype=torch.float64)
+    dense = Dense(torch.zeros_like(state))
+    cursor, rows = make_buffers(plan, [6, 6, 6])
+    cursor[3] = 1
+    for t in range(10):
+        inputs = draw(program, torch.float64)
+        expected = run(program, dense, inputs)
+        (out,) = composite.buffered_step(plan, state, cursor, rows, list(inputs.values()))
+        torch.testing.assert_close(out, expected["o"].expand_as(out), rtol=1e-12, atol=1e-12)
+        assert bool(state.isnan().all()) == (t < 6), "the state is made by the first flush, not before"
+    assert cursor[3].tolist() == [0, 0, 0]
+
+
 def test_recurrent_is_the_plain_step():
     program = parse(EVERYTHING)
     plan = make_plan(program, 1, torch.int64, variant="recurrent")
@@ -146,7 +191,7 @@ def test_a_state_without_a_sequence_lane_has_one_cursor():
     state = torch.randint(-3, 4, (K, SIZES["h"], V))
     dense = Dense(layout.canonical(state).clone())
     rows = [torch.full(plan.row_shape(v, (SIZES["h"],)), 10**9) for v in program.logged]
-    cursor = torch.tensor([[0], [2], [0]], dtype=torch.int32)
+    cursor = torch.tensor([[0], [2], [0], [0]], dtype=torch.int32)
     for _ in range(7):
         inputs = {n: x[0] for n, x in draw(parse(GDN), torch.int64).items()}
         expected = run(program, dense, inputs)
