@@ -18,13 +18,9 @@ FIND_PYTHON = for p in python3.11 python3.12 python3 python; do \
 	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done
 PYTHON ?= $(or $(shell $(FIND_PYTHON)),python3)
 
-# Without an NVIDIA GPU, Linux takes the CPU wheel; see requirements-cpu.txt.
-NEEDS_CPU_WHEEL := $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 && echo yes)
-ifeq ($(NEEDS_CPU_WHEEL),yes)
-TORCH_REQUIREMENTS ?= --no-deps --retries 1 -r requirements-cpu.txt
-else
+# On Linux, PyPI's wheel of torch is the CUDA one. For a smaller CPU wheel point pip at PyTorch's CPU index
+# first (pip config, PIP_EXTRA_INDEX_URL) or give other arguments here.
 TORCH_REQUIREMENTS ?= -c constraints.txt torch==2.13.0
-endif
 
 BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check
@@ -63,7 +59,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu, install python3-venv." >&2; exit 1; }
 
-$(INSTALLED): pyproject.toml constraints.txt requirements-cpu.txt | $(BIN)/python
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "== torch"
 	$(PIP) install $(TORCH_REQUIREMENTS)
 	@echo "== kvbuffer_compile, and what its tests and plots need"
