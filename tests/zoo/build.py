@@ -43,14 +43,10 @@ PREFIXES = {
 def bare_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """The architecture with the library's own random weights, in eval mode."""
     prefix = PREFIXES[name]
-    config_class = getattr(transformers, f"{prefix}TextConfig", None) or getattr(
-        transformers, f"{prefix}Config"
-    )
+    config_class = getattr(transformers, f"{prefix}TextConfig", None) or getattr(transformers, f"{prefix}Config")
     config = config_class(**_arguments(name))
     if prefix == "Glm5Next":
-        return transformers.Glm5NextForConditionalGeneration._from_config(
-            _with_vision(config), dtype=dtype
-        ).eval()
+        return transformers.Glm5NextForConditionalGeneration._from_config(_with_vision(config), dtype=dtype).eval()
     return getattr(transformers, f"{prefix}ForCausalLM")._from_config(config, dtype=dtype).eval()
 
 

@@ -141,13 +141,9 @@ BUFFERED: dict[str, dict[str, Any]] = {
         num_mtp_layers=0,
         layer_types=[LINEAR, LINEAR, FULL],
     ),
-    "mamba2": dict(
-        num_heads=4, head_dim=16, state_size=8, n_groups=2, expand=2, num_hidden_layers=2, chunk_size=8
-    ),
+    "mamba2": dict(num_heads=4, head_dim=16, state_size=8, n_groups=2, expand=2, num_hidden_layers=2, chunk_size=8),
     "bamba": dict(**ATTENTION, **BAMBA, intermediate_size=48, num_hidden_layers=3, attn_layer_indices=[2]),
-    "falcon_h1": dict(
-        **ATTENTION, **BAMBA, mamba_d_ssm=64, intermediate_size=48, num_hidden_layers=2, head_dim=8
-    ),
+    "falcon_h1": dict(**ATTENTION, **BAMBA, mamba_d_ssm=64, intermediate_size=48, num_hidden_layers=2, head_dim=8),
     "granitemoehybrid": dict(
         **ATTENTION,
         **BAMBA,
@@ -197,7 +193,5 @@ BUFFERED: dict[str, dict[str, Any]] = {
         layer_types=[FULL, LINEAR, LINEAR],
     ),
     # The widths of keys and values must be multiples of 64: K = 16, V = 32.
-    "xlstm": dict(
-        hidden_size=64, num_heads=4, qk_dim_factor=1.0, v_dim_factor=2.0, num_hidden_layers=2, chunk_size=16
-    ),
+    "xlstm": dict(hidden_size=64, num_heads=4, qk_dim_factor=1.0, v_dim_factor=2.0, num_hidden_layers=2, chunk_size=16),
 }

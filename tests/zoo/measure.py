@@ -12,13 +12,23 @@ from transformers import PreTrainedModel
 from tests.zoo.decoding import DecodeStep, prefilled, prompt, states_of
 
 
-@torch.no_grad()
-def decays(model: PreTrainedModel, index: int, seed: int = 0, prompt_len: int = 12) -> Tensor:
-    """The per-token decays of state `index`, [heads, rows, columns], as one decode step applies them.
+@dataclass(frozen=True)
+class Transition:
+    """What one decode step does to its old state: S -> (I - beta k k^T) Diag(decay) S, with |k| = 1.
 
-    Row b of a batch of identical prompts gets a one added to row b of its state: the differences to the last,
-    untouched sequence are the Jacobian X of the update along the state's next-to-last axis. A plain decay
-    leaves X diagonal. A delta rule gives X = (I - b k k^T) Diag(a), and a follows from its elements.
+    decay [heads, rows, columns] along the state's two last axes; beta [heads, columns], 0 without a delta rule.
+    """
+
+    decay: Tensor
+    beta: Tensor
+
+
+@torch.no_grad()
+def transition(model: PreTrainedModel, index: int, seed: int = 0, prompt_len: int = 12) -> Transition:
+    """The transition of state `index` for one token after a prompt, measured from outside.
+
+    A batch of identical prompts starts from zero states but for ones in row b of sequence b. What the step adds
+    to a zero state is seen in one more sequence; the differences to it are the Jacobian of the update.
     """
     rows = _state(prefilled(model, prompt(1, prompt_len, seed)), index).shape[-2]
     step = prefilled(model, prompt(1, prompt_len, seed).expand(rows + 1, -1).contiguous())
@@ -28,35 +38,35 @@ def decays(model: PreTrainedModel, index: int, seed: int = 0, prompt_len: int = 
         state[row, ..., row, :] = 1.0
     step(prompt(1, 1, seed + 1).expand(rows + 1, 1).contiguous())
     after = _state(step, index).double()
-    jacobian = (after[:-1] - after[-1:]).movedim(0, -1)  # [..., output row, column, input row]
-    return _diagonal_of(jacobian.movedim(-2, -3))
+    jacobian = (after[:-1] - after[-1:]).movedim(0, -1).transpose(-2, -3)  # [..., column, row out, row in]
+    decay = _decay_of(jacobian)
+    beta = (1 - jacobian.diagonal(dim1=-2, dim2=-1) / decay).sum(-1)
+    return Transition(decay.transpose(-1, -2), beta)
 
 
 def _state(step: DecodeStep, index: int) -> Tensor:
     return states_of(step)[index][1]
 
 
-def _diagonal_of(x: Tensor) -> Tensor:
-    """[..., rows, columns] of a in X = (I - b k k^T) Diag(a), X as [..., columns, rows, rows].
+def _decay_of(x: Tensor) -> Tensor:
+    """a [..., n] of x = (I - b k k^T) Diag(a), [..., n, n].
 
-    a_i = X_ii - X_ij X_li / X_lj for any j, l that differ from i and each other; the largest X_lj is taken.
+    a_i = x_ii - x_ij x_li / x_lj for any j, l that differ from i and from each other; the largest x_lj is taken.
     """
-    rows = x.shape[-1]
+    n = x.shape[-1]
     a = x.diagonal(dim1=-2, dim2=-1).clone()
-    if rows < 3:
-        return a.movedim(-2, -1)
     off = x - torch.diag_embed(a)
-    for i in range(rows):
+    for i in range(n):
         rest = off.clone()
         rest[..., i, :] = 0
         rest[..., :, i] = 0
         best = rest.abs().flatten(-2).argmax(-1, keepdim=True)
         pivot = rest.flatten(-2).gather(-1, best)[..., 0]
-        row_i = off[..., i, :].gather(-1, best % rows)[..., 0]
-        column_i = off[..., :, i].gather(-1, best // rows)[..., 0]
-        correction = torch.where(pivot.abs() > 1e-7, row_i * column_i / pivot, 0.0)
-        a[..., i] -= correction
-    return a.transpose(-1, -2)
+        row_i = off[..., i, :].gather(-1, best % n)[..., 0]
+        column_i = off[..., :, i].gather(-1, best // n)[..., 0]
+        # Rounding leaves about 1e-8 beside the diagonal where there is no delta rule.
+        a[..., i] -= torch.where(pivot.abs() > 1e-6, row_i * column_i / pivot, 0.0)
+    return a
 
 
 @torch.no_grad()
@@ -86,35 +96,35 @@ def _fresh(model: PreTrainedModel, seed: int) -> DecodeStep:
 
 @dataclass(frozen=True)
 class Text:
-    """Greedy tokens [n] of one sequence and the margin of each choice, relative to the largest logit."""
+    """Greedy tokens [batch, n] and the margin of each choice, relative to the largest logit."""
 
     tokens: Tensor
     margins: Tensor
 
-    @property
-    def looped_at(self) -> int:
-        """First position from which the rest repeats with a period of at most 32, or the length."""
-        tokens, n = self.tokens, len(self.tokens)
-        best = n
-        for period in range(1, 33):
-            same = tokens[period:] == tokens[:-period]
-            wrong = (~same).nonzero()
-            start = int(wrong[-1]) + 1 if len(wrong) else 0
-            if start + 2 * period <= n:
-                best = min(best, start)
-        return best
+    def looped_at(self, longest: int = 32) -> int:
+        """First position from which some sequence only repeats a period of at most `longest`, or n."""
+        return min(_looped_at(row, longest) for row in self.tokens)
+
+
+def _looped_at(tokens: Tensor, longest: int) -> int:
+    found = n = len(tokens)
+    for period in range(1, longest + 1):
+        wrong = (tokens[period:] != tokens[:-period]).nonzero()
+        start = int(wrong[-1]) + 1 if len(wrong) else 0
+        if start + 2 * period <= n:
+            found = min(found, start)
+    return found
 
 
 @torch.no_grad()
-def greedy_text(model: PreTrainedModel, n: int = 256, seed: int = 0, cache: str = "dynamic") -> Text:
-    """Greedy text after a prompt of 8 tokens, by plain decode steps."""
-    ids = prompt(1, 8, seed)
+def greedy_text(model: PreTrainedModel, ids: Tensor, n: int, cache: str = "dynamic") -> Text:
+    """Greedy text after `ids` [batch, length], by plain decode steps."""
     step = prefilled(model, ids[:, :-1], cache)
     token, tokens, margins = ids[:, -1:], [], []
     for _ in range(n):
-        logits = step(token)[0].float()
+        logits = step(token).float()
         top = logits.topk(2).values
-        margins.append((top[0] - top[1]) / logits.abs().max())
-        token = logits.argmax().view(1, 1)
-        tokens.append(token[0, 0])
-    return Text(torch.stack(tokens), torch.stack(margins))
+        margins.append((top[:, 0] - top[:, 1]) / logits.abs().amax(-1))
+        token = logits.argmax(-1, keepdim=True)
+        tokens.append(token)
+    return Text(torch.cat(tokens, 1), torch.stack(margins, 1))
