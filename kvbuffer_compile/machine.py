@@ -1,0 +1,212 @@
+"""What the cost model knows about a device: measured once, kept on disk.
+
+The numbers are rough on purpose. They rank a few candidates whose costs differ by tens of percent; the measurement
+takes a fraction of a second, so that the first compilation does not wait for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FORMAT = 1  # raised when a number changes its meaning
+LARGE = {"cpu": 32 << 20, "cuda": 512 << 20}  # bytes of a copy that no cache should hold; CPU: small enough to be quick
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device as it was found, with the threads it was measured with.
+
+    device: torch device type. bandwidth: bytes/s of a large copy, read and written bytes together. cache: bytes that
+    stay close to the cores; cache_bandwidth: bytes/s of a copy that fits. launch: seconds to start a small op from
+    Python. rate: float32 operations/s of a batched product of two vectors with cached matrices, as a read does it.
+    """
+
+    name: str
+    device: str
+    bandwidth: float
+    cache_bandwidth: float
+    cache: int
+    launch: float
+    rate: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.bandwidth / 1e9:.3g} GB/s, {self.cache_bandwidth / 1e9:.3g} GB/s within "
+            f"{self.cache / 2**20:.3g} MiB of cache, {self.launch * 1e6:.2g} us a launch, {self.rate / 1e9:.3g} GFLOP/s"
+        )
+
+
+def machine_for(device: torch.device | str) -> Machine:
+    """The numbers of a device: from memory, from disk, or measured now (and then kept)."""
+    device = torch.device(device)
+    return _known(device, _name(device))
+
+
+@functools.cache
+def _known(device: torch.device, name: str) -> Machine:
+    path = machine_path(device, name)
+    found = load(path)
+    if found is None:
+        found = measure(device, name)
+        store(found, path)
+    return found
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    module = getattr(torch, device.type, None)
+    get_name = getattr(module, "get_device_name", None)
+    return str(get_name(device)) if get_name is not None else device.type
+
+
+@functools.cache
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+# ------------------------------------------------------------------------------------------------ on disk
+
+
+def cache_root() -> Path:
+    """Where we keep what outlives a process: beside Inductor's caches (TORCHINDUCTOR_CACHE_DIR is honoured)."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "kvbuffer"
+
+
+def machine_path(device: torch.device, name: str) -> Path:
+    """The file of one device; another torch, thread count or format is another file."""
+    key = "\n".join((str(FORMAT), device.type, name, torch.__version__))
+    return cache_root() / f"machine-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def load(path: Path) -> Machine | None:
+    """A stored machine, or None when there is none or the file cannot be trusted."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        found = Machine(**{f.name: stored[f.name] for f in fields(Machine)})
+        sound = all(
+            float(x) > 0 for x in (found.bandwidth, found.cache_bandwidth, found.cache, found.launch, found.rate)
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return found if sound else None
+
+
+def store(machine: Machine, path: Path) -> None:
+    """Write atomically; a folder that cannot be written only costs a measurement in the next process."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(asdict(machine), file, indent=1)
+        os.replace(temporary, path)
+    except OSError:
+        pass
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+def measure(device: torch.device, name: str) -> Machine:
+    """Measure a device; takes 0.3 s on a CPU. Compilers call this with fake tensors in force: they are set aside.
+
+    CPU numbers within the cache are those of one thread, times the threads: on two busy cores a barrier of two threads
+    waits whole time slices, and the best of a hundred short calls was 300 times too slow.
+    """
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), torch.inference_mode():
+        cache = cache_bytes(device)
+        together = _copy_speed(device, LARGE.get(device.type, LARGE["cuda"]))
+        with _one_thread() as threads:
+            cores = threads if device.type == "cpu" else 1
+            small = min(cache // (4 * cores), 16 << 20)
+            return Machine(
+                name=name,
+                device=device.type,
+                bandwidth=max(together, _copy_speed(device, LARGE["cpu"])) if device.type == "cpu" else together,
+                cache_bandwidth=_copy_speed(device, small) * cores,
+                cache=cache,
+                launch=_launch_seconds(device),
+                rate=_operation_rate(device, small) * cores,
+            )
+
+
+@contextmanager
+def _one_thread() -> Iterator[int]:
+    """Run on one thread; gives the number there were before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last cache that is not shared with strangers: L2 of all cores in use on a CPU, L2 of a GPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text(encoding="utf-8").strip()
+        return int(text.removesuffix("K")) * 1024 * torch.get_num_threads()
+    except (OSError, ValueError):
+        return (1 << 20) * torch.get_num_threads()
+
+
+def _copy_speed(device: torch.device, size: int) -> float:
+    source = torch.ones(size // 4, device=device)
+    target = torch.zeros_like(source)
+    return 2 * size / _seconds(lambda: target.copy_(source), device)
+
+
+def _launch_seconds(device: torch.device) -> float:
+    x = torch.ones(8, 4, 4, device=device)
+    return _seconds(lambda: torch.bmm(x, x), device, inner=50)
+
+
+def _operation_rate(device: torch.device, size: int) -> float:
+    matrices = torch.ones(max(size // (4 * 128 * 128), 1), 128, 128, device=device)
+    vectors = torch.ones(matrices.shape[0], 2, 128, device=device)
+    return 2 * 2 * matrices.numel() / _seconds(lambda: torch.bmm(vectors, matrices), device)
+
+
+def _seconds(call: Callable[[], Tensor], device: torch.device, inner: int = 1, budget: float = 0.04) -> float:
+    """The best time of one call within the budget (seconds), after a warm-up: other work only ever adds."""
+    call()
+    _wait(device)
+    best, end = float("inf"), time.perf_counter() + budget
+    while True:
+        start = time.perf_counter()
+        for _ in range(inner):
+            call()
+        _wait(device)
+        now = time.perf_counter()
+        best = min(best, (now - start) / inner)
+        if now > end:
+            return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
