@@ -128,6 +128,21 @@ def result(op: Op) -> Var | None:
     return op.out if isinstance(op, Read | Map) else None
 
 
+def map_op(
+    name: str,
+    fn: str,
+    args: tuple[Var | float | int | bool, ...],
+    lanes: tuple[str, ...],
+    define: Any = Var,
+) -> Map:
+    """A Map whose result has the kind and the lanes that follow from its arguments."""
+    used = [a for a in args if isinstance(a, Var)]
+    kinds = {v.kind for v in used} - {"scalar"}
+    kind = "scalar" if fn in REDUCTIONS or not kinds else kinds.pop()
+    along = {x for v in used for x in v.lanes}
+    return Map(define(name, kind, tuple(x for x in lanes if x in along)), fn, args)
+
+
 # ---------------------------------------------------------------------------------------------- running
 
 T = TypeVar("T")

@@ -57,6 +57,7 @@ class Step(SettleOnly):
             self.settle(args, self.indices)
             accounts = [self._enter(args, s, phase) for s, phase in zip(self.states, self.phases, strict=True)]
             open_accounts = [a for a in accounts if a is not None]
+            runtime.check_aliases([a for a in open_accounts if a.steps == 0])
             if self.original is not None:
                 return check.run(self.original, self.states, self.run, args, open_accounts)
             return self.run(args, open_accounts)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from kvbuffer_compile.errors import IRError
-from kvbuffer_compile.ir import KINDS, REDUCTIONS, Decay, Map, Op, Program, Read, Update, Var, verify
+from kvbuffer_compile.ir import KINDS, Decay, Op, Program, Read, Update, Var, map_op, verify
 
 
 def parse(text: str) -> Program:
@@ -68,18 +67,3 @@ class _Reader:
             return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
         except ValueError:
             raise IRError(f"{text} is neither a variable nor a number") from None
-
-
-def map_op(
-    name: str,
-    fn: str,
-    args: tuple[Var | float | int | bool, ...],
-    lanes: tuple[str, ...],
-    define: Any = Var,
-) -> Map:
-    """A Map whose result has the kind and the lanes that follow from its arguments."""
-    used = [a for a in args if isinstance(a, Var)]
-    kinds = {v.kind for v in used} - {"scalar"}
-    kind = "scalar" if fn in REDUCTIONS or not kinds else kinds.pop()
-    along = {x for v in used for x in v.lanes}
-    return Map(define(name, kind, tuple(x for x in lanes if x in along)), fn, args)

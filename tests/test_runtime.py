@@ -10,9 +10,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from kvbuffer_compile.runtime import materialize, rollback
 from oracle import check
 
-from kvbuffer_compile import composite, materialize, rollback, runtime
+from kvbuffer_compile import composite, runtime
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.guard import GuardedState
 
