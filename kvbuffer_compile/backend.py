@@ -73,7 +73,7 @@ def kvbuffer(
     ours, inductor = _split_options(options)
     patches = dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
     patches.update(inductor)
-    _erase_markers(gm)
+    guard.erase_markers(gm)
     inner = functools.partial(compile_graph, ours=ours)
     # AOTAutogradCache does not know of our inner compile: a hit would hand back a graph that was never rewritten.
     with functorch_config.patch(enable_autograd_cache=False):
@@ -82,14 +82,6 @@ def kvbuffer(
 
 def _split_options(given: dict[str, Any] | None) -> tuple[Options, dict[str, Any]]:
     return options.split(given)
-
-
-def _erase_markers(gm: GraphModule) -> None:
-    """Our runtime settles what a graph reads by itself; the markers are for other backends."""
-    for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target is guard.MARKER:
-            gm.graph.erase_node(node)
-    gm.recompile()
 
 
 def compile_graph(gm: GraphModule, example_inputs: list[Any], *, ours: Options, **kwargs: Any) -> Callable[..., Any]:

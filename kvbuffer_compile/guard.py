@@ -2,8 +2,8 @@
 
 A state keeps its identity and storage; only its Python class changes, to `GuardedState`. Its `__torch_function__` is
 called for every eager operation that touches it or a view made of it. While Dynamo traces, it leaves a
-`kvbuffer::materialize` marker in the graph instead: our backend erases it (our runtime knows what is owed), any other
-backend executes it.
+`state.copy_(kvbuffer::materialized(state))` in the graph instead: our backend erases it (our runtime knows what is
+owed), any other backend executes it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 plain_calls = torch._C.DisableTorchFunctionSubclass  # inside it a GuardedState is an ordinary tensor
 
@@ -41,17 +42,30 @@ def on_touch(callback: Callable[[Tensor, bool], None]) -> None:
     _on_touch = callback
 
 
-def _materialize_op() -> Any:
-    library = torch.library.Library("kvbuffer", "FRAGMENT")
-    library.define("materialize(Tensor(a!) state) -> ()")
-    library.impl("materialize", lambda state: _on_touch(state, False), "CompositeExplicitAutograd")
-    torch.library.register_fake("kvbuffer::materialize", lambda state: None, lib=library)
-    _keep.append(library)
-    return torch.ops.kvbuffer.materialize.default
+def _materialized(state: Tensor) -> Tensor:
+    with plain_calls():
+        _on_touch(state, False)
+        return state.clone()
 
 
-_keep: list[Any] = []
-MARKER = _materialize_op()
+# Functional on purpose: an op that claims to write its argument is given a copy by functionalisation, and would settle
+# that copy instead of the state.
+_LIBRARY = torch.library.Library("kvbuffer", "FRAGMENT")
+_LIBRARY.define("materialized(Tensor state) -> Tensor")
+_LIBRARY.impl("materialized", _materialized, "CompositeExplicitAutograd")
+torch.library.register_fake("kvbuffer::materialized", torch.empty_like, lib=_LIBRARY)
+MARKER = torch.ops.kvbuffer.materialized.default
+
+
+def erase_markers(gm: GraphModule) -> None:
+    """Remove the markers of a captured graph: our runtime settles what a graph reads by itself."""
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op == "call_function" and node.target is MARKER:
+            for user in list(node.users):
+                user.replace_all_uses_with(user.args[0])  # the copy_ returns the state
+                gm.graph.erase_node(user)
+            gm.graph.erase_node(node)
+    gm.recompile()
 
 
 class GuardedState(Tensor):
@@ -68,7 +82,7 @@ class GuardedState(Tensor):
                 if torch.compiler.is_dynamo_compiling() and func not in _METADATA:
                     for a in args:
                         if isinstance(a, GuardedState):
-                            MARKER(a)
+                            a.copy_(MARKER(a))
                 return func(*args, **kwargs)
         with plain_calls():
             if func in _METADATA:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from kvbuffer_compile import composite
@@ -124,6 +125,10 @@ def open_account(owner: Tensor, plan: Plan, phase: int) -> Account:
 
 def guard(owner: Tensor) -> None:
     """Make every later access to this tensor settle first."""
+    # AOTAutograd's one-time check of custom ops gives up on tensor classes it does not know, with an error, whenever
+    # a graph of any backend gets such a tensor.
+    if getattr(torch._functorch.config, "check_custom_op_aliasing", False):
+        torch._functorch.config.check_custom_op_aliasing = False
     if type(owner) in (Tensor, torch.nn.Buffer):
         owner.__class__ = GuardedState
     elif type(owner) is not GuardedState:

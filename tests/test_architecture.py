@@ -37,6 +37,8 @@ LEVELS = {
     "targets": 4,
     "dump": 4,
     "report": 4,
+    "report_html": 4,
+    "report_plot": 4,
     "integrations": 5,
     "backend": 6,
     "explain": 6,

@@ -114,7 +114,7 @@ def test_a_tiny_state_is_declined_with_numbers(target: str) -> None:
     found = choose(lifted(lanes=(1, 4), sizes=(32, 32)), Options(), CPU, target)
     assert isinstance(found, Declined)
     assert (found.node, found.rule, found.source) == ("state", "no-gain", "model.py:7")
-    assert "us a step" in found.reason and "0.01638 MB" in found.reason and "L* =" in found.reason
+    assert " a step" in found.reason and "0.0164 MB" in found.reason and "L* =" in found.reason
 
 
 def test_batch_one_on_a_gpu_is_declined() -> None:
@@ -174,7 +174,7 @@ def test_candidates_are_complete_and_ordered() -> None:
 def test_why_is_one_line_with_formula_and_numbers() -> None:
     why = planned(choose(lifted(), Options(), CPU, "cpp")).why
     assert "\n" not in why
-    assert "L* = sqrt(2*s*K*V/slot) = sqrt(2*4*128*128/1028) = 11.3" in why and "67.11 MB" in why
+    assert "L* = sqrt(2*s*K*V/slot) = sqrt(2*4*128*128/1028) = 11.3" in why and "67.1 MB" in why
 
 
 def test_equal_layers_get_equal_plans_quickly() -> None:
