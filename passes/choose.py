@@ -44,9 +44,10 @@ def explain_choice(
     """The same, with the candidates that were compared."""
     compute = torch.float64 if state_tensor(lifted).dtype == torch.float64 else torch.float32
     rows = row_dtypes(lifted, options, compute)
-    ladder = FLUSHES_TRITON if target == "triton" else FLUSHES
     wanted = () if isinstance(options.flush, str) else (options.flush,)
-    prediction = predict(make_case(lifted, rows, compute, options.capacity, target), machine, (*ladder, *wanted))
+    prediction = predict(
+        make_case(lifted, rows, compute, options.capacity, target), machine, (*_ladder(target), *wanted)
+    )
     chosen = _asked(prediction, wanted[0]) if wanted else _fastest(prediction)
     if chosen is None:
         return _no_gain(lifted, prediction), prediction
@@ -68,6 +69,13 @@ def explain_choice(
     return plan, prediction
 
 
+def predict_plan(lifted: Lifted, plan: Plan, machine: Machine) -> Prediction:
+    """What a plan made earlier is predicted to bring, beside the other candidates."""
+    case = make_case(lifted, plan.row_dtypes, plan.compute, plan.capacity, plan.target)
+    prediction = predict(case, machine, (*_ladder(plan.target), plan.flush))
+    return replace(prediction, chosen=_asked(prediction, plan.flush))
+
+
 def state_tensor(lifted: Lifted) -> Tensor:
     """The fake tensor of the state."""
     value = lifted.state.meta["val"]
@@ -76,6 +84,10 @@ def state_tensor(lifted: Lifted) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ choosing
+
+
+def _ladder(target: str) -> tuple[int, ...]:
+    return FLUSHES_TRITON if target == "triton" else FLUSHES
 
 
 def _asked(prediction: Prediction, flush: int) -> int:
@@ -92,18 +104,23 @@ def _fastest(prediction: Prediction) -> int | None:
 def _why(prediction: Prediction, best: Candidate, asked: bool) -> str:
     verb = f"flush={best.flush} as asked" if asked else f"{best.variant}, L={best.flush}"
     return (
-        f"{prediction.formula}; {verb}: {best.seconds * 1e6:.4g} us a step predicted, Inductor "
-        f"{prediction.plain.seconds * 1e6:.4g} us ({best.gain:.2f}x), state {prediction.state_bytes / 1e6:.4g} MB"
+        f"{prediction.formula}; {verb}: {duration(best.seconds)} a step predicted, Inductor "
+        f"{duration(prediction.plain.seconds)} ({best.gain:.2f}x), state {prediction.state_bytes / 1e6:.3g} MB"
     )
+
+
+def duration(seconds: float) -> str:
+    """A time for people, three digits."""
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
 def _no_gain(lifted: Lifted, prediction: Prediction) -> Declined:
     best = min(prediction.candidates, key=lambda c: c.seconds)
     needed = MIN_GAIN.get(prediction.target, MIN_GAIN_KERNEL)
     reason = (
-        f"no gain predicted: {best.variant} with L={best.flush} would take {best.seconds * 1e6:.4g} us a step "
-        f"({prediction.target}), Inductor {prediction.plain.seconds * 1e6:.4g} us, and {needed:g}x is asked for; "
-        f"the state is {prediction.state_bytes / 1e6:.4g} MB, {prediction.formula}; an integer flush is obeyed"
+        f"{best.variant} with L={best.flush} is predicted to take {duration(best.seconds)} a step "
+        f"({prediction.target}) and Inductor {duration(prediction.plain.seconds)}: {best.gain:.2f}x, {needed:g}x is "
+        f"needed; state {prediction.state_bytes / 1e6:.3g} MB; {prediction.formula}; an integer flush is obeyed"
     )
     return Declined(lifted.state.name, "no-gain", reason, lifted.source)
 
