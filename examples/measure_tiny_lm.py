@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from stdlib_text import Corpus, read_corpus
 from torch import Tensor
-from transformers import Qwen3_5ForCausalLM
+from transformers import GenerationConfig, Qwen3_5ForCausalLM
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 SHORT_CONTEXT, LONG_CONTEXT = 256, 1024  # bytes
@@ -39,7 +40,7 @@ def held_out_loss(model: Qwen3_5ForCausalLM, text: Tensor, context: int) -> floa
     return sum(next_byte_loss(model, part).item() * len(part) for part in parts) / len(windows)
 
 
-def linear_layers(model: Qwen3_5ForCausalLM) -> list[torch.nn.Module]:
+def linear_layers(model: Qwen3_5ForCausalLM) -> list[Qwen3_5GatedDeltaNet]:
     """Return the Gated DeltaNet modules of `model` in layer order."""
     return [layer.linear_attn for layer in model.model.layers if hasattr(layer, "linear_attn")]
 
@@ -77,8 +78,8 @@ def decay_table(decays: list[Tensor]) -> Table:
 def complete(model: Qwen3_5ForCausalLM, prompt: str, new_bytes: int = 120) -> str:
     """Return the greedy continuation of `prompt`, `new_bytes` long."""
     ids = torch.tensor([encode(prompt)])
-    mask = torch.ones_like(ids)
-    output = model.generate(ids, attention_mask=mask, max_new_tokens=new_bytes, do_sample=False)
+    settings = GenerationConfig(max_new_tokens=new_bytes, do_sample=False)
+    output = model.generate(ids, settings, attention_mask=torch.ones_like(ids))  # type: ignore[misc]
     return decode(output[0, ids.shape[1] :].tolist())
 
 
@@ -97,9 +98,7 @@ def report(model: Qwen3_5ForCausalLM, corpus: Corpus, console: Console) -> None:
 
 def main() -> None:
     """Load the checkpoint named on the command line and print its report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, nargs="?", default=CHECKPOINTS / "tiny_lm")
     report(Qwen3_5ForCausalLM.from_pretrained(parser.parse_args().checkpoint), read_corpus(), Console())
 

@@ -38,9 +38,7 @@ def library_files(root: Path) -> list[Path]:
     found = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        skipped = SKIPPED_FOLDERS.intersection(parts) or any(
-            part.startswith(SKIPPED_PREFIXES) for part in parts
-        )
+        skipped = SKIPPED_FOLDERS.intersection(parts) or any(part.startswith(SKIPPED_PREFIXES) for part in parts)
         if not skipped and path.read_bytes().isascii():
             found.append(path)
     return found

@@ -103,7 +103,8 @@ def spread_decays(model: Qwen3_5ForCausalLM) -> None:
 
 def make_optimizer(model: Qwen3_5ForCausalLM) -> torch.optim.AdamW:
     """Return AdamW with weight decay on the matrices only (not on gates, convolutions and norms)."""
-    decayed, plain = [], []
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
     for name, parameter in model.named_parameters():
         (decayed if parameter.ndim >= 2 and "conv1d" not in name else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
@@ -129,9 +130,7 @@ def batches(corpus: Corpus, recipe: Recipe, steps: int, long_steps: int, seed: i
         yield corpus.train[starts + torch.arange(context + 1)]
 
 
-def train_step(
-    model: Qwen3_5ForCausalLM, optimizer: torch.optim.Optimizer, block: Tensor, rate: float
-) -> float:
+def train_step(model: Qwen3_5ForCausalLM, optimizer: torch.optim.Optimizer, block: Tensor, rate: float) -> float:
     """Take one step at learning rate `rate`; return the loss in nats per byte before it."""
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -190,9 +189,7 @@ def save(model: Qwen3_5ForCausalLM, folder: Path) -> None:
 
 def parse_args() -> tuple[Recipe, argparse.Namespace]:
     """Return the recipe and the options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--draft", action="store_true", help="train the small draft model instead of the target")
     option("--steps", type=int, help=f"at {SHORT_CONTEXT} bytes of context ({TARGET.steps})")
