@@ -1,0 +1,173 @@
+"""Owed rows in Triton: folding them into the state, reading through them, storing new ones.
+
+A log keeps each token's decays as they were; what is left of an old row is the product of all later decays. Rows are
+therefore held newest first (age 0, 1, ...), and the products are running products over age of the gates one slot
+later: only products are formed, no ratio and no exp of a sum, so that gates of 0 and 1 and underflow are harmless.
+Slots that are not owed are never loaded: they may hold NaN.
+"""
+
+from __future__ import annotations
+
+from kvbuffer_compile.codegen.schedule import Old
+from kvbuffer_compile.codegen.triton_values import DTYPES, Python, Values, power_of_two
+from kvbuffer_compile.ir import Decay, Kind, Update, Var
+from kvbuffer_compile.plan import Plan
+
+
+class Rows:
+    """Prints the parts of a kernel that deal with the log. `kept` rows are owed to the tile `s` of the state."""
+
+    def __init__(self, out: Python, plan: Plan, values: Values) -> None:
+        self.out, self.plan, self.values = out, plan, values
+        self.events = plan.program.events
+        self.fades: list[Kind] = sorted({e.factor.kind for e in self.events if isinstance(e, Decay)})
+        self.updates = [e for e in self.events if isinstance(e, Update)]
+        self.slots = power_of_two(plan.capacity)
+        self._gates: dict[Kind, str] = {}
+
+    def address(self, v: Var, slot: str, tile: bool) -> str:
+        """Where row `slot` of v is; `slot` is a tensor of slots for a tile [slots(, K or V)]."""
+        at = [f"sequence * row_{v}_{self.plan.program.lanes[0]}"] if self.plan.layout.sequence else []
+        skip = 1 if self.plan.layout.sequence else 0
+        at += [f"at_{lane} * row_{v}_{lane}" for lane in self.plan.program.lanes[skip:] if lane in v.lanes]
+        vector = v.kind != "scalar"
+        at += [f"{slot}{'[:, None]' if tile and vector else ''} * ROW_{v}_SLOT"]
+        at += [f"{v.kind}{'[None, :]' if tile else ''} * ROW_{v}_LAST"] if vector else []
+        return " + ".join([f"row_{v}", *at])
+
+    # ------------------------------------------------------------------------------------------- folding
+
+    def fold(self) -> None:
+        """Replay all owed tokens on `s`, oldest first."""
+        with self.out.block("for t in range(owed)"):
+            loaded: set[Var] = set()
+            for event in self.events:
+                for v in (event.factor,) if isinstance(event, Decay) else (event.left, event.right):
+                    if v not in loaded:
+                        self._stored(v)
+                        loaded.add(v)
+                self._replay(event)
+
+    def _stored(self, v: Var) -> None:
+        mask = self.values.mask(v.kind) if v.kind != "scalar" else ""
+        other = ", other=0.0" if mask else ""
+        self.out.line(f"slot_{v} = tl.load({self.address(v, 't', False)}{mask}{other}).to({self.values.real})")
+
+    def _replay(self, event: Decay | Update) -> None:
+        if isinstance(event, Decay):
+            v = event.factor
+            self.out.line(f"s = s * slot_{v}{'' if v.kind == 'scalar' else self.values.across(v.kind)}")
+            return
+        left = f"slot_{event.left}" + (self.values.across("key") if event.left.kind == "key" else "")
+        right = f"slot_{event.right}" + (self.values.across("value") if event.right.kind == "value" else "")
+        self.out.line(f"s += {left} * {right}")
+
+    # --------------------------------------------------------------------------------------- condensing
+
+    def condense(self) -> None:
+        """S = diag(fade) s + the sum over rows of left right^T: load the kept rows, newest first, and decay them.
+
+        fade, fade_key, fade_value: the product of all kept decays, by kind. left_n, right_n: the rows of update n;
+        what scalar gates leave of them is weight_n. Zero for rows that hold nothing.
+        """
+        self.out.line(f"age = tl.arange(0, {self.slots})")
+        self.out.line("used = age < kept")
+        self.out.line("later = (age > 0) & used")
+        for kind in self.fades:
+            self._fade(kind)
+        after: dict[Kind, str] = {}
+        for event in reversed(self.events):
+            if isinstance(event, Decay):
+                self._within(event.factor, after)
+            else:
+                self._row(self.updates.index(event), event, after)
+
+    def _fade(self, kind: Kind) -> None:
+        """later_<kind>: what the decays of all later slots leave of a row; fade_<kind>: of the state itself."""
+        factors = [e.factor for e in self.events if isinstance(e, Decay) and e.factor.kind == kind]
+        tiles = " * ".join(self._tile(v, "kept - age", "later", 1) for v in factors)
+        self.out.line(f"later_{kind} = tl.cumprod({tiles}, 0)")
+        oldest = " * ".join(self._oldest(v) for v in factors)
+        last = "age == kept - 1" if kind == "scalar" else "(age == kept - 1)[:, None]"
+        some = self._some(kind)
+        self.out.line(f"fade_{kind} = tl.where({some}, tl.sum(tl.where({last}, later_{kind}, 0.0), 0), 1.0)")
+        self.out.line(f"fade_{kind} = fade_{kind} * {oldest}")
+
+    def _oldest(self, v: Var) -> str:
+        """The gate of slot 0, the oldest one; 1 when nothing is owed."""
+        mask = self.values.mask(self._some(v.kind), *([v.kind] if v.kind != "scalar" else []))
+        return f"tl.load({self.address(v, '0', False)}{mask}, other=1.0).to({self.values.real})"
+
+    def _some(self, kind: Kind) -> str:
+        """Whether anything is owed; a tensor for vectors, as the interpreter cannot widen a single truth value."""
+        return "kept > 0" if kind == "scalar" else "(tl.full([1], kept, tl.int32) > 0)"
+
+    def _tile(self, v: Var, slot: str, rows: str, other: int) -> str:
+        """The slots of v, newest first, as a tile [slots(, K or V)]; `other` where the mask `rows` is false."""
+        mask = f"{rows}[:, None]" if v.kind != "scalar" else rows
+        if v.kind != "scalar" and self.values.padded(v.kind):
+            mask += f" & {v.kind}_ok[None, :]"
+        address = self.address(v, f"({slot})", True)
+        return f"tl.load({address}, mask={mask}, other={other}.0).to({self.values.real})"
+
+    def _within(self, v: Var, after: dict[Kind, str]) -> None:
+        """The decays behind the updates that come next in this walk, within their own token."""
+        if not any(isinstance(e, Update) for e in self.events[: self._last(v)]):
+            return
+        name = f"after_{v}_{self._last(v)}"
+        before = f" * {after[v.kind]}" if v.kind in after else ""
+        self.out.line(f"{name} = {self._tile(v, 'kept - 1 - age', 'used', 1)}{before}")
+        after[v.kind] = name
+
+    def _last(self, v: Var) -> int:
+        return max(n for n, e in enumerate(self.events) if isinstance(e, Decay) and e.factor == v)
+
+    def _row(self, n: int, event: Update, after: dict[Kind, str]) -> None:
+        for side, v, kind in (("left", event.left, "key"), ("right", event.right, "value")):
+            tile = self._tile(v, "kept - 1 - age", "used", 0)
+            gates = [after[kind]] if kind in after else []  # type: ignore[index]
+            gates += [f"later_{kind}"] if kind in self.fades else []
+            lift = "[:, None]" if v.kind == "scalar" else ""
+            self.out.line(f"{side}_{n} = " + " * ".join([tile + lift, *gates]))
+        weights = [after["scalar"]] if "scalar" in after else []
+        weights += ["later_scalar"] if "scalar" in self.fades else []
+        if weights:
+            self.out.line(f"weight_{n} = {' * '.join(weights)}")
+
+    # ------------------------------------------------------------------------------------------- reading
+
+    def read(self, read: Old, query: str) -> None:
+        """read.out = the state at the start of the step, read with `query`, a vector like read.x."""
+        out, x, values = self.values.name(read.out), read.x, self.values
+        faded = f"({query} * fade_{x.kind})" if x.kind in self.fades else query
+        free: Kind = read.out.kind
+        text = values.total(f"s * {faded}{values.across(x.kind)}", x.kind, 0 if x.kind == "key" else 1, 2)
+        gates = [f"fade_{k}" for k in ("scalar", free) if k in self.fades]
+        self.out.line(f"{out} = " + " * ".join([text, *gates]))
+        for n in range(len(self.updates)):
+            weight = f" * weight_{n}" if self._weighed(n) else ""
+            self._add(out, query, x.kind, f"left_{n}", f"right_{n}", weight)
+
+    def _weighed(self, n: int) -> bool:
+        behind = self.events[self.events.index(self.updates[n]) :]
+        return "scalar" in self.fades or any(isinstance(e, Decay) and e.factor.kind == "scalar" for e in behind)
+
+    def _add(self, out: str, query: str, kind: Kind, left: str, right: str, weight: str) -> None:
+        """out += what a tile of rows adds to a read."""
+        met, free = (left, right) if kind == "key" else (right, left)
+        dot = self.values.total(f"{met} * {query}[None, :]", kind, 1, 2)
+        self.out.line(f"dot = {dot}{weight}")
+        self.out.line(f"{out} += tl.sum(dot[:, None] * {free}, 0)")
+
+    def read_fresh(self, read: Old, query: str) -> None:
+        """Add to read.out what the tokens of this step have added so far."""
+        for n in range(len(self.updates)):
+            self._add(self.values.name(read.out), query, read.x.kind, f"fresh_left_{n}", f"fresh_right_{n}", "")
+
+    # ------------------------------------------------------------------------------------------- storing
+
+    def store(self, v: Var, slot: str) -> None:
+        """One logged value into a slot. What every tile holds is stored as often as there are tiles that come here."""
+        mask = self.values.mask(v.kind) if v.kind != "scalar" else ""
+        dtype = DTYPES[self.plan.row_dtypes[self.plan.program.logged.index(v)]]
+        self.out.line(f"tl.store({self.address(v, slot, False)}, {self.values.name(v)}.to({dtype}){mask})")

@@ -1,0 +1,163 @@
+"""Values of a program as Triton tensors: names, masks, and the expressions that compute them.
+
+A scalar value is a 0-d tensor, a key a tensor [BLOCK_K], a value a tensor [BLOCK_V]: whole axes rounded up to a
+power of two, or BLOCK elements of the axis that is cut into tiles. What lies beyond the axis is garbage, and is masked
+where it would be summed or stored.
+"""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from kvbuffer_compile import ir
+from kvbuffer_compile.codegen import calls
+from kvbuffer_compile.codegen.schedule import Dot, Step, Widen
+from kvbuffer_compile.codegen.source import Source
+from kvbuffer_compile.errors import EmitError
+from kvbuffer_compile.ir import REDUCTIONS, Kind, Map, Var
+from kvbuffer_compile.plan import Plan
+
+DTYPES = {
+    torch.float32: "tl.float32",
+    torch.float64: "tl.float64",
+    torch.bfloat16: "tl.bfloat16",
+    torch.float16: "tl.float16",
+}
+AXES: tuple[Kind, ...] = ("key", "value")
+
+# Names of the kernel that a value of the same name would hide, and how such names begin.
+TAKEN = frozenset(
+    """tl torch triton libdevice step arrive state cursor tickets tile program lane sequence owed flush kept to t s T
+    BLOCK TILES key value key_ok value_ok age used later fade fade_key fade_value float range ticket last""".split()
+)
+PREFIXES = ("in_", "row_", "out_", "at_", "size_", "state_", "left_", "right_", "later_", "after_", "slot_",
+            "dot_", "query_", "fresh_", "new_", "cursor_", "tickets_", "first_", "gate_", "weight_")  # fmt: skip
+
+
+class Python(Source):
+    """Lines of Python: blocks are opened by a colon, indents are four columns, comments start with `#`."""
+
+    def line(self, text: str = "") -> None:
+        self._lines.append("    " * self._depth + text if text else "")
+
+    def comment(self, text: str) -> None:
+        for part in text.splitlines():
+            self.line(f"# {part}".rstrip())
+
+    @contextmanager
+    def block(self, head: str = "", tail: str = "") -> Iterator[None]:
+        self.line(f"{head}:")
+        self._depth += 1
+        yield
+        self._depth -= 1
+
+
+class Values:
+    """Prints computations on values. `split` is the axis of which a program holds one tile, None for both whole."""
+
+    def __init__(self, out: Python, plan: Plan, split: Kind | None) -> None:
+        self.out, self.plan, self.split = out, plan, split
+        if plan.compute not in (torch.float32, torch.float64):
+            raise EmitError(f"no Triton kernel computes in {plan.compute}\n{plan.program}")
+        self.real = DTYPES[plan.compute]
+
+    def name(self, v: Var) -> str:
+        """The local that holds v."""
+        taken = v.name in TAKEN or v.name.startswith(PREFIXES) or keyword.iskeyword(v.name)
+        return f"{v.name}_v" if taken or v.name.endswith("_v") else v.name
+
+    # ---------------------------------------------------------------------------------------------- axes
+
+    def size(self, kind: Kind) -> int:
+        return self.plan.sizes[AXES.index(kind)]
+
+    def length(self, kind: Kind) -> str:
+        """How many elements of an axis a program holds."""
+        return "BLOCK" if kind == self.split else str(power_of_two(self.size(kind)))
+
+    def padded(self, kind: Kind) -> bool:
+        """Whether some of the elements held may lie beyond the axis."""
+        return self.size(kind) != power_of_two(self.size(kind))
+
+    def axes(self) -> None:
+        """`key` and `value`: the indices that this program holds."""
+        for kind in AXES:
+            start = "tile * BLOCK + " if kind == self.split else ""
+            self.out.line(f"{kind} = ({start}tl.arange(0, {self.length(kind)})).to(tl.int64)")
+            if self.padded(kind):
+                self.out.line(f"{kind}_ok = {kind} < {self.size(kind)}")
+
+    def mask(self, *parts: str | Kind) -> str:
+        """A mask argument that is the conjunction of conditions; axes among them by name, where they need one."""
+        found = [f"{p}_ok" if p in AXES else p for p in parts if p not in AXES or self.padded(p)]  # type: ignore[arg-type]
+        return f", mask={' & '.join(found)}" if found else ""
+
+    def tile_mask(self, rows: str | None = None, live: str | None = None) -> str:
+        """A mask over a tile: [key, value], or [rows, .] when `rows` names a condition along the first axis."""
+        parts = [live] if live else []
+        parts += [f"{rows}[:, None]"] if rows else []
+        if not rows:
+            parts += ["key_ok[:, None]"] if self.padded("key") else []
+            parts += ["value_ok[None, :]"] if self.padded("value") else []
+        return f", mask={' & '.join(parts)}" if parts else ""
+
+    def across(self, kind: Kind) -> str:
+        """The index that lays a vector of this kind along its axis of the state [key, value]."""
+        return "[:, None]" if kind == "key" else "[None, :]"
+
+    def total(self, text: str, kind: Kind, axis: int, dims: int) -> str:
+        """The sum of an expression over an axis, of which garbage is no part."""
+        if self.padded(kind):
+            index = "" if dims == 1 else "[:, None]" if axis == 0 else "[None, :]"
+            text = f"tl.where({kind}_ok{index}, {text}, 0.0)"
+        return f"tl.sum({text}, {axis})"
+
+    def full(self, kind: Kind, number: str) -> str:
+        """A tensor of this kind with all elements equal."""
+        if kind == "scalar":
+            return f"tl.full([], {number}, {self.real})"
+        return f"tl.full([{self.length(kind)}], {number}, {self.real})"
+
+    # ------------------------------------------------------------------------------------------- computing
+
+    def load(self, v: Var) -> None:
+        """An operand of this lane (and of token t in a verify step)."""
+        at = [f"at_{lane} * in_{v}_{lane}" for lane in self.plan.program.lanes if lane in v.lanes]
+        at += [f"t * in_{v}_t"] if self.plan.variant == "verify" else []
+        at += [f"{v.kind} * in_{v}_last"] if v.kind != "scalar" else []
+        masks = self.mask(v.kind) if v.kind != "scalar" else ""
+        other = ", other=0.0" if masks else ""
+        self.out.line(f"{self.name(v)} = tl.load({' + '.join([f'in_{v}', *at])}{masks}{other}).to({self.real})")
+
+    def steps(self, steps: Iterable[Step]) -> None:
+        """Compute steps in order."""
+        for step in steps:
+            self.out.line(f"{self.name(step.out)} = {self._expression(step)}")
+
+    def _expression(self, step: Step) -> str:
+        match step:
+            case Dot(_, left, right):
+                return self.total(f"{self.name(left)} * {self.name(right)}", left.kind, 0, 1)
+            case Widen(out, x):
+                return f"tl.full([{self.length(out.kind)}], 1.0, {self.real}) * {self.name(x)}"
+            case Map(_, fn, _) if fn in REDUCTIONS:
+                return self._reduction(step)
+            case Map(_, fn, args):
+                return calls.triton(fn, [self.name(a) if isinstance(a, Var) else a for a in args])
+
+    def _reduction(self, step: Map) -> str:
+        (x,) = ir.operands(step)
+        text = self.name(x)
+        if self.padded(x.kind):
+            rest = {"aten.amax.default": 'float("-inf")', "aten.amin.default": 'float("inf")'}.get(step.fn, "0.0")
+            text = f"tl.where({x.kind}_ok, {text}, {rest})"
+        return calls.TRITON_REDUCTIONS[step.fn].format(text, 0, f"{self.size(x.kind)}.0")
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
