@@ -1,0 +1,232 @@
+"""Owed rows in C++: gathering them from the log, folding them, adding them to reads, appending the token's own.
+
+A log keeps each token's decays as they were; what is left of an old row is the product of all later decays. Walking
+from the newest slot to the oldest keeps that product in `fade` (scalar decays), `fade_key` and `fade_value`, so
+only products are formed and no slot that is not owed is ever loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvbuffer_compile.codegen.cpp_values import Values
+from kvbuffer_compile.codegen.schedule import Old, steps_for, uses
+from kvbuffer_compile.codegen.source import Source
+from kvbuffer_compile.ir import Decay, Kind, Update, Var
+from kvbuffer_compile.plan import Plan
+
+APPEND = "void append_shared(const Call& call, int64_t lane)"
+
+
+class Rows:
+    """Prints the parts of an item that deal with the log."""
+
+    def __init__(self, out: Source, plan: Plan, values: Values) -> None:
+        self.out, self.plan, self.values = out, plan, values
+        self.fades: list[Kind] = sorted({op.factor.kind for op in plan.program.events if isinstance(op, Decay)})
+        key, value = plan.layout.order[-2:]
+        self.outer: Kind = "value" if key > value else "key"
+
+    # ----------------------------------------------------------------------------------------- gathering
+
+    def gather(self) -> None:
+        """weight, left, right of every owed row, newest first; then, on a flush, the Fold of all of them."""
+        self.out.line("static thread_local Room room;")
+        self.out.line("Real* const weight = room.weight;")
+        self.out.line("const Real **left = room.left, **right = room.right;")
+        self.out.line("int64_t rows = 0;")
+        self._fades(declare=True)
+        with self.out.block("for (int64_t slot = count - 1; slot >= 0; --slot)"):
+            for event in reversed(self.plan.program.events):
+                self.out.comment(f"{type(event).__name__.lower()} {', '.join(map(str, uses_of(event)))}")
+                self._update(event) if isinstance(event, Update) else self._decay(event)
+        self._fold()
+
+    def _fades(self, declare: bool) -> None:
+        for kind in self.fades:
+            name = fade_name(kind)
+            if kind == "scalar":
+                self.out.line(f"{'Real ' if declare else ''}fade = 1;")
+            else:
+                if declare:
+                    self.values.array(name, kind)
+                self.values.each(kind, f"{name}[i] = 1;")
+
+    def _update(self, event: Update) -> None:
+        self.out.line(f"weight[rows] = {'fade' if 'scalar' in self.fades else 'Real(1)'};")
+        self._side("left", event.left, "key")
+        self._side("right", event.right, "value")
+        self.out.line("++rows;")
+
+    def _side(self, side: str, v: Var, kind: Kind) -> None:
+        """One side of a row: in place if it can be used as it is, else a copy in `room`."""
+        copy = f"room.{side}_copy + rows * {'K' if kind == 'key' else 'V'}"
+        fade = f" * fade_{kind}[i]" if kind in self.fades else ""
+        with self.out.block():
+            if v.kind == "scalar":
+                self.out.line(f"Real* const copy = {copy};")
+                self.out.line(f"const Real x = {self._stored_number(v)};")
+                self.values.each(kind, f"copy[i] = x{fade};")
+                self.out.line(f"{side}[rows] = copy;")
+            elif fade:
+                self.out.line(f"Real* const copy = {copy};")
+                self.out.line(f"const Real* const x = {self._stored(v, 'copy')};")
+                self.values.each(kind, f"copy[i] = x[i]{fade};")
+                self.out.line(f"{side}[rows] = copy;")
+            else:
+                self.out.line(f"{side}[rows] = {self._stored(v, copy)};")
+
+    def _decay(self, event: Decay) -> None:
+        v = event.factor
+        if v.kind == "scalar":
+            self.out.line(f"fade *= {self._stored_number(v)};")
+            return
+        with self.out.block():
+            self.values.array("copy", v.kind)
+            self.out.line(f"const Real* const x = {self._stored(v, 'copy')};")
+            self.values.each(v.kind, f"fade_{v.kind}[i] *= x[i];")
+
+    def _address(self, v: Var, slot: str = "slot") -> str:
+        row = f"call.row_{v}"
+        start = f" + first * {row}.last" if v.kind != "scalar" and v.kind == self.values.split else ""
+        return f"static_cast<Row_{v}*>({row}.data) + {row}.at(at) + {slot} * {row}.slot{start}"
+
+    def _stored(self, v: Var, room: str) -> str:
+        return f"fetch({room}, {self._address(v)}, call.row_{v}.last, {self.values.length(v.kind)})"
+
+    def _stored_number(self, v: Var) -> str:
+        return f"Real(widen(*({self._address(v)})))"
+
+    # ------------------------------------------------------------------------------------------ folding
+
+    def _fold(self) -> None:
+        """On a flush all rows become one Fold, and from then on nothing is owed."""
+        inner: Kind = "key" if self.outer == "value" else "value"
+        self.out.line("Fold fold;")
+        if self.fades:
+            self.values.array("keep_row", self.outer)
+        if inner in self.fades:
+            self.values.array("keep_column", inner)
+        with self.out.block("if (flush)"):
+            self._keep(inner)
+            self._pack(inner)
+            self.out.line("rows = 0;")
+            self._fades(declare=False)
+
+    def _keep(self, inner: Kind) -> None:
+        parts = [fade_name(k) + ("" if k == "scalar" else "[i]") for k in self.fades if k != inner]
+        if parts:
+            self.values.each(self.outer, f"keep_row[i] = {' * '.join(parts)};")
+            self.out.line("fold.keep_row = keep_row;")
+        if inner in self.fades:
+            self.values.each(inner, f"keep_column[i] = {fade_name(inner)}[i];")
+            self.out.line("fold.keep_column = keep_column;")
+
+    def _pack(self, inner: Kind) -> None:
+        sides = {"key": ("left", "K"), "value": ("right", "V")}
+        with self.out.block("for (int64_t m = 0; m < rows; ++m)"):
+            for kind, name in ((self.outer, "outer"), (inner, "inner")):
+                side, full = sides[kind]
+                weight = "weight[m] * " if kind == self.outer else ""
+                self.values.each(kind, f"room.{name}[m * {full} + i] = {weight}{side}[m][i];")
+        self.out.line(f"fold.count = rows, fold.left = room.outer, fold.left_stride = {sides[self.outer][1]};")
+        self.out.line(f"fold.right = room.inner, fold.right_stride = {sides[inner][1]};")
+
+    # ------------------------------------------------------------------------------------------ reading
+
+    def faded_queries(self, reads: Sequence[Old]) -> dict[Var, str]:
+        """Queries times the owed decays of their own axis, for reads of the base."""
+        names: dict[Var, str] = {}
+        for x in dict.fromkeys(r.x for r in reads):
+            if x.kind in self.fades:
+                names[x] = f"{self.values.name(x)}_on_base"
+                self.values.array(names[x], x.kind)
+                self.values.each(x.kind, f"{names[x]}[i] = {self.values.name(x)}[i] * fade_{x.kind}[i];")
+        return names
+
+    def add(self, reads: Sequence[Old]) -> None:
+        """What owed decays leave of the base's part, plus the owed rows' part."""
+        orders: tuple[tuple[Kind, str, str], ...] = (("key", "left", "right"), ("value", "right", "left"))
+        for kind, met, free in orders:
+            group = [r for r in reads if r.x.kind == kind]
+            if not group:
+                continue
+            out: Kind = group[0].out.kind
+            parts = ["fade"] if "scalar" in self.fades else []
+            parts += [f"fade_{out}[i]"] if out in self.fades else []
+            if parts:
+                self._scale([self.values.name(r.out) for r in group], out, " * ".join(parts))
+            xs = ", ".join(self.values.name(r.x) for r in group)
+            ys = ", ".join(self.values.name(r.out) for r in group)
+            met_size, free_size = self.values.length(kind), self.values.length(out)
+            self.out.line(
+                f"read_rows<{len(group)}>(rows, weight, {met}, {met_size}, {free}, {free_size}, {{{xs}}}, {{{ys}}});"
+            )
+
+    def _scale(self, names: Sequence[str], kind: Kind, factor: str) -> None:
+        with self.out.block(f"for (int64_t i = 0; i < {self.values.length(kind)}; ++i)"):
+            for name in names:
+                self.out.line(f"{name}[i] *= {factor};")
+
+    # ---------------------------------------------------------------------------------------- appending
+
+    def append_all(self, split: Kind | None) -> None:
+        """Store the token's logged values in its slot. Rows that other items read wait until after a flush."""
+        self.out.line("const int64_t to = flush ? 0 : count;")
+        for v in self.plan.program.logged:
+            guard = "" if owned(self.plan, v, split) else f"if (!flush && {self._first(v)}) "
+            self._append(v, guard, "to")
+
+    def _first(self, v: Var) -> str:
+        """Whether this item stands for all those that share the row."""
+        lanes = enumerate(self.plan.program.lanes)
+        tests = [f"at[{n}] == 0" for n, lane in lanes if lane not in v.lanes and not self._cursor_lane(n)]
+        if self.values.split not in (None, v.kind):
+            tests.append("first == 0")
+        return " && ".join(tests) or "true"
+
+    def _cursor_lane(self, n: int) -> bool:
+        return n == 0 and self.plan.layout.sequence
+
+    def _append(self, v: Var, guard: str, slot: str) -> None:
+        if v.kind == "scalar":
+            self.out.line(f"{guard}*({self._address(v, slot)}) = narrow<Row_{v}>({self.values.name(v)});")
+        else:
+            self.out.line(
+                f"{guard}store({self._address(v, slot)}, {self.values.name(v)}, call.row_{v}.last, "
+                f"{self.values.length(v.kind)});"
+            )
+
+    def emit_append_shared(self) -> None:
+        """`append_shared`: after a flush, once no item reads the old rows any more, the rows that items share."""
+        shared = [v for v in self.plan.program.logged if not owned(self.plan, v, self.values.split)]
+        self.out.comment("After a flush: the new rows that several items read the old ones of.")
+        values = Values(self.out, None)
+        rows = Rows(self.out, self.plan, values)
+        with self.out.block(APPEND):
+            self.out.line("int64_t at[AXES];")
+            self.out.line("call.split_lane(lane, at);")
+            sequence = "at[0]" if self.plan.layout.sequence else "0"
+            self.out.line(f"if (!call.flushes({sequence})) return;")
+            steps = steps_for(self.plan.program, shared)
+            used = set(shared) | {x for step in steps for x in uses(step)}
+            for v in self.plan.program.inputs:
+                if v in used:
+                    values.load(v)
+            values.steps(steps)
+            for v in shared:
+                rows._append(v, f"if ({rows._first(v)}) ", "0")
+
+
+def owned(plan: Plan, v: Var, split: Kind | None) -> bool:
+    """Whether the rows of a logged value are read by the item that writes them and by no other."""
+    lanes = set(plan.program.lanes) - ({plan.program.lanes[0]} if plan.layout.sequence else set())
+    return lanes <= set(v.lanes) and split in (None, v.kind)
+
+
+def uses_of(event: Decay | Update) -> tuple[Var, ...]:
+    return (event.factor,) if isinstance(event, Decay) else (event.left, event.right)
+
+
+def fade_name(kind: Kind) -> str:
+    return "fade" if kind == "scalar" else f"fade_{kind}"
