@@ -8,7 +8,7 @@ from math import prod
 
 from kvbuffer_compile.codegen.launch import Config
 from kvbuffer_compile.codegen.triton_tickets import Tickets
-from kvbuffer_compile.codegen.triton_values import Python, Values
+from kvbuffer_compile.codegen.triton_values import Python, Values, power_of_two
 from kvbuffer_compile.ir import Kind, Var
 from kvbuffer_compile.plan import Plan
 
@@ -114,6 +114,8 @@ class Launcher:
             self._canonical()
             self._outputs()
             split = self.values.split
+            if split:
+                self.out.line(f"block = min(block, {power_of_two(self.values.size(split))})")
             self.out.line(f"tiles = {f'triton.cdiv({self.values.size(split)}, block)' if split else '1'}")
             self.out.line("programs = lanes.numel() * tiles")
             with self.out.block("if programs"):
@@ -168,12 +170,12 @@ class Launcher:
         tokens = ""
         if self.plan.variant == "verify":
             self.out.line(f"tokens = max(x.shape[{self.plan.layout.lanes}] for x in operands)")
-            tokens = ", tokens"
+            tokens = " tokens,"
         real = _short(self.plan.compute)
-        with_tail = {"scalar": "", "key": f", {self.plan.sizes[0]}", "value": f", {self.plan.sizes[1]}"}
+        tails = {"scalar": "", "key": f" {self.plan.sizes[0]},", "value": f" {self.plan.sizes[1]},"}
         self.out.line("outputs = [")
         for v in self.plan.program.outputs:
-            shape = f"(*lanes{tokens}{with_tail[v.kind]})"
+            shape = f"(*lanes,{tokens}{tails[v.kind]})".replace(",)", ")" if tokens or tails[v.kind] else ",)")
             self.out.line(f"    torch.empty({shape}, dtype=torch.{real}, device=state.device),")
         self.out.line("]")
 

@@ -15,15 +15,17 @@ from kvbuffer_compile.plan import Plan
 
 
 class Rows:
-    """Prints the parts of a kernel that deal with the log. `kept` rows are owed to the tile `s` of the state."""
+    """Prints the parts of a kernel that deal with the log. `kept` rows are owed to the tile `s` of the state.
+
+    fades: kinds of decays there are. updates: where among the events the updates are.
+    """
 
     def __init__(self, out: Python, plan: Plan, values: Values) -> None:
         self.out, self.plan, self.values = out, plan, values
         self.events = plan.program.events
         self.fades: list[Kind] = sorted({e.factor.kind for e in self.events if isinstance(e, Decay)})
-        self.updates = [e for e in self.events if isinstance(e, Update)]
+        self.updates = [n for n, e in enumerate(self.events) if isinstance(e, Update)]
         self.slots = power_of_two(plan.capacity)
-        self._gates: dict[Kind, str] = {}
 
     def address(self, v: Var, slot: str, tile: bool) -> str:
         """Where row `slot` of v is; `slot` is a tensor of slots for a tile [slots(, K or V)]."""
@@ -76,11 +78,11 @@ class Rows:
         for kind in self.fades:
             self._fade(kind)
         after: dict[Kind, str] = {}
-        for event in reversed(self.events):
-            if isinstance(event, Decay):
-                self._within(event.factor, after)
-            else:
-                self._row(self.updates.index(event), event, after)
+        for place, event in reversed(list(enumerate(self.events))):
+            if isinstance(event, Update):
+                self._row(self.updates.index(place), event, after)
+            elif any(n < place for n in self.updates):
+                self._within(place, event.factor, after)
 
     def _fade(self, kind: Kind) -> None:
         """later_<kind>: what the decays of all later slots leave of a row; fade_<kind>: of the state itself."""
@@ -110,17 +112,11 @@ class Rows:
         address = self.address(v, f"({slot})", True)
         return f"tl.load({address}, mask={mask}, other={other}.0).to({self.values.real})"
 
-    def _within(self, v: Var, after: dict[Kind, str]) -> None:
+    def _within(self, place: int, v: Var, after: dict[Kind, str]) -> None:
         """The decays behind the updates that come next in this walk, within their own token."""
-        if not any(isinstance(e, Update) for e in self.events[: self._last(v)]):
-            return
-        name = f"after_{v}_{self._last(v)}"
         before = f" * {after[v.kind]}" if v.kind in after else ""
-        self.out.line(f"{name} = {self._tile(v, 'kept - 1 - age', 'used', 1)}{before}")
-        after[v.kind] = name
-
-    def _last(self, v: Var) -> int:
-        return max(n for n, e in enumerate(self.events) if isinstance(e, Decay) and e.factor == v)
+        after[v.kind] = f"after_{place}"
+        self.out.line(f"after_{place} = {self._tile(v, 'kept - 1 - age', 'used', 1)}{before}")
 
     def _row(self, n: int, event: Update, after: dict[Kind, str]) -> None:
         for side, v, kind in (("left", event.left, "key"), ("right", event.right, "value")):
@@ -130,8 +126,8 @@ class Rows:
             lift = "[:, None]" if v.kind == "scalar" else ""
             self.out.line(f"{side}_{n} = " + " * ".join([tile + lift, *gates]))
         weights = [after["scalar"]] if "scalar" in after else []
-        weights += ["later_scalar"] if "scalar" in self.fades else []
-        if weights:
+        if "scalar" in self.fades:
+            weights += ["later_scalar"]
             self.out.line(f"weight_{n} = {' * '.join(weights)}")
 
     # ------------------------------------------------------------------------------------------- reading
@@ -145,12 +141,8 @@ class Rows:
         gates = [f"fade_{k}" for k in ("scalar", free) if k in self.fades]
         self.out.line(f"{out} = " + " * ".join([text, *gates]))
         for n in range(len(self.updates)):
-            weight = f" * weight_{n}" if self._weighed(n) else ""
+            weight = f" * weight_{n}" if "scalar" in self.fades else ""
             self._add(out, query, x.kind, f"left_{n}", f"right_{n}", weight)
-
-    def _weighed(self, n: int) -> bool:
-        behind = self.events[self.events.index(self.updates[n]) :]
-        return "scalar" in self.fades or any(isinstance(e, Decay) and e.factor.kind == "scalar" for e in behind)
 
     def _add(self, out: str, query: str, kind: Kind, left: str, right: str, weight: str) -> None:
         """out += what a tile of rows adds to a read."""

@@ -1,0 +1,162 @@
+"""Compile a generated Triton kernel ahead of time, for any GPU, on a machine that has none.
+
+What comes back are the numbers that decide whether a kernel can be fast at all: registers, spills and shared memory.
+The kernel is compiled for exactly the arguments that its launcher would pass.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from kvbuffer_compile.codegen import triton as emitter
+from kvbuffer_compile.codegen.launch import Config
+from kvbuffer_compile.codegen.triton_load import load
+from kvbuffer_compile.errors import EmitError
+from kvbuffer_compile.ir import Var
+from kvbuffer_compile.plan import Plan
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
+           "gfx942": ("hip", "gfx942", 64)}  # fmt: skip
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+         torch.int32: "*i32"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Usage:
+    """registers: of a thread. spills: bytes (NVIDIA) or registers (AMD) that did not fit. shared: bytes of a program.
+
+    seconds: how long it took to compile.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    seconds: float
+
+
+def usage(plan: Plan, target: str, lanes: tuple[int, ...], tokens: int = 1, config: Config | None = None) -> Usage:
+    """Compile the plan's kernel for a target of TARGETS. lanes: sizes of the state's lanes; tokens: of a verify step."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module = load(emitter.emit(plan, config))
+    kernel = module.step
+    values, options = launched(module, plan, lanes, tokens)
+    signature, constants, attributes = _signature(kernel.arg_names, values)
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    before = triton.knobs.compilation.always_compile
+    triton.knobs.compilation.always_compile = True
+    try:
+        started = time.perf_counter()
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+        seconds = time.perf_counter() - started
+    finally:
+        triton.knobs.compilation.always_compile = before
+    read = _nvidia if TARGETS[target][0] == "cuda" else _amd
+    registers, spills = read(compiled, TARGETS[target][1])
+    return Usage(registers, spills, compiled.metadata.shared, seconds)
+
+
+def launched(
+    module: ModuleType, plan: Plan, lanes: tuple[int, ...], tokens: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the launcher passes to the kernel: its arguments, and its options."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: object) -> Any:
+            return lambda *args, **options: calls.append((args, options))
+
+    kernel, vars(module)["step"] = module.step, Recorder()
+    try:
+        module.launch(*_example(plan, lanes, tokens))
+    finally:
+        vars(module)["step"] = kernel
+    return calls[0]
+
+
+def _example(plan: Plan, lanes: tuple[int, ...], tokens: int) -> tuple[Any, ...]:
+    """Tensors without memory in the shapes of the calling convention, all contiguous."""
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def operand(v: Var) -> torch.Tensor:
+        sizes = tuple(n if lane in v.lanes else 1 for lane, n in zip(plan.program.lanes, lanes, strict=True))
+        tail = {"scalar": (), "key": plan.sizes[:1], "value": plan.sizes[1:]}[v.kind]
+        return empty((*sizes, *((tokens,) if plan.variant == "verify" else ()), *tail), plan.compute)
+
+    sequences = plan.sequences(lanes)
+    logged = zip(plan.program.logged, plan.row_dtypes, strict=True)
+    return (
+        empty(_state_shape(plan, lanes), plan.state_dtype),
+        empty((4, sequences), torch.int32),
+        empty((sequences, 1024), torch.int32),
+        [empty(plan.row_shape(v, lanes), dtype) for v, dtype in logged],
+        [operand(v) for v in plan.program.inputs],
+    )
+
+
+def _state_shape(plan: Plan, lanes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a state tensor whose lanes have these sizes."""
+    sizes = dict(zip(plan.layout.order, (*lanes, *plan.sizes), strict=True))
+    shape, part = [], 0
+    for parts in plan.layout.dims:
+        total = 1
+        for _ in parts:
+            total, part = total * sizes[part], part + 1
+        shape.append(total)
+    return tuple(shape)
+
+
+def _signature(names: list[str], values: tuple[Any, ...]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """The types, constants and known multiples of 16 among the arguments, as a launch would specialise them."""
+    signature, constants, attributes = {}, {}, {}
+    for n, (name, value) in enumerate(zip(names, values, strict=True)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[(n,)] = [["tt.divisibility", 16]]
+        elif value == 1 or name.isupper() or name.startswith(("ROW_", "STATE_")):
+            signature[name] = "constexpr"
+            constants[(n,)] = value
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            attributes.update({(n,): [["tt.divisibility", 16]]} if value % 16 == 0 else {})
+    return signature, constants, attributes
+
+
+def _nvidia(compiled: Any, arch: int) -> tuple[int, int]:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    text = compiled.asm["ptx"]
+    found = re.search(r"\.target (\w+)", text)
+    assert found
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(text, encoding="utf-8")
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={found[1]}", str(ptx), "-o", f"{ptx}.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    if registers is None:
+        raise EmitError(f"ptxas says nothing about registers: {done.stderr[-2000:]}")
+    return int(registers[1]), sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
+
+
+def _amd(compiled: Any, arch: str) -> tuple[int, int]:
+    text = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(found[1]) if found else 0
+
+    return number("vgpr_count"), number("vgpr_spill_count") + number("sgpr_spill_count")
