@@ -24,8 +24,12 @@ from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir import Var
 from kvbuffer_compile.plan import Plan
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
-           "gfx942": ("hip", "gfx942", 64)}  # fmt: skip
+TARGETS: dict[str, tuple[Any, ...]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
          torch.int32: "*i32"}  # fmt: skip
 
@@ -44,7 +48,7 @@ class Usage:
 
 
 def usage(plan: Plan, target: str, lanes: tuple[int, ...], tokens: int = 1, config: Config | None = None) -> Usage:
-    """Compile the plan's kernel for a target of TARGETS. lanes: sizes of the state's lanes; tokens: of a verify step."""
+    """Compile the plan's kernel for a target of TARGETS. lanes: sizes of the state's lanes; tokens: of a verify."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -5,13 +5,13 @@ A program costs the interpreter 10 to 40 ms, so shapes are as small as can be.
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from programs import NAMED, random_programs
 from torch import Tensor
 
-import oracle
 from kvbuffer_compile import composite
 from kvbuffer_compile.codegen import aot, triton
 from kvbuffer_compile.codegen.launch import configure
