@@ -1,3 +1,24 @@
 """Buffered decoding for any model with linear attention: torch.compile(model, backend="kvbuffer")."""
 
+from kvbuffer_compile.backend import kvbuffer
+from kvbuffer_compile.errors import Declined, DeclinedError, EmitError, IRError, StateError
+from kvbuffer_compile.explain import explain
+from kvbuffer_compile.options import Options
+from kvbuffer_compile.report import Report, StateReport
+from kvbuffer_compile.runtime import materialize, rollback
+
 __version__ = "0.1.0"
+__all__ = [
+    "Declined",
+    "DeclinedError",
+    "EmitError",
+    "IRError",
+    "Options",
+    "Report",
+    "StateError",
+    "StateReport",
+    "explain",
+    "kvbuffer",
+    "materialize",
+    "rollback",
+]

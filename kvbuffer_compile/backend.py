@@ -141,9 +141,16 @@ def _inner_compiler(ours: Options) -> Callable[..., Any]:
 
         return compile_fx_inner
     if ours.inner == "eager":
-        return lambda gm, inputs, **kwargs: torch._functorch.aot_autograd.make_boxed_func(gm.forward)
+        return lambda gm, inputs, **kwargs: _boxed(_without_fakes(gm).forward)
     given = ours.inner
     return lambda gm, inputs, **kwargs: _boxed(given(gm, inputs))  # type: ignore[operator]
+
+
+def _without_fakes(gm: GraphModule) -> GraphModule:
+    """Forget the fake tensors of a graph that will only be run: views among them outlive their bases at exit."""
+    for node in gm.graph.nodes:
+        node.meta.pop("val", None)
+    return gm
 
 
 def _boxed(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from kvbuffer_compile import options as option_module
 from kvbuffer_compile.backend import GraphRecord, kvbuffer, observers
+from kvbuffer_compile.options import Options, split
 from kvbuffer_compile.report import Report, StateReport, state_report
 
 
@@ -24,29 +24,36 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
     ValueError for an unknown option.
     """
     given = {**(options or {}), "inner": "eager"}
-    option_module.split(given)  # bad options are reported before anything runs
+    ours, _ = split(given)  # bad options are reported before anything runs
     call_args, call_kwargs = _copied((args, kwargs))
-    records: list[GraphRecord] = []
+    findings = Findings(ours)
 
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return kvbuffer(gm, inputs, options=given)  # a backend of its own: Dynamo does not reuse graphs compiled before
 
-    with _listening(records), _restored(fn), torch.no_grad():
+    with _listening(findings.add), _restored(fn), torch.no_grad():
         torch.compile(fn, backend=backend)(*call_args, **call_kwargs)
-    return report_of(records, dict(options or {}))
+    return findings.report(dict(options or {}))
 
 
-def report_of(records: list[GraphRecord], options: dict[str, Any]) -> Report:
-    """The report of what the backend decided on a number of graphs."""
-    states: list[StateReport] = []
-    hidden = 0
-    for record in records:
-        states += [state_report(lifted, plan) for lifted, plan in record.states]
-        for refused in record.refused:
-            hidden += refused.hopeless
-            if not refused.hopeless:
-                states.append(state_report(refused.state, refused.why))
-    return Report(tuple(states), hidden, len(records), options)
+class Findings:
+    """Collects what the backend decides, graph by graph, while the graphs still carry their fake tensors."""
+
+    def __init__(self, ours: Options) -> None:
+        self.ours = ours
+        self.states: list[StateReport] = []
+        self.hidden = 0
+        self.graphs = 0
+
+    def add(self, record: GraphRecord) -> None:
+        self.graphs += 1
+        self.states += [state_report(lifted, plan, self.ours) for lifted, plan in record.states]
+        self.states += [state_report(r.state, r.why) for r in record.refused if not r.hopeless]
+        self.hidden += sum(r.hopeless for r in record.refused)
+
+    def report(self, options: dict[str, Any]) -> Report:
+        """Everything so far; options as the user gave them."""
+        return Report(tuple(self.states), self.hidden, self.graphs, options)
 
 
 def _copied(values: Any) -> Any:
@@ -67,12 +74,12 @@ def _copied(values: Any) -> Any:
 
 
 @contextmanager
-def _listening(records: list[GraphRecord]) -> Iterator[None]:
-    observers.listeners.append(records.append)
+def _listening(listener: Callable[[GraphRecord], None]) -> Iterator[None]:
+    observers.listeners.append(listener)
     try:
         yield
     finally:
-        observers.listeners.remove(records.append)
+        observers.listeners.remove(listener)
 
 
 @contextmanager

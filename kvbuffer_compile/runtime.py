@@ -7,6 +7,7 @@ rows into the state. Everything that reads a state elsewhere settles first (guar
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -36,7 +37,6 @@ class Account:
         self.plan = plan
         self.phase = phase
         self.state = _alias(owner)
-        self.inference = self.state.is_inference()
         key = id(owner)
         self.owner = weakref.ref(owner, lambda _: _owner_died(key))
         self.base = owner._base if owner._is_view() else None
@@ -68,7 +68,7 @@ class Account:
         """Fold every owed row into the state."""
         if self.dirty:
             self.dirty = False
-            with torch.inference_mode(self.inference), torch.no_grad(), plain_calls():
+            with torch.inference_mode(False), torch.no_grad(), plain_calls():
                 composite.flush(self.plan, self.state, self.cursor, self.rows, self.cursor[0] > 0)
                 self.cursor[1].fill_(self.phase)
 
@@ -87,8 +87,10 @@ class Account:
 
 
 def _alias(owner: Tensor) -> Tensor:
-    plain = owner if type(owner) is Tensor else owner.as_subclass(Tensor)
-    return plain.detach()
+    """An ordinary tensor on the same memory; not a view, which would keep its base, the owner, alive."""
+    with torch.inference_mode(False), torch.no_grad():
+        alias = torch.empty(0, dtype=owner.dtype, device=owner.device)
+        return alias.set_(owner.untyped_storage(), owner.storage_offset(), owner.shape, owner.stride())
 
 
 def _allocate(state: Tensor, plan: Plan) -> tuple[Tensor, list[Tensor]]:
@@ -167,14 +169,14 @@ def _forget_storage(account: Account) -> None:
 
 
 def _owner_died(key: int) -> None:
-    """The user's tensor is gone: free its rows, folding them in first if its storage lives on in another tensor."""
+    """The user's tensor is going: free its rows, folding them in first if its storage lives on in another tensor."""
     account = _accounts.pop(key, None)
-    if account is None:
+    if account is None or sys.is_finalizing():
         return
     handle = account.state.untyped_storage()
-    if torch._C._storage_Use_Count(handle._cdata) <= 2:  # type: ignore[attr-defined]  # our alias and this handle
-        account.dirty = False
-    account.settle()
+    ours = 3 + (account.base is not None)  # the dying owner, our alias, this handle, and the tensor it was a view of
+    if torch._C._storage_Use_Count(handle._cdata) > ours:  # type: ignore[attr-defined]
+        account.settle()
     _forget_storage(account)
 
 

@@ -18,9 +18,8 @@ from kvbuffer_compile.runtime import Account
 class SettleOnly:
     """A graph that was not rewritten: states it is given are settled first and passed as plain tensors."""
 
-    _boxed_call = True
-
     def __init__(self, compiled: Callable[..., Any]) -> None:
+        self._boxed_call = True  # on the instance: wrappers copy __dict__, not the class
         self.compiled = compiled
         self.tensors: list[int] | None = None  # inputs that can be states
 

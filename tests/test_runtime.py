@@ -6,14 +6,16 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from kvbuffer_compile.runtime import materialize, rollback
 from oracle import check
 
-from kvbuffer_compile import composite, runtime
+from kvbuffer_compile import composite, materialize, rollback, runtime
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.guard import GuardedState
 
@@ -230,6 +232,35 @@ def test_rows_are_freed_with_the_state():
     del p
     gc.collect()
     assert len(runtime._accounts) < before
+
+
+def test_rows_of_a_dead_state_are_folded_in_only_if_its_memory_lives_on(monkeypatch):
+    flushed = []
+    right = composite.flush
+    monkeypatch.setattr(composite, "flush", lambda *args: (flushed.append(1), right(*args)))
+    p = Pair()
+    p.run(2)
+    flushed.clear()
+    del p.state
+    gc.collect()
+    assert not flushed
+    p = Pair()
+    p.run(2)
+    view = p.state[:]
+    p.check(view + 0)
+    p.run(2)
+    flushed.clear()
+    del p.state
+    gc.collect()
+    assert flushed
+    p.check(view)
+
+
+def test_a_process_may_end_with_rows_owed():
+    """At exit states go in any order, and torch may be half gone."""
+    code = "import test_runtime as t; p = t.Pair(); p.me = p; p.run(3); t.B"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_new_state_at_the_same_address_owes_nothing():

@@ -1,0 +1,109 @@
+"""What the command line runs: a decode step from a Python file or from a checkpoint of Hugging Face transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+Factory = Callable[[], Call]  # a fresh function with fresh arguments, the same numbers every time
+
+FORMS = "file.py:function, where function() returns (fn, args), or the folder of a transformers checkpoint"
+PROMPT = 8  # tokens of the prefill before the decode step
+
+
+def load(spec: str, batch: int = 1) -> Factory:
+    """The workload that a SPEC names. batch: sequences, for a checkpoint.
+
+    ValueError naming SPEC for anything that is not one of FORMS.
+    """
+    path, _, name = spec.rpartition(":")
+    if path.endswith(".py"):
+        return _seeded(_from_file(Path(path), name, spec))
+    if Path(spec).is_dir():
+        return _seeded(_from_checkpoint(Path(spec), batch, spec))
+    raise ValueError(f"SPEC {spec!r} is not allowed: it must be {FORMS}")
+
+
+def _seeded(factory: Factory) -> Factory:
+    def fresh() -> Call:
+        torch.manual_seed(0)
+        return factory()
+
+    return fresh
+
+
+def _from_file(path: Path, name: str, spec: str) -> Factory:
+    if not path.is_file():
+        raise ValueError(f"SPEC {spec!r}: there is no file {path}")
+    function = getattr(_module(path, spec), name, None)
+    if not callable(function):
+        raise ValueError(f"SPEC {spec!r}: {path} has no function {name!r}")
+
+    def factory() -> Call:
+        made = function()
+        if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], tuple | list)):
+            raise ValueError(f"SPEC {spec!r}: {name}() must return (fn, args), a callable and a tuple")
+        return made[0], tuple(made[1])
+
+    return factory
+
+
+def _module(path: Path, spec: str) -> Any:
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[path.stem] = module  # dataclasses and pickle look there
+    sys.path.insert(0, str(path.parent.resolve()))  # as if the file were run as a script
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"SPEC {spec!r}: {path} cannot be imported: {error!r}") from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _from_checkpoint(folder: Path, batch: int, spec: str) -> Factory:
+    """One decode step after a short prompt, on a cache of its own. The model is loaded once."""
+    model = _model(folder, spec)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+
+    def decode(token: Tensor, cache: Any) -> Tensor:
+        logits = model(input_ids=token, use_cache=True, **{keyword: cache}).logits
+        assert isinstance(logits, Tensor)
+        return logits
+
+    def factory() -> Call:
+        prompt = torch.randint(vocabulary, (batch, PROMPT), device=model.device)
+        with torch.no_grad():
+            out = model(input_ids=prompt, use_cache=True)
+        return decode, (prompt[:, -1:], getattr(out, keyword))
+
+    with torch.no_grad():
+        probe = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
+    caches = [name for name in ("past_key_values", "cache_params") if getattr(probe, name, None) is not None]
+    if not caches:
+        raise ValueError(f"SPEC {spec!r}: the model returns no cache, so it has no decode step")
+    keyword = caches[0]
+    return factory
+
+
+def _model(folder: Path, spec: str) -> Any:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"SPEC {spec!r}: the folder has no config.json, so it is no checkpoint")
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise ValueError("a checkpoint needs transformers: pip install 'kvbuffer_compile[transformers]'") from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"SPEC {spec!r}: not a causal language model that transformers can load: {error}") from error
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
