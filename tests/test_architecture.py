@@ -42,8 +42,11 @@ LEVELS = {
     "integrations": 5,
     "backend": 6,
     "explain": 6,
-    "cli": 7,
-    "__main__": 7,
+    "doctor": 6,
+    "workload": 6,
+    "bench": 7,
+    "cli": 8,
+    "__main__": 9,
     "__init__": 7,
 }
 FILE_LINES = 300
