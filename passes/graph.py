@@ -1,0 +1,290 @@
+"""Reading FX nodes: the form of each ATen call.
+
+Everything the lift knows about operations is here, in one table.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from kvbuffer_compile.passes.forms import (
+    Cast,
+    Choice,
+    Constant,
+    Contract,
+    Expand,
+    Form,
+    Metadata,
+    Opaque,
+    Permute,
+    Pointwise,
+    Product,
+    Quotient,
+    Reduce,
+    Regroup,
+    Same,
+    Select,
+    Slice,
+    Sum,
+    Write,
+)
+from kvbuffer_compile.passes.labels import Size, size_of
+
+aten = torch.ops.aten
+
+
+def tensor(node: Node) -> Tensor | None:
+    """The fake tensor a node computes, None for anything but a tensor."""
+    value = node.meta.get("val")
+    return value if isinstance(value, Tensor) else None
+
+
+def shape(node: Node) -> tuple[Size, ...]:
+    """Sizes of the tensor a node computes; () for a number."""
+    value = tensor(node)
+    return () if value is None else tuple(size_of(n) for n in value.shape)
+
+
+def read(node: Node) -> Form:
+    """The form of a node."""
+    if node.op != "call_function":
+        return Opaque()
+    if node.target is operator.getitem:
+        return _getitem(node)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return Metadata() if tensor(node) is None else Opaque()
+    reader = READERS.get(str(node.target.overloadpacket)) or READERS.get(str(node.target))
+    if reader is not None:
+        return reader(node)
+    if tensor(node) is None:
+        return Metadata() if str(node.target.overloadpacket).startswith("aten.sym_") else Opaque()
+    tags = node.target.tags
+    if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
+        return _pointwise(node)
+    return Opaque()
+
+
+# ---------------------------------------------------------------------------------------------- readers
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _x(node: Node) -> Any:
+    return argument(node, 0, "self")
+
+
+def _rank(node: Node) -> int:
+    return len(shape(node))
+
+
+def _dim(dim: int, rank: int) -> int:
+    return dim % rank if rank else 0
+
+
+def _getitem(node: Node) -> Form:
+    """One piece of a split or unbound tensor."""
+    whole, index = node.args
+    target = str(getattr(whole, "target", "")) if isinstance(whole, Node) else ""
+    if not isinstance(whole, Node) or not isinstance(index, int):
+        return Opaque()
+    if target == "aten.unbind.int":
+        x = _x(whole)
+        return Select(x, _dim(argument(whole, 1, "dim", 0), _rank(x)), index)
+    if target in ("aten.split.Tensor", "aten.split_with_sizes.default"):
+        x = _x(whole)
+        dim = _dim(argument(whole, 2, "dim", 0), _rank(x))
+        sizes = [size_of(piece.shape[dim]) for piece in whole.meta["val"][:index]]
+        return Slice(x, dim, sum(sizes)) if all(isinstance(n, int) for n in sizes) else Opaque()
+    return Opaque()
+
+
+def _permute(node: Node) -> Form:
+    order = argument(node, 1, "dims")
+    return Permute(_x(node), tuple(_dim(d, len(order)) for d in order))
+
+
+def _transpose(node: Node) -> Form:
+    rank = _rank(node)
+    order = list(range(rank))
+    a, b = _dim(argument(node, 1, "dim0", 0), rank), _dim(argument(node, 2, "dim1", 1), rank)
+    if rank > 1:
+        order[a], order[b] = order[b], order[a]
+    return Permute(_x(node), tuple(order))
+
+
+def _select(node: Node) -> Form:
+    x, index = _x(node), argument(node, 2, "index")
+    dim = _dim(argument(node, 1, "dim"), _rank(x))
+    size = shape(x)[dim]
+    if not isinstance(index, int) or (index < 0 and not isinstance(size, int)):
+        return Opaque()
+    return Select(x, dim, index % size if isinstance(size, int) else index)
+
+
+def _slice(node: Node) -> Form:
+    x, step = _x(node), argument(node, 4, "step", 1)
+    dim = _dim(argument(node, 1, "dim", 0), _rank(x))
+    start = argument(node, 2, "start") or 0
+    size = shape(x)[dim]
+    if shape(node) == shape(x) and step == 1:
+        return Same(x)
+    if step != 1 or not isinstance(start, int) or not isinstance(size, int):
+        return Opaque()
+    return Slice(x, dim, max(start + size, 0) if start < 0 else start)
+
+
+def _cast(node: Node) -> Form:
+    return cast(node, _x(node))
+
+
+def cast(node: Node, x: Node) -> Form:
+    """node as x in the dtype of node, both of one shape."""
+    here, there = tensor(node), tensor(x)
+    if here is None or there is None or shape(node) != shape(x):
+        return Opaque()
+    exact = here.dtype.is_floating_point and there.dtype.is_floating_point
+    return Same(x) if here.dtype == there.dtype else Cast(x, exact)
+
+
+def _copy(node: Node) -> Form:
+    """The functional copy(old, new) has the value of new; old is not used."""
+    return cast(node, argument(node, 1, "src"))
+
+
+def _repeat(node: Node) -> Form:
+    x = _x(node)
+    sizes = ((1,) * _rank(node) + shape(x))[-_rank(node) :]
+    repeats = argument(node, 1, "repeats")
+    plain = all(size == 1 or n == 1 for size, n in zip(sizes, repeats, strict=True))
+    return Expand(x) if plain else Opaque()
+
+
+def _sum(sign: int) -> Callable[[Node], Form]:
+    def reader(node: Node) -> Form:
+        alpha = node.kwargs.get("alpha", argument(node, 2, "alpha", 1))
+        if not isinstance(alpha, int | float):
+            return Opaque()
+        return Sum(_x(node), argument(node, 1, "other"), sign * alpha)
+
+    return reader
+
+
+def _rsub(node: Node) -> Form:
+    alpha = node.kwargs.get("alpha", argument(node, 2, "alpha", 1))
+    return Sum(argument(node, 1, "other"), _x(node), -alpha) if isinstance(alpha, int | float) else Opaque()
+
+
+def _div(node: Node) -> Form:
+    if node.kwargs.get("rounding_mode") is not None:
+        return _pointwise(node)
+    return Quotient(_x(node), argument(node, 1, "other"))
+
+
+def _reduce(fn: str) -> Callable[[Node], Form]:
+    def reader(node: Node) -> Form:
+        x = _x(node)
+        rank = _rank(x)
+        overall = str(node.target).endswith(".default") and fn in ("sum", "mean")
+        dims = None if overall else argument(node, 1, "dim")
+        given = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+        keep = bool(argument(node, 2, "keepdim", False)) and not overall
+        return Reduce(x, tuple(sorted(_dim(d, rank) for d in given)), keep, fn)
+
+    return reader
+
+
+def _contract(*letters: str) -> Callable[[Node], Form]:
+    def reader(node: Node) -> Form:
+        x, y = node.args[:2]
+        assert isinstance(x, Node) and isinstance(y, Node)
+        return Contract(x, y, (letters[0], letters[1], letters[2]))
+
+    return reader
+
+
+def _filled(position: int, name: str, default: float | None = None) -> Callable[[Node], Form]:
+    def reader(node: Node) -> Form:
+        value = argument(node, position, name, default) if position >= 0 else default
+        return Constant(float(value) if isinstance(value, int | float) else None)
+
+    return reader
+
+
+def _where(node: Node) -> Form:
+    if len(node.args) != 3:
+        return Opaque()
+    condition, x, y = node.args
+    return Choice(condition, x, y)  # type: ignore[arg-type]
+
+
+def _masked_fill(node: Node) -> Form:
+    x, condition, value = node.args[:3]
+    return Choice(condition, value, x)  # type: ignore[arg-type]
+
+
+def _pointwise(node: Node) -> Form:
+    if any(v is not None for v in node.kwargs.values()):
+        return Opaque()
+    args = list(node.args)
+    while args and args[-1] is None:
+        args.pop()
+    if not all(isinstance(a, Node | int | float | bool) for a in args):
+        return Opaque()
+    return Pointwise(str(node.target), tuple(args))
+
+
+def _regroup(node: Node) -> Form:
+    return Regroup(_x(node))
+
+
+def _write(node: Node) -> Form:
+    return Write(_x(node), argument(node, 1, "src"))
+
+
+READERS: dict[str, Callable[[Node], Form]] = {
+    **dict.fromkeys(
+        ("aten.view.default", "aten._unsafe_view", "aten.reshape", "aten.unsqueeze", "aten.squeeze", "aten.flatten",
+         "aten.unflatten", "aten._reshape_alias"),
+        _regroup,
+    ),
+    **dict.fromkeys(("aten.permute", "aten.permute_copy"), _permute),
+    **dict.fromkeys(("aten.transpose", "aten.t"), _transpose),
+    **dict.fromkeys(("aten.clone", "aten.alias", "aten.detach", "aten.lift_fresh_copy", "prims.view_of"), _cast),
+    **dict.fromkeys(("aten._to_copy", "prims.convert_element_type", "aten.to"), _cast),
+    "aten.copy": _copy,
+    "aten.expand": lambda n: Expand(_x(n)),
+    "aten.repeat": _repeat,
+    "aten.select.int": _select,
+    "aten.slice.Tensor": _slice,
+    "aten.mul": lambda n: Product(_x(n), argument(n, 1, "other")),
+    "aten.square": lambda n: Product(_x(n), _x(n)),
+    "aten.neg": lambda n: Product(_x(n), -1.0),
+    "aten.div": _div,
+    "aten.reciprocal": lambda n: Quotient(1.0, _x(n)),
+    "aten.add": _sum(1),
+    "aten.sub": _sum(-1),
+    "aten.rsub": _rsub,
+    "aten.where": _where,
+    "aten.masked_fill": _masked_fill,
+    "aten.bmm.default": _contract("bic", "bcj", "bij"),
+    "aten.mm.default": _contract("ic", "cj", "ij"),
+    "aten.mv": _contract("ic", "c", "i"),
+    "aten.dot": _contract("c", "c", ""),
+    **{f"aten.{fn}": _reduce(fn) for fn in ("sum", "mean", "amax", "amin", "prod", "any", "all")},
+    **dict.fromkeys(("aten.full", "aten.full_like"), _filled(1, "fill_value")),
+    "aten.new_full": _filled(2, "fill_value"),
+    "aten.scalar_tensor": _filled(0, "s"),
+    **dict.fromkeys(("aten.zeros", "aten.zeros_like", "aten.new_zeros"), _filled(-1, "", 0.0)),
+    **dict.fromkeys(("aten.ones", "aten.ones_like", "aten.new_ones"), _filled(-1, "", 1.0)),
+    **dict.fromkeys(("aten.empty", "aten.empty_like", "aten.new_empty", "aten.empty_permuted"), _filled(-1, "")),
+    "aten.copy_": _write,
+}  # fmt: skip

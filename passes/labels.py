@@ -1,0 +1,142 @@
+"""Which index each dim of a value runs over.
+
+An `Atom` is one indivisible index: a dim of the state, or a part of one. `Labels` name, for each dim of a value, the
+atoms it runs over, outermost first; a dim of size 1 runs over none. A reshape deals the atoms out anew and splits an
+atom where a size falls inside it; atoms are never merged, merged dims are dims with several atoms. Splitting
+replaces the atom by its parts everywhere: labels are `resolved` when they are used.
+
+Labels are positions in one use of a node, not a property of it: the same tensor may be key here and value there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import sympy
+
+Size: TypeAlias = int | sympy.Expr  # symbolic sizes are compared as expressions: `==` on a SymInt would add a guard
+
+
+class Atom:
+    """One index. `at`: its position where it is fixed (one slice, one term of a contraction). Compared by identity."""
+
+    __slots__ = ("at", "parts", "size")
+
+    def __init__(self, size: Size, at: int | None = None) -> None:
+        self.size = size
+        self.at = at
+        self.parts: tuple[Atom, ...] | None = None
+
+    def __repr__(self) -> str:
+        return f"<{self.size}>" if self.at is None else f"<{self.size}@{self.at}>"
+
+
+Dim = tuple[Atom, ...]
+Labels = tuple[Dim, ...]
+
+
+def size_of(size: Any) -> Size:
+    """The size of a dim as an int, or as an expression where it is symbolic."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_Integer else expression
+
+
+def quotient(a: Size, b: Size) -> Size | None:
+    """a / b where it is a whole number for every value of the symbols, else None."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if b and a % b == 0 else None
+    result = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
+    whole = sympy.fraction(result)[1] == 1
+    return (int(result) if result.is_Integer else result) if whole else None
+
+
+def fresh(sizes: Iterable[Size]) -> Labels:
+    """New atoms for dims of these sizes."""
+    return tuple(() if size == 1 else (Atom(size),) for size in sizes)
+
+
+def resolve(atoms: Iterable[Atom]) -> Dim:
+    """The atoms with every split one replaced by its parts."""
+    out: list[Atom] = []
+    for atom in atoms:
+        out += [atom] if atom.parts is None else resolve(atom.parts)
+    return tuple(out)
+
+
+def resolved(labels: Labels) -> Labels:
+    """`resolve` for each dim."""
+    return tuple(resolve(dim) for dim in labels)
+
+
+def atoms_of(labels: Labels) -> frozenset[Atom]:
+    """All atoms the dims run over, without the fixed ones."""
+    return frozenset(a for dim in labels for a in resolve(dim) if a.at is None)
+
+
+def regroup(labels: Labels, sizes: Sequence[Size]) -> Labels | None:
+    """The labels after a reshape to `sizes`; None when the sizes cut an atom unevenly."""
+    rest = deque(a for dim in labels for a in resolve(dim))
+    out: list[Dim] = []
+    for size in sizes:
+        dim = _deal(rest, size)
+        if dim is None:
+            return None
+        out.append(dim)
+    return None if rest else tuple(out)
+
+
+def _deal(rest: deque[Atom], size: Size) -> Dim | None:
+    """Take atoms that together have this size off the front, splitting the last one where need be."""
+    dim: list[Atom] = []
+    while size != 1:
+        if not rest:
+            return None
+        atom = rest.popleft()
+        left = quotient(size, atom.size)
+        if left is None:
+            inner = quotient(atom.size, size)
+            if inner is None or not _split(atom, size, inner):
+                return None
+            atom, last = resolve([atom])[0], resolve([atom])[1:]
+            rest.extendleft(reversed(last))
+            left = 1
+        dim.append(atom)
+        size = left
+    return tuple(dim)
+
+
+def _split(atom: Atom, outer: Size, inner: Size) -> bool:
+    """Split an atom in two; False for a fixed atom whose position cannot be split."""
+    if atom.at is None:
+        atom.parts = (Atom(outer), Atom(inner))
+    elif isinstance(inner, int):
+        atom.parts = (Atom(outer, atom.at // inner), Atom(inner, atom.at % inner))
+    else:
+        return False
+    return True
+
+
+def fixed(labels: Labels, atom: Atom, at: int) -> Labels:
+    """The labels with one index held at a position."""
+    where: dict[Atom, Atom] = {}
+    for part in reversed(resolve([atom])):
+        assert isinstance(part.size, int)
+        where[part] = Atom(part.size, at % part.size)
+        at //= part.size
+    return tuple(tuple(where.get(a, a) for a in resolve(dim)) for dim in labels)
+
+
+def aligned(labels: Labels, sizes: Sequence[Size]) -> Labels:
+    """The labels of an operand of these sizes that is broadcast to a value with `labels`."""
+    tail = labels[len(labels) - len(sizes) :]
+    return tuple(() if size == 1 else dim for dim, size in zip(tail, sizes, strict=True))
+
+
+def broadcast(labels: Labels, sizes: Sequence[Size]) -> Labels:
+    """The labels of a value after broadcasting to `sizes`: new atoms where it was of size 1 or had no dim."""
+    grown = ((),) * (len(sizes) - len(labels)) + labels
+    return tuple(dim or new for dim, new in zip(grown, fresh(sizes), strict=True))

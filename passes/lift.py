@@ -1,0 +1,179 @@
+"""Lift: find the recurrences in a captured graph by their algebra.
+
+walk      each candidate state forwards: versions, reads, the next state           (walk.py)
+axes      which indices are the key and the value axis, from what reads contract    (order.py)
+factor    decays, addends and keys into factors that run along one axis             (factor.py)
+assemble  events in order, operands in state coordinates: a Program                 (assemble.py)
+outputs   the reads that the rest of the graph still needs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch.fx import GraphModule, Node
+
+from kvbuffer_compile.errors import Declined
+from kvbuffer_compile.ir import rename, verify
+from kvbuffer_compile.passes.assemble import Assembled, assemble, trimmed
+from kvbuffer_compile.passes.captured import candidates, copied, source, written
+from kvbuffer_compile.passes.composites import opened
+from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Refused
+from kvbuffer_compile.passes.operands import Inserter
+from kvbuffer_compile.passes.order import choices
+from kvbuffer_compile.passes.terms import Refusal
+from kvbuffer_compile.passes.walk import Walk
+
+
+def lift(gm: GraphModule) -> LiftedGraph:
+    """Find every state in a functionalised ATen graph and its program, on a copy of the graph.
+
+    gm: nodes carry fake tensors in meta["val"]; writes to inputs are copy_ calls at the end. It is not changed.
+    """
+    graph = LiftedGraph(opened(copied(gm)))
+    order = {node: i for i, node in enumerate(graph.gm.graph.nodes)}
+    stored = written(graph.gm)
+    walks = []
+    for state in candidates(graph.gm):
+        walk = Walk(state, order)
+        try:
+            walks.append(walk.run())
+        except Refusal as refusal:
+            serious = state in stored and (walk.active or refusal.rule == "overwritten")
+            graph.refused.append(_refused(state, refusal, hopeless=not serious))
+    assembled = _assemble_all(graph, walks)
+    graph.found = _finish(graph, _acyclic(graph, assembled))
+    graph.gm.graph.lint()
+    graph.gm.recompile()
+    return graph
+
+
+def _refused(state: Node, refusal: Refusal, hopeless: bool = False) -> Refused:
+    where = source(refusal.node) or source(state)
+    return Refused(state, Declined(refusal.node.name, refusal.rule, refusal.reason, where), hopeless)
+
+
+# ------------------------------------------------------------------------------------------- assembling
+
+
+def _assemble_all(graph: LiftedGraph, walks: list[Walk]) -> list[Assembled]:
+    """A program for each walk, or the reason why not."""
+    bits = _dependence(graph.gm, walks)
+    inserter = Inserter(graph.gm.graph)
+    out = []
+    for i, walk in enumerate(walks):
+        try:
+            out.append(_assemble(walk, bits, i, inserter))
+        except Refusal as refusal:
+            returned_only = walk.write is None and not walk.reads
+            graph.refused.append(_refused(walk.state, refusal, hopeless=returned_only))
+    return out
+
+
+def _assemble(walk: Walk, bits: dict[Node, int], index: int, inserter: Inserter) -> Assembled:
+    """The first choice of axes for which everything factorises. The reason of the first, preferred one otherwise."""
+    if walk.write is None and not walk.reads:
+        raise Refusal(walk.state, "not-written", "no next state is stored, and the state is never read")
+    first: Refusal | None = None
+    for axes in choices(walk):
+        try:
+            return assemble(walk, axes, lambda n: bool(bits.get(n, 0) >> index & 1), inserter)
+        except Refusal as refusal:
+            first = first or refusal
+    assert first is not None
+    raise first
+
+
+def _dependence(gm: GraphModule, walks: list[Walk]) -> dict[Node, int]:
+    """For each node a bit set: which of the walks' states it depends on through a read."""
+    own: dict[Node, int] = {}
+    for i, walk in enumerate(walks):
+        for node in walk.reads:
+            own[node] = own.get(node, 0) | 1 << i
+    bits: dict[Node, int] = {}
+    for node in gm.graph.nodes:
+        found = own.get(node, 0)
+        for x in node.all_input_nodes:
+            found |= bits[x]
+        bits[node] = found
+    return bits
+
+
+def _acyclic(graph: LiftedGraph, assembled: list[Assembled]) -> list[Assembled]:
+    """Each program becomes one node: those whose operands would need their own results through another are refused."""
+    bits = _dependence(graph.gm, [a.walk for a in assembled])
+    needs = [0] * len(assembled)
+    for i, one in enumerate(assembled):
+        for node in one.operands.values():
+            needs[i] |= bits[node]
+    kept: list[int] = []
+    for i, one in enumerate(assembled):
+        if _reaches(i, i, needs, {*kept, i}):
+            reason = "two states feed each other within one step, so neither can be updated as a whole"
+            graph.refused.append(_refused(one.walk.state, Refusal(one.walk.state, "entangled", reason)))
+        else:
+            kept.append(i)
+    return [assembled[i] for i in kept]
+
+
+def _reaches(start: int, goal: int, needs: list[int], within: set[int]) -> bool:
+    """Whether state `goal` is among what `start` needs, directly or through others of `within`."""
+    seen: set[int] = set()
+    stack = [start]
+    while stack:
+        below = needs[stack.pop()]
+        met = {j for j in within if below >> j & 1} - seen
+        if goal in met:
+            return True
+        seen |= met
+        stack += met
+    return False
+
+
+# ---------------------------------------------------------------------------------------------- outputs
+
+
+def _finish(graph: LiftedGraph, assembled: list[Assembled]) -> list[Lifted]:
+    """Programs with the outputs that the rest of the graph needs."""
+    live = _live(graph.gm, assembled)
+    inserter = Inserter(graph.gm.graph)
+    return [_lifted(one, live, inserter) for one in assembled]
+
+
+def _lifted(one: Assembled, live: set[Node], inserter: Inserter) -> Lifted:
+    nodes = [n for n in one.reads if n in live]
+    program = trimmed(one.program, tuple(one.reads[n] for n in nodes))
+    by_name = {v.name: node for v, node in one.operands.items()}
+    walk = one.walk
+    assert walk.after is not None
+    return Lifted(
+        state=walk.state,
+        program=verify(rename(program)),
+        layout=one.place.layout,
+        sizes=one.place.sizes,
+        operands=tuple(by_name[v.name] for v in program.inputs),
+        outputs=tuple(one.output(n, inserter) for n in nodes),
+        write=walk.write,
+        returned=walk.returned,
+        source=source(walk.after.version.node) or source(walk.write or walk.state),
+    )
+
+
+def _live(gm: GraphModule, assembled: Iterable[Assembled]) -> set[Node]:
+    """What is still computed when every program stands in the graph: its reads end the search."""
+    reads = {n for one in assembled for n in one.reads}
+    writes = {one.walk.write for one in assembled}
+    end = gm.graph.output_node()
+    dropped = {one.walk.returned for one in assembled if one.walk.write is None}
+    returned = end.args[0]
+    assert isinstance(returned, list | tuple)
+    stack = [n for i, n in enumerate(returned) if isinstance(n, Node) and i not in dropped]
+    stack += [n for n in gm.graph.nodes if n.op == "call_function" and n.is_impure() and n not in writes]
+    stack += [n for one in assembled for n in one.operands.values()]
+    live: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in live:
+            live.add(node)
+            stack += [] if node in reads else node.all_input_nodes
+    return live
