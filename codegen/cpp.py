@@ -120,6 +120,10 @@ int64_t state_at(const int64_t* at) const {
   int64_t offset = 0;
   for (int i = 0; i < LANES; ++i) offset += at[i] * state_lane[i];
   return offset;
+}
+int64_t ahead(const int64_t* at) const {
+  if (LANES == 0) return 0;
+  return at[AXES - 1] + 1 < lanes[AXES - 1] ? state_lane[AXES - 1] : 0;
 }"""
 CURSOR_METHODS = """\
 int32_t& mark(int64_t row, int64_t b) const { return cursor[row * cursor_row + b * cursor_sequence]; }
@@ -225,17 +229,15 @@ def _threads(out: Source, plan: Plan, order: Schedule) -> None:
         out.line(f"const int64_t share = {full} * lanes / (2 * threads) / 16 * 16;")
         out.line("if (threads > 1 && lanes < 2 * threads) tile = std::max<int64_t>(16, share);")
     out.line(f"const int64_t tiles = ({full} + tile - 1) / tile, items = lanes * tiles;")
-    with out.block(""):
-        out.line("#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
-        with out.block("for (int64_t i = 0; i < items; ++i)"):
-            out.line("const int64_t first = i % tiles * tile;")
-            out.line(f"run_item(call, i / tiles, first, std::min<int64_t>(tile, {full} - first));")
+    out.line("const bool large = work * int64_t(sizeof(State)) > threads * (int64_t(1) << 22);")
+    with out.block("each_item(items, threads, large, [&](int64_t i)", ");"):
+        out.line("const int64_t first = i % tiles * tile;")
+        out.line(f"run_item(call, i / tiles, first, std::min<int64_t>(tile, {full} - first));")
     if shared(plan, order):
         out.line("bool flushed = false;")
         out.line("for (int64_t b = 0; b < call.sequences; ++b) flushed |= call.flushes(b);")
         with out.block("if (flushed)"):
-            out.line("#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
-            out.line("for (int64_t lane = 0; lane < lanes; ++lane) append_shared(call, lane);")
+            out.line("each_item(lanes, threads, false, [&](int64_t lane) { append_shared(call, lane); });")
 
 
 def _advance(out: Source) -> None:

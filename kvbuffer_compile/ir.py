@@ -1,14 +1,13 @@
 """The memory program: what one step does to a matrix state, never how the state is stored.
 
-A program acts on ``S`` of shape [*lanes, K, V] ("key" rows, "value" columns). Every value it handles runs along
-at most one of the two axes, besides the lanes (batch, heads, groups):
+A program acts on S [*lanes, K, V]. Every value runs along at most one of the two axes, besides the lanes:
 
     kind     shape         example
     scalar   [*lanes]      decay of a head, beta
     key      [*lanes, K]   k, q, a decay per key channel
     value    [*lanes, V]   v, a read
 
-A value may be constant along some lanes (keys shared by a group of heads): it then has size 1 there.
+A value that is constant along some lanes (keys shared by a group of heads) has size 1 there.
 """
 
 from __future__ import annotations
@@ -178,8 +177,6 @@ def run(program: Program, memory: Memory[T], inputs: Mapping[str, T]) -> dict[st
     return env
 
 
-# --------------------------------------------------------------------------------------------- checking
-
 REDUCTIONS = frozenset(f"aten.{n}" for n in ("sum.dim_IntList", "mean.dim", "amax.default", "amin.default"))
 
 
@@ -247,9 +244,6 @@ def _verify_op(op: Op, tainted: set[str]) -> None:
                 _require(out.kind == (kinds.pop() if kinds else "scalar"), f"{out} of {fn} has kind {out.kind}")
         case _:
             assert_never(op)
-
-
-# ------------------------------------------------------------------------------------------------- text
 
 
 def print_program(program: Program) -> str:

@@ -131,9 +131,10 @@ def predict(case: Case, machine: Machine, flushes: tuple[int, ...]) -> Predictio
 
 @dataclass(frozen=True)
 class _Counts:
-    """The symbolic costs with everything but the flush length put in."""
+    """The symbolic costs with everything but the flush length put in. computed_slot: a slot in the compute dtype."""
 
     slot: float
+    computed_slot: float
     operands: float
     recurrent_bytes: float
     recurrent_operations: float
@@ -145,9 +146,10 @@ def _counts(case: Case) -> _Counts:
     known = cost.numbers(case.program, case.lanes, case.sizes, s=case.state_width, a=case.operand_width, T=1)
     plain = cost.recurrent(case.program).map(lambda e: e.subs(known))
     log = cost.buffered(case.program, case.sequence, case.row_widths).map(lambda e: e.subs(known))
-    size = cost.slot(case.program, case.sequence, case.row_widths).size.subs(known)
+    computed_widths = (case.compute_width,) * len(case.row_widths)
+    sizes = [cost.slot(case.program, case.sequence, w).size.subs(known) for w in (case.row_widths, computed_widths)]
     return _Counts(
-        float(size), float(plain.operands), float(plain.bytes), float(plain.operations),
+        float(sizes[0]), float(sizes[1]), float(plain.operands), float(plain.bytes), float(plain.operations),
         sympy.lambdify(cost.L, log.bytes, "math"), sympy.lambdify(cost.L, log.operations, "math"),
     )  # fmt: skip
 
@@ -195,8 +197,7 @@ def _composite(case: Case, machine: Machine, counts: _Counts, variant: Variant, 
     else:
         reads = sum(isinstance(op, Read) for op in case.program.ops)
         passes = reads + COMPOSITE_FLUSH_PASSES / (flush if machine.device == "cpu" else 1)
-        slots = max(flush, case.capacity) * case.compute_width / max(min(case.row_widths, default=1), 1)
-        rows = COMPOSITE_ROW_PASSES * counts.slot * slots
+        rows = COMPOSITE_ROW_PASSES * counts.computed_slot * max(flush, case.capacity)
     if case.state_width != case.compute_width:  # a copy of the state in the compute dtype, at every step
         passes += 1 + 2 * case.compute_width / case.state_width
     moved = passes * case.state_bytes + rows + counts.operands

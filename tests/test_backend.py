@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from test_runtime import draw, step
+from tests.test_runtime import draw, step
 from torch._dynamo.exc import BackendCompilerFailed
 
 import kvbuffer_compile

@@ -140,6 +140,33 @@ def test_composite_predictions_stay_near_the_measurements() -> None:
             assert expected / 2 < at[flush] < expected * 2, (lanes, flush)
 
 
+def test_kernel_predictions_stay_near_the_measurements() -> None:
+    """A generated C++ step on an idle CPU (read floor 0.93 ms) took 1.53 to 1.66 ms, the mean over L = 16."""
+    idle = replace(CPU, bandwidth=72e9, cache_bandwidth=170e9, rate=146e9)
+    _, prediction = explain_choice(lifted(), Options(), idle, "cpp")
+    at = {c.flush: c.seconds for c in prediction.candidates}
+    assert 1.3e-3 < at[16] < 2.0e-3
+
+
+def test_composite_steps_work_on_the_whole_capacity() -> None:
+    """With 64 slots in any case, rows cost the same at every L: on a CPU only the flush becomes rarer, on a GPU it is
+    computed at every step."""
+    bytes_at = {}
+    for machine in (CPU, H100):
+        _, prediction = explain_choice(lifted(), Options(capacity=64), machine, "aten")
+        bytes_at[machine.device] = [c.bytes for c in prediction.candidates if c.variant == "buffered"]
+    assert bytes_at["cpu"] == sorted(bytes_at["cpu"], reverse=True) and bytes_at["cpu"][0] > bytes_at["cpu"][-1]
+    assert len(set(bytes_at["cuda"])) == 1
+
+
+def test_composite_steps_copy_states_of_another_dtype() -> None:
+    """bf16 states are half the bytes, but are copied to float32 at every step: 1 + 4 passes over them."""
+    _, narrow = explain_choice(lifted(state=torch.bfloat16), Options(flush=2), CPU, "aten")
+    _, wide = explain_choice(lifted(), Options(flush=2), CPU, "aten")
+    assert narrow.choice is not None and wide.choice is not None
+    assert narrow.choice.bytes > 0.9 * wide.choice.bytes
+
+
 def test_a_contiguous_read_makes_inductor_faster() -> None:
     """Mamba-2 keeps the key axis innermost: its reads are contiguous, and buffering must win against less."""
     strided = explain_choice(lifted(GLA), Options(), CPU, "cpp")[1]

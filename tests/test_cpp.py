@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from programs import NAMED, random_programs
+from tests.programs import NAMED, random_programs
 from sessions import Session, make_plan
 
 from kvbuffer_compile import ops

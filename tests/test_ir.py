@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
-from programs import NAMED, random_programs
+from tests.programs import NAMED, random_programs
 
 from kvbuffer_compile.errors import IRError
 from kvbuffer_compile.ir import Decay, Map, Program, Read, Update, Var, rename, verify

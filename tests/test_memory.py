@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import NAMED, random_programs
+from tests.programs import NAMED, random_programs
 
 from kvbuffer_compile.ir import Program, run
 from kvbuffer_compile.memory import Buffered, Dense, Fade, Row, Zero

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle import check
 
 from kvbuffer_compile import composite, materialize, rollback, runtime
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.guard import GuardedState
+from tests.oracle import check
 
 B, H, K, V = 3, 2, 8, 16
 L = 4
@@ -258,8 +258,10 @@ def test_rows_of_a_dead_state_are_folded_in_only_if_its_memory_lives_on(monkeypa
 
 def test_a_process_may_end_with_rows_owed():
     """At exit states go in any order, and torch may be half gone."""
-    code = "import test_runtime as t; p = t.Pair(); p.me = p; p.run(3); t.B"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    code = "import tests.test_runtime as t; p = t.Pair(); p.me = p; p.run(3); t.B"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

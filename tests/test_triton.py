@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from programs import NAMED, random_programs
+from tests.programs import NAMED, random_programs
 from torch import Tensor
 
 from kvbuffer_compile import composite
