@@ -8,10 +8,11 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._functorch.config as functorch_config
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.fx import GraphModule
 
 from kvbuffer_compile import dump, guard, options, targets
@@ -77,7 +78,13 @@ def kvbuffer(
     inner = functools.partial(compile_graph, ours=ours)
     # AOTAutogradCache does not know of our inner compile: a hit would hand back a graph that was never rewritten.
     with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(gm, list(example_inputs), inner_compile=inner, config_patches=patches or None)  # type: ignore[no-any-return]
+        compiled: Any = compile_fx(
+            gm,
+            list(example_inputs),
+            inner_compile=cast(Any, inner),
+            config_patches=patches or None,
+        )
+    return cast(Callable[..., Any], compiled)
 
 
 def _split_options(given: dict[str, Any] | None) -> tuple[Options, dict[str, Any]]:
@@ -156,7 +163,7 @@ def _without_fakes(gm: GraphModule) -> GraphModule:
 def _boxed(fn: Callable[..., Any]) -> Callable[..., Any]:
     if getattr(fn, "_boxed_call", False):
         return fn
-    return torch._functorch.aot_autograd.make_boxed_func(fn)  # type: ignore[no-any-return]
+    return cast(Callable[..., Any], make_boxed_func(fn))
 
 
 def _report_declines(record: GraphRecord, ours: Options) -> None:

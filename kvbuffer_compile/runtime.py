@@ -146,7 +146,7 @@ def check_aliases(accounts: Sequence[Account]) -> None:
         holders = _on_storage[storage]
         known = 2 * len(holders) + len({id(a.base) for a in holders if a.base is not None})
         handle = holders[0].state.untyped_storage()
-        unknown = torch._C._storage_Use_Count(handle._cdata) - 1 - known  # type: ignore[attr-defined]
+        unknown = torch._C._storage_Use_Count(handle._cdata) - 1 - known
         for account in holders:
             account.aliased = unknown > 0
 
@@ -175,17 +175,17 @@ def _owner_died(key: int) -> None:
         return
     handle = account.state.untyped_storage()
     ours = 3 + (account.base is not None)  # the dying owner, our alias, this handle, and the tensor it was a view of
-    if torch._C._storage_Use_Count(handle._cdata) > ours:  # type: ignore[attr-defined]
+    if torch._C._storage_Use_Count(handle._cdata) > ours:
         account.settle()
     _forget_storage(account)
 
 
 def _span(t: Tensor) -> tuple[int, int]:
     """First and one past the last byte a tensor can touch within its storage."""
-    start = t.storage_offset() * t.element_size()
+    start = int(t.storage_offset()) * t.element_size()
     if t.numel() == 0:
         return start, start
-    reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    reach = sum((n - 1) * int(s) for n, s in zip(t.shape, t.stride(), strict=True))
     return start, start + (reach + 1) * t.element_size()
 
 

@@ -108,9 +108,8 @@ def _call(graph: Graph, target: Any, args: tuple[Any, ...]) -> Node:
 
 def _return_state(end: Node, lifted: Lifted) -> None:
     """The next state is returned: the state itself, updated in place (the user donated it), takes its position."""
-    outputs = list(end.args[0])  # type: ignore[arg-type]
-    outputs[lifted.returned] = lifted.state  # type: ignore[index]
-    end.args = (type(end.args[0])(outputs),)  # type: ignore[arg-type]
+    returned: Any = end.args[0]
+    end.args = (type(returned)(lifted.state if i == lifted.returned else x for i, x in enumerate(returned)),)
 
 
 def _require_sole_user(lifted: Lifted, op: Any) -> None:

@@ -11,7 +11,7 @@ The slice of the graph that makes the reads and the next state from the state is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,14 +40,41 @@ _CASTS = frozenset({torch.ops.prims.convert_element_type.default, aten._to_copy.
 
 def validate(graph: LiftedGraph, lifted: Lifted) -> Declined | None:
     """None when the program does what the graph does; a Declined with the difference otherwise."""
+    shape_of_it = _fingerprint(lifted)
+    if shape_of_it in _proved:
+        return None
     problem = _entangled(lifted)
     with unset_fake_temporarily(), torch.no_grad():  # the compiler runs us under its fake tensors
         for draw in range(DRAWS):
             problem = problem or _compare(lifted, _Evaluator(torch.randn, seed=draw), _Evaluator(torch.rand, seed=draw))
     if problem is None:
+        _proved.add(shape_of_it)
         return None
     reason = f"the lifted program disagrees with the graph ({problem}); please report this model"
     return Declined(lifted.state.name, "validation", reason, lifted.source)
+
+
+_proved: set[str] = set()  # what was validated in this process: the layers of a model are alike
+
+
+def _fingerprint(lifted: Lifted) -> str:
+    """The program with the part of the graph it stands for, up to names: equal text, equal computation."""
+    ends = [*lifted.operands, *(o.node for o in lifted.outputs), _next_state(lifted)]
+    number: dict[Node, int] = {}
+    lines = [str(lifted.program), str(lifted.layout), str(lifted.sizes)]
+    for n in _slice([lifted.state, *ends], {}):
+        number[n] = len(number)
+        value = n.meta.get("val")
+        what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else str(_hint(value))
+        call = "cut" if _is_cut(n) else f"{n.target} {_numbered(n.args, number)} {_numbered(n.kwargs, number)}"
+        lines.append(f"{call} {what}")
+    entangled = _entangled(lifted)
+    lines.append(f"{[number[n] for n in ends]} {[(o.perm, len(o.shape)) for o in lifted.outputs]} {entangled}")
+    return "\n".join(lines)
+
+
+def _numbered(args: Any, number: dict[Node, int]) -> str:
+    return str(torch.fx.node.map_arg(args, lambda n: f"%{number[n]}"))
 
 
 def _entangled(lifted: Lifted) -> str | None:
@@ -64,7 +91,7 @@ def _entangled(lifted: Lifted) -> str | None:
 
 def _compare(lifted: Lifted, original: _Evaluator, positive: _Evaluator) -> str | None:
     """One draw. positive: a second draw of numbers in (0, 1), taken where the first leaves the domain of a function."""
-    next_state = lifted.write.args[1] if lifted.write is not None else _returned_node(lifted)
+    next_state = _next_state(lifted)
     # evaluate the operands first: what both sides share is computed once
     operands = [original.value(n) for n in lifted.operands]
     wanted = [original.value(o.node) for o in lifted.outputs]
@@ -83,9 +110,12 @@ def _compare(lifted: Lifted, original: _Evaluator, positive: _Evaluator) -> str 
     return f"the next state differs by {error:.1e}" if error > TOLERANCE else None
 
 
-def _returned_node(lifted: Lifted) -> Node:
-    returned = lifted.state.graph.output_node().args[0]
-    return returned[lifted.returned]  # type: ignore[index,return-value]
+def _next_state(lifted: Lifted) -> Node:
+    """The node that holds the state after the step."""
+    if lifted.write is not None:
+        return cast(Node, lifted.write.args[1])
+    returned: Any = lifted.state.graph.output_node().args[0]
+    return cast(Node, returned[lifted.returned])
 
 
 def _full(value: Tensor, state: Tensor, kind: str) -> Tensor:
@@ -116,7 +146,8 @@ class _Evaluator:
         return self.values[node]
 
     def _call(self, node: Node) -> Any:
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])
+        args: Any = torch.fx.node.map_arg(node.args, lambda n: self.values[n])
+        kwargs: Any = torch.fx.node.map_arg(node.kwargs, lambda n: self.values[n])
         if node.target in _CASTS and _is_float(node):
             return args[0].double()
         if "dtype" in kwargs and _is_float(node):

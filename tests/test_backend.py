@@ -6,12 +6,12 @@ import logging
 
 import pytest
 import torch
-from tests.test_runtime import draw, step
 from torch._dynamo.exc import BackendCompilerFailed
 
 import kvbuffer_compile
 from kvbuffer_compile.errors import DeclinedError
 from kvbuffer_compile.options import Options, split
+from tests.test_runtime import draw, step
 
 B, H, K, V = 3, 2, 8, 16
 EAGER = {"inner": "eager", "target": "aten", "flush": 4}

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from tests.programs import NAMED, random_programs
 from sessions import Session, make_plan
 
 from kvbuffer_compile import ops
@@ -21,6 +20,7 @@ from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.memory import overload
 from kvbuffer_compile.plan import Layout, Plan
 from kvbuffer_compile.text import parse
+from tests.programs import NAMED, random_programs
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
-from tests.programs import NAMED, random_programs
 
 from kvbuffer_compile.errors import IRError
 from kvbuffer_compile.ir import Decay, Map, Program, Read, Update, Var, rename, verify
 from kvbuffer_compile.text import parse
+from tests.programs import NAMED, random_programs
 
 Q, KEY, VAL, G = (Var(n, kind, ("b",)) for n, kind in (("q", "key"), ("k", "key"), ("v", "value"), ("g", "scalar")))
 OUT = Var("o", "value", ("b",))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.programs import NAMED, random_programs
 
 from kvbuffer_compile.ir import Program, run
 from kvbuffer_compile.memory import Buffered, Dense, Fade, Row, Zero
+from tests.programs import NAMED, random_programs
 
 K, V = 3, 4
 LANE_SIZES = {"b": 2, "h": 3, "g": 2}

@@ -9,7 +9,6 @@ import oracle
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from tests.programs import NAMED, random_programs
 from torch import Tensor
 
 from kvbuffer_compile import composite
@@ -21,6 +20,7 @@ from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir import Program
 from kvbuffer_compile.plan import Layout, Plan
 from kvbuffer_compile.text import parse
+from tests.programs import NAMED, random_programs
 
 LANES = {"b": 2, "h": 2, "g": 2}
 K, V = 4, 5
