@@ -308,10 +308,13 @@ template <class T, Mode MODE, int ACROSS, int ALONG> struct Pass {
       }
     }
   }
-  template <int U, int N, class X> INLINE void cell(int64_t r, int64_t c, X (&sums)[NZ][U]) const {
+  template <int U, int N, class X> INLINE void cell(int64_t r, int64_t c, bool ask, X (&sums)[NZ][U]) const {
     constexpr int step = sizeof(X) / sizeof(Real);
     T* at = s.data + r * s.row_stride + c * s.column_stride;
     X v[U][N];
+    if (ask)
+      UNROLL for (int u = 0; u < U; ++u)
+        for (int n = 0; n < N; n += 2) __builtin_prefetch(at + u * s.row_stride + n * step + s.ahead, 0, 2);
     UNROLL for (int u = 0; u < U; ++u)
       UNROLL for (int n = 0; n < N; ++n) v[u][n] = s.bare ? X{} : get<X>(at + u * s.row_stride + n * step);
     if constexpr (MODE != Mode::fold_then_read) apply_reads<U, N, X>(r, c, v, sums);
@@ -321,17 +324,14 @@ template <class T, Mode MODE, int ACROSS, int ALONG> struct Pass {
     if constexpr (MODE == Mode::fold_then_read) apply_reads<U, N, X>(r, c, v, sums);
   }
   template <int U> INLINE void rows(int64_t r) const {
-    if (U == 4 && s.ahead && (prefetch >> (r / 4 % 4) & 1))
-      UNROLL for (int u = 0; u < U; ++u)
-        for (int64_t c = 0; c < s.columns; c += 128 / sizeof(T))
-          __builtin_prefetch(s.data + (r + u) * s.row_stride + c * s.column_stride + s.ahead, 0, 2);
+    const bool ask = s.ahead && (prefetch >> (r / 4 % 4) & 1);
     Wide wide[NZ][U] = {};
     Real tail[NZ][U] = {};
     const int64_t whole = s.column_stride == 1 ? s.columns : 0;
     int64_t c = 0;
-    for (; c + COLUMNS * WIDTH <= whole; c += COLUMNS * WIDTH) cell<U, COLUMNS, Wide>(r, c, wide);
-    for (; c + WIDTH <= whole; c += WIDTH) cell<U, 1, Wide>(r, c, wide);
-    for (; c < s.columns; ++c) cell<U, 1, Real>(r, c, tail);
+    for (; c + COLUMNS * WIDTH <= whole; c += COLUMNS * WIDTH) cell<U, COLUMNS, Wide>(r, c, ask, wide);
+    for (; c + WIDTH <= whole; c += WIDTH) cell<U, 1, Wide>(r, c, false, wide);
+    for (; c < s.columns; ++c) cell<U, 1, Real>(r, c, false, tail);
     UNROLL for (int i = 0; i < ALONG; ++i) {
       totals<U, Wide>(wide[i], w[i] + r);
       UNROLL for (int u = 0; u < U; ++u) w[i][r + u] += tail[i][u];
