@@ -6,6 +6,7 @@ The composite implementation serves every device; a generated kernel takes prece
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,43 @@ def step_op(plan: Plan) -> Any:
     LIBRARY.impl(name, torch.compiler.disable(_composite(plan)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"kvbuffer::{name}", _fake(plan), lib=LIBRARY)
     return getattr(torch.ops.kvbuffer, name).default
+
+
+def use_triton(plan: Plan, interpret: bool = False) -> None:
+    """Let a generated Triton kernel implement the plan's op on a GPU. EmitError when it cannot be said in Triton.
+
+    interpret: run it on CPU tensors in Triton's interpreter instead, for tests.
+    """
+    from kvbuffer_compile.codegen import triton, triton_load
+
+    step_op(plan)
+    launch = triton_load.load(triton.emit(plan), interpret).launch
+    split = len(plan.program.logged)
+
+    def recurrent(state: Tensor, *operands: Tensor) -> Any:
+        return _returned(tuple(launch(state, None, None, (), operands)))
+
+    def buffered(state: Tensor, cursor: Tensor, *rest: Tensor) -> Any:
+        return _returned(tuple(launch(state, cursor, tickets_of(cursor), rest[:split], rest[split:])))
+
+    step = recurrent if plan.variant == "recurrent" else buffered
+    LIBRARY.impl(plan.op_name, torch.compiler.disable(step), "CPU" if interpret else "CUDA")
+
+
+def new_cursor(plan: Plan, lanes: tuple[int, ...], device: torch.device) -> Tensor:
+    """A cursor of zeros, [4, N]. Behind it in the same storage lie the tickets that Triton kernels count with."""
+    n = plan.sequences(lanes)
+    tiles = -(-max(plan.sizes) // 16)
+    tickets = (1 + len(plan.program.logged)) * math.prod(lanes) // max(n, 1) * tiles
+    slab = torch.zeros(n * (4 + tickets), dtype=torch.int32, device=device)
+    return slab[: 4 * n].view(4, n)
+
+
+def tickets_of(cursor: Tensor) -> Tensor:
+    """The tickets behind a cursor, [N, tickets a sequence]: zero between launches."""
+    n = cursor.shape[1]
+    count = (cursor.untyped_storage().nbytes() // 4 - 4 * n) // max(n, 1)
+    return cursor.as_strided((n, count), (count, 1), 4 * n)
 
 
 def _composite(plan: Plan) -> Callable[..., Any]:

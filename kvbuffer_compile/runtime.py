@@ -16,7 +16,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from kvbuffer_compile import composite
+from kvbuffer_compile import composite, ops
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.guard import GuardedState, on_touch, plain_calls
 from kvbuffer_compile.plan import Plan
@@ -52,7 +52,7 @@ class Account:
     @property
     def row_bytes(self) -> int:
         """Memory the account holds besides the state."""
-        return sum(t.nbytes for t in (self.cursor, *self.rows))
+        return sum(t.untyped_storage().nbytes() for t in (self.cursor, *self.rows))
 
     def matches(self, owner: Tensor, plan: Plan) -> bool:
         """Whether this account can go on serving `owner` under `plan`."""
@@ -95,7 +95,7 @@ def _alias(owner: Tensor) -> Tensor:
 
 def _allocate(state: Tensor, plan: Plan) -> tuple[Tensor, list[Tensor]]:
     lanes = tuple(plan.layout.canonical(state).shape[:-2])
-    cursor = torch.zeros(4, plan.sequences(lanes), dtype=torch.int32, device=state.device)
+    cursor = ops.new_cursor(plan, lanes, state.device)
     rows = [
         torch.empty(plan.row_shape(v, lanes), dtype=dtype, device=state.device)
         for v, dtype in zip(plan.program.logged, plan.row_dtypes, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from typing import Any
 
@@ -15,11 +16,16 @@ from kvbuffer_compile.plan import Plan
 
 def resolve(wanted: str, device: torch.device) -> str:
     """The target to plan for: what was asked, or the best that this device and machine offer."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if (wanted == "triton" and device.type != "cuda" and not interpreted) or (wanted == "cpp" and device.type != "cpu"):
+        raise ValueError(
+            f"kvbuffer option target={wanted!r} cannot serve a state on {device.type}; use 'auto' or 'aten'"
+        )
     if wanted != "auto":
         return wanted
     if device.type == "cpu" and _cpp_compiler() is not None:
         return "cpp"
-    return "aten"
+    return "triton" if device.type == "cuda" else "aten"
 
 
 def _cpp_compiler() -> str | None:
@@ -30,7 +36,7 @@ def _cpp_compiler() -> str | None:
 
 def build(plan: Plan) -> str:
     """Register the plan's op and build its kernel; returns the target that will run ("aten" after a failed build)."""
-    if plan.target == "cpp" and not _built(plan):
+    if plan.target != "aten" and not _built(plan):
         return "aten"
     return plan.target
 
@@ -41,7 +47,10 @@ def _built(plan: Plan) -> bool:
 
     ops.step_op(plan)
     try:
-        cpp.load(plan)
+        if plan.target == "triton":
+            ops.use_triton(plan, interpret=os.environ.get("TRITON_INTERPRET") == "1")
+        else:
+            cpp.load(plan)
     except EmitError as error:
         _warn_once(str(error))
         return False
