@@ -18,6 +18,7 @@ from stdlib_text import Corpus, read_corpus
 from torch import Tensor
 from transformers import GenerationConfig, Qwen3_5ForCausalLM
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
+from transformers.utils import logging as transformers_logging
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 SHORT_CONTEXT, LONG_CONTEXT = 256, 1024  # bytes
@@ -93,14 +94,22 @@ def report(model: Qwen3_5ForCausalLM, corpus: Corpus, console: Console) -> None:
     console.print(decay_table(measure_decays(model, corpus.held_out)))
     for prompt in PROMPTS:
         text = prompt + complete(model, prompt)
-        console.print(f"--- {prompt!r}", text, sep="\n", markup=False, highlight=False)
+        console.print(f"--- {prompt!r}", text, sep="\n", markup=False, highlight=False, soft_wrap=True)
+
+
+def silence_transformers() -> None:
+    """Keep warnings and bars of transformers out of the output: else a line per kernel that runs as plain PyTorch."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def main() -> None:
     """Load the checkpoint named on the command line and print its report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, nargs="?", default=CHECKPOINTS / "tiny_lm")
-    report(Qwen3_5ForCausalLM.from_pretrained(parser.parse_args().checkpoint), read_corpus(), Console())
+    checkpoint = parser.parse_args().checkpoint
+    silence_transformers()
+    report(Qwen3_5ForCausalLM.from_pretrained(checkpoint), read_corpus(), Console())
 
 
 if __name__ == "__main__":
