@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir import Decay, Program, Read, Var
@@ -156,7 +155,7 @@ def lane_sizes(layout: Layout, state: Tensor) -> tuple[int, ...]:
         known = 1
         for part in split:
             known *= 1 if part is None else part
-        parts += [optimization_hint(size, fallback=1) // known if part is None else part for part in split]
+        parts += [_hint(size, fallback=1) // known if part is None else part for part in split]
     return tuple(parts[i] for i in layout.order[:-2])
 
 
@@ -227,3 +226,8 @@ def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
         return False
     large, small = torch.finfo(wide), torch.finfo(narrow)
     return large.eps <= small.eps and large.max >= small.max and large.tiny <= small.tiny
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """A size, or the value a symbolic one had when it was captured; no guard is made."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
