@@ -13,20 +13,18 @@ The text is one translation unit without dependencies but the C++ library and Op
 from __future__ import annotations
 
 from importlib import resources
-from math import prod
 
 import torch
 
+from kvbuffer_compile.codegen import cpp_entry
 from kvbuffer_compile.codegen.cpp_item import Item, updates
-from kvbuffer_compile.codegen.cpp_rows import owned
+from kvbuffer_compile.codegen.cpp_verify import VerifyItem
 from kvbuffer_compile.codegen.schedule import Schedule, schedule
 from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.errors import EmitError
-from kvbuffer_compile.ir import Var
 from kvbuffer_compile.plan import Plan
 
 SCALARS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "Bf16", torch.float16: "F16"}
-DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
 INCLUDES = ("algorithm", "cmath", "cstdint", "cstring", "stdexcept", "string", "type_traits", "omp.h")
 
 
@@ -42,21 +40,13 @@ def emit(plan: Plan) -> str:
             out.line()
             out.lines(resources.files("kvbuffer_compile.codegen").joinpath(name).read_text(encoding="utf-8"))
         out.line()
-        _call(out, plan)
-        item = Item(out, plan, order)
+        _call(out, plan, order)
+        item = (VerifyItem if plan.variant == "verify" else Item)(out, plan, order)
         item.emit()
-        if shared(plan, order):
+        if cpp_entry.shared(plan, order):
             item.rows.emit_append_shared()
-        _step(out, plan, order)
-        _register(out)
+        cpp_entry.emit_step(out, plan, order)
     return str(out)
-
-
-def shared(plan: Plan, order: Schedule) -> list[Var]:
-    """Logged values whose rows are read by more items than one."""
-    if plan.variant == "recurrent":
-        return []
-    return [v for v in plan.program.logged if not owned(plan, v, order.split)]
 
 
 def _check(plan: Plan) -> None:
@@ -85,22 +75,22 @@ def _constants(out: Source, plan: Plan) -> None:
 # ------------------------------------------------------------------------------------------------- Call
 
 
-def _call(out: Source, plan: Plan) -> None:
+def _call(out: Source, plan: Plan, order: Schedule) -> None:
     out.line(f"using State = {'Real' if plan.state_dtype == plan.compute else SCALARS[plan.state_dtype]};")
-    buffered = plan.variant == "buffered"
+    buffered = plan.variant != "recurrent"
     logged = plan.program.logged if buffered else ()
     if buffered:
         out.line(f"constexpr int64_t CAPACITY = {plan.capacity}, FLUSH = {plan.flush}, ROWS = {max(1, updates(plan))};")
         for v, dtype in zip(logged, plan.row_dtypes, strict=True):
             out.line(f"using Row_{v} = {SCALARS[dtype]};")
-        _room(out, plan)
+        _room(out, plan, order)
     out.comment("The arguments of one call.")
     with out.block("struct Call", ";"):
         out.line("State* state;")
         out.line("int64_t lanes[AXES] = {1}, state_lane[AXES] = {}, state_key, state_value;")
         if buffered:
             out.line("int32_t* cursor;")
-            out.line("int64_t cursor_row, cursor_sequence, sequences;")
+            out.line("int64_t cursor_row, cursor_sequence, sequences, tokens = 1;")
         for v in logged:
             out.line(f"View row_{v};")
         for v in plan.program.inputs:
@@ -128,10 +118,10 @@ int64_t ahead(const int64_t* at) const {
 CURSOR_METHODS = """\
 int32_t& mark(int64_t row, int64_t b) const { return cursor[row * cursor_row + b * cursor_sequence]; }
 int64_t owed(int64_t b) const { return mark(0, b); }
-bool flushes(int64_t b) const { return owed(b) >= 0 && (owed(b) >= mark(1, b) || owed(b) >= CAPACITY); }"""
+bool flushes(int64_t b) const { return owed(b) >= 0 && (owed(b) >= mark(1, b) || owed(b) + tokens > CAPACITY); }"""
 
 
-def _room(out: Source, plan: Plan) -> None:
+def _room(out: Source, plan: Plan, order: Schedule) -> None:
     inner, outer = ("K", "V") if plan.layout.order[-2] > plan.layout.order[-1] else ("V", "K")
     out.comment("Owed rows of one item: pointers into the log where it can be read as it is, copies where not.")
     with out.block("struct Room", ";"):
@@ -139,117 +129,7 @@ def _room(out: Source, plan: Plan) -> None:
         out.line("const Real *left[CAPACITY * ROWS], *right[CAPACITY * ROWS];")
         out.line("alignas(64) Real left_copy[CAPACITY * ROWS * K], right_copy[CAPACITY * ROWS * V];")
         out.line(f"alignas(64) Real outer[CAPACITY * ROWS * {outer}], inner[CAPACITY * ROWS * {inner}];")
-
-
-# ------------------------------------------------------------------------------------------------- step
-
-
-def _step(out: Source, plan: Plan, order: Schedule) -> None:
-    program, buffered = plan.program, plan.variant == "buffered"
-    with out.block("void step(uint64_t* stack, uint64_t, uint64_t)"):
-        names = ["state", *(["cursor", *(f"row_{v}" for v in program.logged)] if buffered else [])]
-        names += [f"in_{v}" for v in program.inputs]
-        for n, name in enumerate(names):
-            out.line(f"const Argument arg_{name}(stack[{n}]);")
-        out.line("Call call;")
-        _state(out, plan)
-        if buffered:
-            _cursor_and_rows(out, plan)
-        for v in program.inputs:
-            out.line(f'call.in_{v} = view(arg_in_{v}, "{v}", call.lanes, 0, -1, {_size(v)});')
-        for n, v in enumerate(program.outputs):
-            with out.block():
-                out.line("int64_t sizes[LANES + 1];")
-                out.line("std::copy(call.lanes, call.lanes + LANES, sizes);")
-                if v.kind != "scalar":
-                    out.line(f"sizes[LANES] = {_size(v)};")
-                out.line(f"stack[{n}] = new_tensor(sizes, LANES + {int(v.kind != 'scalar')}, &call.out_{v});")
-        _threads(out, plan, order)
-        if buffered:
-            _advance(out)
-
-
-def _size(v: Var) -> str:
-    return {"scalar": "-1", "key": "K", "value": "V"}[v.kind]
-
-
-def _state(out: Source, plan: Plan) -> None:
-    """The state tensor as [*lanes, K, V], as Layout.canonical sees it."""
-    out.line("const int64_t *sizes = arg_state.sizes(), *strides = arg_state.strides();")
-    dtype = DTYPES[plan.state_dtype]
-    out.line(f'check(dtype_of(arg_state, "state") == Dtype::{dtype}, "state", "must be {dtype}");')
-    out.line(f'check(arg_state.dims() == {len(plan.layout.dims)}, "state", "has the wrong number of dims");')
-    parts: list[tuple[str, str]] = []
-    for d, sizes in enumerate(plan.layout.dims):
-        known = prod(s for s in sizes if s is not None)
-        if known != 1 or None not in sizes:
-            exact = f"sizes[{d}] % {known} == 0" if None in sizes else f"sizes[{d}] == {known}"
-            out.line(f'check({exact}, "state", "has the wrong size in dim {d}");')
-        for p, size in enumerate(sizes):
-            parts.append((f"sizes[{d}] / {known}" if size is None else str(size), _stride(d, sizes[p + 1 :], known)))
-    *lanes, key, value = plan.layout.order
-    for n, part in enumerate(lanes):
-        out.line(f"call.lanes[{n}] = {parts[part][0]}, call.state_lane[{n}] = {parts[part][1]};")
-    out.line(f'check({parts[key][0]} == K && {parts[value][0]} == V, "state", "has other sizes than K x V");')
-    out.line(f"call.state_key = {parts[key][1]}, call.state_value = {parts[value][1]};")
-    out.line("call.state = arg_state.data<State>();")
-
-
-def _stride(d: int, later: tuple[int | None, ...], known: int) -> str:
-    """The stride of a part of dim d that has these parts behind it."""
-    factors = [str(prod(s for s in later if s is not None))] if later else []
-    factors += [f"(sizes[{d}] / {known})"] if None in later else []
-    return " * ".join([f"strides[{d}]", *(f for f in factors if f != "1")])
-
-
-def _cursor_and_rows(out: Source, plan: Plan) -> None:
-    out.line("call.sequences = " + ("call.lanes[0];" if plan.layout.sequence else "1;"))
-    out.line('check(arg_cursor.type() == aoti_torch_dtype_int32(), "cursor", "must be int32");')
-    out.line(
-        "check(arg_cursor.dims() == 2 && arg_cursor.sizes()[0] == 4 && arg_cursor.sizes()[1] == call.sequences, "
-        '"cursor", "must be [4, sequences]");'
-    )
-    out.line("call.cursor = arg_cursor.data<int32_t>();")
-    out.line("call.cursor_row = arg_cursor.strides()[0], call.cursor_sequence = arg_cursor.strides()[1];")
-    skip = 0 if plan.layout.sequence else 1
-    for v, dtype in zip(plan.program.logged, plan.row_dtypes, strict=True):
-        out.line(f'call.row_{v} = view(arg_row_{v}, "rows of {v}", call.lanes, {skip}, CAPACITY, {_size(v)});')
-        out.line(f'check(call.row_{v}.dtype == Dtype::{DTYPES[dtype]}, "rows of {v}", "must be {DTYPES[dtype]}");')
-
-
-def _threads(out: Source, plan: Plan, order: Schedule) -> None:
-    out.line("int64_t lanes = 1;")
-    out.line("for (int i = 0; i < LANES; ++i) lanes *= call.lanes[i];")
-    full = "1" if order.split is None else "K" if order.split == "key" else "V"
-    out.comment("Small work stays on one thread; with fewer lanes than threads a lane is cut into tiles.")
-    out.line("const int64_t work = lanes * K * V;")
-    out.line("const int threads = work < 16384 || omp_in_parallel() ? 1 : omp_get_max_threads();")
-    out.line(f"int64_t tile = {full};")
-    if order.split:
-        out.line(f"const int64_t share = {full} * lanes / (2 * threads) / 16 * 16;")
-        out.line("if (threads > 1 && lanes < 2 * threads) tile = std::max<int64_t>(16, share);")
-    out.line(f"const int64_t tiles = ({full} + tile - 1) / tile, items = lanes * tiles;")
-    out.line("const bool large = work * int64_t(sizeof(State)) > threads * (int64_t(1) << 22);")
-    with out.block("each_item(items, threads, large, [&](int64_t i)", ");"):
-        out.line("const int64_t first = i % tiles * tile;")
-        out.line(f"run_item(call, i / tiles, first, std::min<int64_t>(tile, {full} - first));")
-    if shared(plan, order):
-        out.line("bool flushed = false;")
-        out.line("for (int64_t b = 0; b < call.sequences; ++b) flushed |= call.flushes(b);")
-        with out.block("if (flushed)"):
-            out.line("each_item(lanes, threads, false, [&](int64_t lane) { append_shared(call, lane); });")
-
-
-def _advance(out: Source) -> None:
-    with out.block("for (int64_t b = 0; b < call.sequences; ++b)"):
-        out.line("if (call.flushes(b)) call.mark(0, b) = 0, call.mark(1, b) = FLUSH, call.mark(3, b) = 0;")
-        out.line("if (call.owed(b) >= 0) ++call.mark(0, b);")
-        out.line("++call.mark(2, b);")
-
-
-def _register(out: Source) -> None:
-    with out.block("struct Registration", " registration;"):
-        with out.block("Registration()"):
-            out.line("TorchLibraryOpaque* library;")
-            out.line('done(aoti_torch_library_init_impl("kvbuffer", "CPU", __FILE__, __LINE__, &library));')
-            out.line("done(aoti_torch_library_impl(library, OP_NAME, step));")
+        if plan.variant == "verify":
+            for kind, x, y in (("key", "K", "V"), ("value", "V", "K")):
+                count = max(1, sum(r.x.kind == kind for r in order.stages[0].reads))
+                out.line(f"alignas(64) Real x_{kind}[CAPACITY * {count} * {x}], y_{kind}[CAPACITY * {count} * {y}];")

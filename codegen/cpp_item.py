@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from kvbuffer_compile import ir
 from kvbuffer_compile.codegen import cpp_rows
 from kvbuffer_compile.codegen.cpp_values import Values
-from kvbuffer_compile.codegen.schedule import Fold, Old, Schedule, uses
+from kvbuffer_compile.codegen.schedule import Fold, Old, Schedule
 from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.ir import Kind, Var
 from kvbuffer_compile.plan import Plan
@@ -26,10 +26,10 @@ class Item:
 
     def __init__(self, out: Source, plan: Plan, schedule: Schedule) -> None:
         self.out, self.plan, self.schedule = out, plan, schedule
-        self.values = Values(out, schedule.split)
+        self.values = Values(out, schedule.split, token=plan.variant == "verify")
         self.inner: Kind = inner_axis(plan)
         self.outer: Kind = "key" if self.inner == "value" else "value"
-        self.buffered = plan.variant == "buffered"
+        self.buffered = plan.variant != "recurrent"
         self.rows = cpp_rows.Rows(out, plan, self.values)
 
     def emit(self) -> None:
@@ -44,6 +44,7 @@ class Item:
             if self.buffered:
                 self.rows.gather()
             self._block()
+            self._fold_alone()
             for number, stage in enumerate(self.schedule.stages):
                 self.values.steps(stage.steps)
                 if stage.reads:
@@ -61,10 +62,7 @@ class Item:
 
     def _operands(self) -> None:
         nodes = (node for stage in self.schedule.stages for node in (*stage.steps, *stage.reads))
-        used = set(self._roots()) | {v for node in nodes for v in uses(node)}
-        for v in self.plan.program.inputs:
-            if v in used:
-                self.values.load(v)
+        self.values.load_for(self.plan.program.inputs, nodes, self._roots())
 
     def _roots(self) -> Iterable[Var]:
         fold = self.schedule.fold
@@ -78,6 +76,9 @@ class Item:
             f"const Block<State> block{{call.state + call.state_at(at){offset}, call.state_{self.outer}, "
             f"call.state_{self.inner}, {sizes}, {bare}, call.ahead(at)}};"
         )
+
+    def _fold_alone(self) -> None:
+        """A program without reads still has to flush."""
         if not any(g.reads for g in self.schedule.stages) and self.buffered:
             with self.out.block("if (flush)"):
                 self._run("fold_then_read", (), "fold")
@@ -177,16 +178,18 @@ class Item:
         for v in self.plan.program.outputs:
             self._output(v, self.values.name(v))
         if self.buffered:
+            self.out.line("const int64_t to = flush ? 0 : count;")
             self.rows.append_all(self.schedule.split)
 
     def _output(self, v: Var, name: str | None) -> None:
         """Store an output, or zeros. What does not run along the split axis is stored by the first tile."""
         guard = "if (first == 0) " if self.schedule.split and v.kind != self.schedule.split else ""
+        place = "(lane * call.tokens + t)" if self.values.token else "lane"
         if v.kind == "scalar":
-            self.out.line(f"{guard}call.out_{v}[lane] = {name or 'Real(0)'};")
+            self.out.line(f"{guard}call.out_{v}[{place}] = {name or 'Real(0)'};")
             return
         length, full = self.values.length(v.kind), "K" if v.kind == "key" else "V"
-        to = f"call.out_{v} + lane * {full} + {self.values.start(v.kind)}"
+        to = f"call.out_{v} + {place} * {full} + {self.values.start(v.kind)}"
         self.out.line(
             f"{guard}std::memcpy({to}, {name}, {length} * sizeof(Real));"
             if name

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvbuffer_compile.codegen.cpp_values import Values
-from kvbuffer_compile.codegen.schedule import Old, steps_for, uses
+from kvbuffer_compile.codegen.schedule import Old, steps_for
 from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.ir import Decay, Kind, Update, Var
 from kvbuffer_compile.plan import Plan
@@ -172,10 +172,10 @@ class Rows:
 
     def append_all(self, split: Kind | None) -> None:
         """Store the token's logged values in its slot. Rows that other items read wait until after a flush."""
-        self.out.line("const int64_t to = flush ? 0 : count;")
+        slot = "(to + t)" if self.values.token else "to"
         for v in self.plan.program.logged:
             guard = "" if owned(self.plan, v, split) else f"if (!flush && {self._first(v)}) "
-            self._append(v, guard, "to")
+            self._append(v, guard, slot)
 
     def _first(self, v: Var) -> str:
         """Whether this item stands for all those that share the row."""
@@ -201,21 +201,19 @@ class Rows:
         """`append_shared`: after a flush, once no item reads the old rows any more, the rows that items share."""
         shared = [v for v in self.plan.program.logged if not owned(self.plan, v, self.values.split)]
         self.out.comment("After a flush: the new rows that several items read the old ones of.")
-        values = Values(self.out, None)
+        values = Values(self.out, None, self.values.token)
         rows = Rows(self.out, self.plan, values)
         with self.out.block(APPEND):
             self.out.line("int64_t at[AXES];")
             self.out.line("call.split_lane(lane, at);")
             sequence = "at[0]" if self.plan.layout.sequence else "0"
             self.out.line(f"if (!call.flushes({sequence})) return;")
-            steps = steps_for(self.plan.program, shared)
-            used = set(shared) | {x for step in steps for x in uses(step)}
-            for v in self.plan.program.inputs:
-                if v in used:
-                    values.load(v)
-            values.steps(steps)
-            for v in shared:
-                rows._append(v, f"if ({rows._first(v)}) ", "0")
+            with self.out.block("for (int64_t t = 0; t < call.tokens; ++t)" if values.token else ""):
+                steps = steps_for(self.plan.program, shared)
+                values.load_for(self.plan.program.inputs, steps, shared)
+                values.steps(steps)
+                for v in shared:
+                    rows._append(v, f"if ({rows._first(v)}) ", "t" if values.token else "0")
 
 
 def owned(plan: Plan, v: Var, split: Kind | None) -> bool:

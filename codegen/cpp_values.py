@@ -7,7 +7,7 @@ from itertools import groupby
 
 from kvbuffer_compile import ir
 from kvbuffer_compile.codegen import calls
-from kvbuffer_compile.codegen.schedule import Dot, Step, Widen
+from kvbuffer_compile.codegen.schedule import Dot, Old, Step, Widen, uses
 from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.ir import REDUCTIONS, Kind, Map, Var
 
@@ -21,6 +21,7 @@ TAKEN = frozenset(
     K V CAPACITY FLUSH ROWS widen narrow get put splat truth maximum minimum exponential sigmoid softplus gelu total
     sum mean largest smallest dots dot convert store fetch add_rows read_rows view load load_one fail check call
     std c i j at lane sequence count slot flush first size rows room weight left right fade fade_key fade_value fold
+    later_key later_value tokens t to m x y copy Reads read_many append_shared run_item step each_item
     keep_row keep_column block owed""".split()
 )
 
@@ -28,12 +29,14 @@ TAKEN = frozenset(
 class Values:
     """Prints computations on values into `out`. `split` is the axis of which a tile [first, first + size) is held.
 
+    token: operands hold several tokens, and the local `t` is the one to load.
     Values along an axis are arrays of the axis' full length, filled from 0; scalars are numbers.
     """
 
-    def __init__(self, out: Source, split: Kind | None) -> None:
+    def __init__(self, out: Source, split: Kind | None, token: bool = False) -> None:
         self.out = out
         self.split = split
+        self.token = token
 
     def name(self, v: Var) -> str:
         """The local that holds v."""
@@ -62,11 +65,19 @@ class Values:
     def load(self, v: Var) -> None:
         """An operand, converted to Real."""
         view, name = f"call.in_{v}", self.name(v)
+        offset = f"{view}.at(at)" + (f" + t * {view}.slot" if self.token else "")
         if v.kind == "scalar":
-            self.out.line(f"const Real {name} = load_one({view}, {view}.at(at));")
+            self.out.line(f"const Real {name} = load_one({view}, {offset});")
         else:
             self.declare(v)
-            self.out.line(f"load({name}, {view}, {view}.at(at), {self.start(v.kind)}, {self.length(v.kind)});")
+            self.out.line(f"load({name}, {view}, {offset}, {self.start(v.kind)}, {self.length(v.kind)});")
+
+    def load_for(self, inputs: Iterable[Var], nodes: Iterable[Step | Old], roots: Iterable[Var]) -> None:
+        """Those of the inputs that the nodes use, or that are roots themselves."""
+        used = set(roots) | {v for node in nodes for v in uses(node)}
+        for v in inputs:
+            if v in used:
+                self.load(v)
 
     def steps(self, steps: Iterable[Step]) -> None:
         """Compute steps in order, those next to each other along one axis in one loop."""

@@ -348,3 +348,42 @@ template <class T, Mode MODE, int ACROSS, int ALONG> struct Pass {
     for (; r < s.rows; ++r) rows<1>(r);
   }
 };
+
+// A run-time number of reads in one pass over a block, after a fold if there is one. Query j is x + j * x_stride, its
+// result y + j * y_stride. Every group of rows is fetched once and serves the reads four by four.
+struct Reads {
+  int64_t count;
+  const Real* x;
+  int64_t x_stride;
+  Real* y;
+  int64_t y_stride;
+};
+template <int U, class T, int ACROSS, int ALONG> INLINE void read_rows_of(const Block<T>& s, int64_t r, const Reads& reads, int64_t j) {
+  constexpr int N = ACROSS + ALONG;
+  Pass<T, Mode::read, ACROSS, ALONG> pass{s, 0, {}, {}, {}, {}, {}};
+  UNROLL for (int i = 0; i < N; ++i) {
+    (ACROSS ? pass.x : pass.z)[i] = reads.x + (j + i) * reads.x_stride;
+    (ACROSS ? pass.y : pass.w)[i] = reads.y + (j + i) * reads.y_stride;
+  }
+  pass.template rows<U>(r);
+}
+template <int U, class T>
+INLINE void read_group(const Block<T>& s, bool fold_first, const Fold& fold, int64_t r, const Reads& across, const Reads& along) {
+  if (fold_first) Pass<T, Mode::fold_then_read, 0, 0>{s, 0b1111, fold, {}, {}, {}, {}}.template rows<U>(r);
+  else if (s.bare) return;
+  Block<T> written = s;
+  written.bare = false;
+  int64_t j = 0;
+  for (; j + 4 <= across.count; j += 4) read_rows_of<U, T, 4, 0>(written, r, across, j);
+  for (; j < across.count; ++j) read_rows_of<U, T, 1, 0>(written, r, across, j);
+  for (j = 0; j + 2 <= along.count; j += 2) read_rows_of<U, T, 0, 2>(written, r, along, j);
+  for (; j < along.count; ++j) read_rows_of<U, T, 0, 1>(written, r, along, j);
+}
+template <class T>
+inline void read_many(const Block<T>& s, bool fold_first, const Fold& fold, const Reads& across, const Reads& along) {
+  for (int64_t j = 0; j < across.count; ++j) std::memset(across.y + j * across.y_stride, 0, s.columns * sizeof(Real));
+  for (int64_t j = 0; j < along.count; ++j) std::memset(along.y + j * along.y_stride, 0, s.rows * sizeof(Real));
+  int64_t r = 0;
+  for (; r + 4 <= s.rows; r += 4) read_group<4>(s, fold_first, fold, r, across, along);
+  for (; r < s.rows; ++r) read_group<1>(s, fold_first, fold, r, across, along);
+}

@@ -2,7 +2,7 @@
 
 The programs of a launch run in any order. What they share may be written only when all of them have read the old
 content: the cursor of a sequence, and, in a step that flushes, slot 0 of the rows that several tiles or lanes read.
-So each program takes a ticket of its group once it has read everything; the one that takes the last ticket writes.
+So each program takes a ticket of its group once it has read them; the one that takes the last ticket writes.
 Groups nest: the last of a group takes a ticket of the next larger one, and the last of a sequence writes the cursor.
 """
 
@@ -18,10 +18,10 @@ from kvbuffer_compile.plan import Plan
 ARRIVE = '''@triton.jit
 def arrive(ticket, expected):
     """Whether this is the last of `expected` programs to come here. The ticket is then zero for the next launch."""
-    tl.debug_barrier()  # every thread has read what it reads
-    last = tl.atomic_add(ticket, 1, sem="acq_rel") == expected - 1
+    tl.debug_barrier()  # every thread has read what others may overwrite
+    last = tl.atomic_add(ticket, 1, sem="release") == expected - 1
     if last:
-        tl.store(ticket, 0)
+        tl.atomic_xchg(ticket, 0, sem="acquire")
     return last'''
 
 

@@ -29,6 +29,7 @@ def step_op(plan: Plan) -> Any:
     return getattr(torch.ops.kvbuffer, name).default
 
 
+@functools.cache
 def use_triton(plan: Plan, interpret: bool = False) -> None:
     """Let a generated Triton kernel implement the plan's op on a GPU. EmitError when it cannot be said in Triton.
 

@@ -155,7 +155,7 @@ def lane_sizes(layout: Layout, state: Tensor) -> tuple[int, ...]:
         known = 1
         for part in split:
             known *= 1 if part is None else part
-        parts += [_hint(size, fallback=1) // known if part is None else part for part in split]
+        parts += [_hint(size) // known if part is None else part for part in split]
     return tuple(parts[i] for i in layout.order[:-2])
 
 

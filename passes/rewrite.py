@@ -35,6 +35,8 @@ def splice(gm: GraphModule, chosen: list[tuple[Lifted, Plan]], op_of: Callable[[
 
     op_of: gives a plan's step op. IRError when the state keeps a user besides its op: an operand hid a use of it.
     """
+    if not chosen:
+        return []
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     last = placeholders[-1]
     done = []

@@ -242,7 +242,11 @@ def precond_gated_delta(
 def precond_kda(
     S: Tensor, A: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, ga: Tensor, ba: Tensor
 ) -> Tensor:
-    return precond_gated_delta(S * rows(g.exp()), A, q, k, v, torch.zeros_like(beta), beta, ga, ba)
+    A.copy_(A * ga.exp()[..., None] + ba[..., None] * k * k)
+    new = S * rows(g.exp())
+    new = new + outer(k * torch.rsqrt(1 + A), (v - read(new, k)) * beta[..., None])
+    S.copy_(new)
+    return read(new, q)
 
 
 def ttt(S: Tensor, b: Tensor, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, w: Tensor, c: Tensor) -> Tensor:
@@ -257,3 +261,107 @@ def ttt(S: Tensor, b: Tensor, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, w: T
     S.sub_(outer(eta[..., None] * k, gradient))
     b.sub_(eta[..., None] * gradient)
     return read(S, q) + b
+
+
+def ttt_layer_norm(S: Tensor, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, w: Tensor, c: Tensor) -> Tensor:
+    """The same target, its gradient cut at the normalised prediction."""
+    error = torch.nn.functional.layer_norm(read(S, k), v.shape[-1:]) * w + c - v
+    S.sub_(outer(k, eta[..., None] * w * error))
+    return torch.nn.functional.layer_norm(read(S, q), v.shape[-1:])
+
+
+# ------------------------------------------------------------------------------------------------ inputs
+
+
+def operands(letters: str) -> Draw:
+    """One random input a letter: q, v, s plain; k a unit vector; w positive; a decay g [B, H], G [B, H, K], M [B, H, M],
+    V [B, H, V], u [H, K]; b [B, H] and c [B, H, K], d [B, H, V] between 0 and 1; z [H, V]; n delta steps in 2 and 3."""
+
+    def draw(s: Sizes, g: torch.Generator) -> tuple[Tensor, ...]:
+        return tuple(_operand(letter, s, g) for letter in letters)
+
+    return draw
+
+
+def _operand(letter: str, s: Sizes, g: torch.Generator) -> Tensor:
+    head = (s.B, s.H)
+    match letter:
+        case "q" | "v" | "s":
+            return torch.randn(*head, {"q": s.K, "v": s.V, "s": SLOTS}[letter], generator=g)
+        case "k" | "j":  # of K or of V channels
+            return unit(g, *head, s.K if letter == "k" else s.V)
+        case "g":
+            return gates(g, *head).log()
+        case "G" | "M" | "V":
+            return gates(g, *head, {"G": s.K, "M": SLOTS, "V": s.V}[letter]).log()
+        case "b":
+            return torch.rand(*head, generator=g)
+        case "c" | "d":
+            return torch.rand(*head, s.K if letter == "c" else s.V, generator=g)
+        case "u":
+            return torch.randn(s.H, s.K, generator=g)
+        case "z":
+            return torch.randn(s.H, s.V, generator=g)
+        case "l":
+            return torch.rand(s.H, 1, 1, generator=g)
+        case "w":  # exp(-exp(w)) is a gate
+            return torch.log(-gates(g, *head, s.K).log())
+    raise AssertionError(letter)
+
+
+def several(n: int) -> Draw:
+    """q, n keys and values, a decay, n betas."""
+
+    def draw(s: Sizes, g: torch.Generator) -> tuple[Tensor, ...]:
+        q, decay = operands("qg")(s, g)
+        k, v = unit(g, s.B, s.H, n, s.K), torch.randn(s.B, s.H, n, s.V, generator=g)
+        return q, k, v, decay, torch.rand(s.B, s.H, n, generator=g)
+
+    return draw
+
+
+def low_rank(letters: str) -> Draw:
+    """Inputs followed by a and b = -beta a of a rank-one transition."""
+
+    def draw(s: Sizes, g: torch.Generator) -> tuple[Tensor, ...]:
+        a = unit(g, s.B, s.H, s.K)
+        return (*operands(letters)(s, g), a, -a * torch.rand(s.B, s.H, 1, generator=g))
+
+    return draw
+
+
+def forms() -> Iterable[Form]:
+    """All of them, with the ops each must lift to."""
+    yield from (Form(step.__name__, kept, step, states, operands(x)) for step, kept, states, x in _PLAIN)
+    for n in (2, 3):
+        yield Form(f"gated_delta_product{n}", ("D" + n * "RU" + "R",), gated_delta_product, ("BHKV",), several(n))
+    yield Form("iplr", ("RUUR",), iplr, ("BHKV",), low_rank("qkv"))
+    yield Form("dplr", ("RDUUR",), dplr, ("BHKV",), low_rank("qkvG"))
+    yield Form("rwkv7", ("RDUUR",), rwkv7, ("BHVK",), low_rank("qkvw"))
+
+
+_ONE = ("BHKV",)
+_PLAIN: tuple[tuple[Callable[..., Tensor], tuple[str, ...], tuple[str, ...], str], ...] = (
+    (linear_attn, ("UR",), _ONE, "qkv"),
+    (linear_attn_normalised, ("UR", ""), ("BHKV", "BHK"), "qkv"),
+    (simple_gla, ("DUR",), _ONE, "qkvg"),
+    (retention, ("DUR",), _ONE, "qkv"),
+    (lightning, ("DUR",), _ONE, "qkvl"),
+    (gla, ("DUR",), _ONE, "qkvG"),
+    (hgrn2, ("DUR",), _ONE, "qqv"),
+    (rwkv6, ("RDU",), _ONE, "qkvwu"),
+    (gsa, ("DUR", "DUR"), ("BHKM", "BHMV"), "qkvsM"),
+    (abc, ("UR", "UR"), ("BHKM", "BHMV"), "qkvs"),
+    (delta_rule, ("RUR",), _ONE, "qkvb"),
+    (gated_delta_rule, ("DRUR",), _ONE, "qkvgb"),
+    (comba, ("DRUR",), _ONE, "qkvkgb"),
+    (kda, ("DRUR",), _ONE, "qkvGb"),
+    (gdn2, ("DRUR",), _ONE, "qkvGcd"),
+    (gated_oja_rule, ("DRUR",), _ONE, "qqjVb"),
+    (longhorn, ("RUR",), _ONE, "qkvd"),
+    (longhorn_diagonal, ("DUR",), _ONE, "qkvb"),
+    (precond_gated_delta, ("DRUR", ""), ("BHKV", "BHK"), "qkvgbgb"),
+    (precond_kda, ("DRUR", ""), ("BHKV", "BHK"), "qkvGbgb"),
+    (ttt, ("RUR", ""), ("BHKV", "BHV"), "qkvbzz"),
+    (ttt_layer_norm, ("RUR",), _ONE, "qkvbzz"),
+)

@@ -312,10 +312,11 @@ def test_an_empty_batch_launches_nothing():
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("if arrive(tickets + sequence * tickets_sequence + 1 + at_h, TILES):", "if True:"),  # rows written too early
+        ("last_h = arrive(", "last_h = (tile == 0) | arrive("),  # rows are written too early
         ("mask=later, other=1.0", "mask=later, other=0.0"),
-        ("kept = 0", "kept = owed"),
-        ("(kept - 1 - age)", "age"),
+        ("tl.where(flush, 0, owed)", "tl.where(flush, 1, owed)"),
+        ("(owed - 1 - age)", "age"),
+        (" * fade_scalar", ""),
     ],
 )
 def test_a_mutant_is_caught(right, wrong):
