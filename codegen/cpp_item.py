@@ -49,6 +49,7 @@ class Item:
                 self.values.steps(stage.steps)
                 if stage.reads:
                     self._pass(number, stage.reads)
+                    self._written(number)
             self._finish()
 
     def _sequence(self) -> None:
@@ -73,7 +74,7 @@ class Item:
         sizes = f"{self.values.length(self.outer)}, {self.values.length(self.inner)}"
         bare = "call.mark(3, sequence) != 0" if self.buffered else "false"
         self.out.line(
-            f"const Block<State> block{{call.state + call.state_at(at){offset}, call.state_{self.outer}, "
+            f"Block<State> block{{call.state + call.state_at(at){offset}, call.state_{self.outer}, "
             f"call.state_{self.inner}, {sizes}, {bare}, call.ahead(at)}};"
         )
 
@@ -106,6 +107,11 @@ class Item:
         else:
             self._run("read", reads, None, queries)
         self.rows.add(reads)
+
+    def _written(self, number: int) -> None:
+        """After the first pass a flush has made the base, if there was none."""
+        if self.buffered and number == 0 and len(self.schedule.stages) > 2:
+            self.out.line("block.bare = block.bare && !flush;")
 
     def _run(self, mode: str, reads: Sequence[Old], fold: str | None, queries: dict[Var, str] | None = None) -> None:
         """One Pass over the block."""

@@ -174,21 +174,20 @@ class Rows:
         """Store the token's logged values in its slot. Rows that other items read wait until after a flush."""
         slot = "(to + t)" if self.values.token else "to"
         for v in self.plan.program.logged:
-            guard = "" if owned(self.plan, v, split) else f"if (!flush && {self._first(v)}) "
-            self._append(v, guard, slot)
+            tests = [] if owned(self.plan, v, split) else ["!flush", *self._first(v)]
+            self._append(v, tests, slot)
 
-    def _first(self, v: Var) -> str:
-        """Whether this item stands for all those that share the row."""
+    def _first(self, v: Var) -> list[str]:
+        """Tests whether this item stands for all those that share the row."""
         lanes = enumerate(self.plan.program.lanes)
         tests = [f"at[{n}] == 0" for n, lane in lanes if lane not in v.lanes and not self._cursor_lane(n)]
-        if self.values.split not in (None, v.kind):
-            tests.append("first == 0")
-        return " && ".join(tests) or "true"
+        return tests + (["first == 0"] if self.values.split not in (None, v.kind) else [])
 
     def _cursor_lane(self, n: int) -> bool:
         return n == 0 and self.plan.layout.sequence
 
-    def _append(self, v: Var, guard: str, slot: str) -> None:
+    def _append(self, v: Var, tests: list[str], slot: str) -> None:
+        guard = f"if ({' && '.join(tests)}) " if tests else ""
         if v.kind == "scalar":
             self.out.line(f"{guard}*({self._address(v, slot)}) = narrow<Row_{v}>({self.values.name(v)});")
         else:
@@ -213,7 +212,7 @@ class Rows:
                 values.load_for(self.plan.program.inputs, steps, shared)
                 values.steps(steps)
                 for v in shared:
-                    rows._append(v, f"if ({rows._first(v)}) ", "t" if values.token else "0")
+                    rows._append(v, rows._first(v), "t" if values.token else "0")
 
 
 def owned(plan: Plan, v: Var, split: Kind | None) -> bool:

@@ -132,26 +132,51 @@ class Session:
 
     def step(self) -> bool:
         """One step and all checks. False, and nothing compared, when integers have grown too large to be exact."""
-        inputs = self.draw()
+        tokens = int(torch.randint(1, self.plan.capacity + 1, ())) if self.plan.variant == "verify" else 1
+        drafts = [self.draw() for _ in range(tokens)]
         before = self.state.clone(), self.cursor.clone(), [r.clone() for r in self.rows]
-        side = [] if self.plan.variant == "recurrent" else [self.cursor, *self.rows]
-        got = self.op(self.state, *side, *inputs.values())
-        exact = self.advance(self.dense, inputs)
-        eager = self.advance(self.eager, inputs)
+        got = self.call(drafts)
+        exact = [self.advance(self.dense, d) for d in drafts]
+        eager = [self.advance(self.eager, d) for d in drafts]
         self.steps += 1
-        if self.exact and max(x.abs().max() for x in (self.dense.state, *exact.values())) > EXACT_LIMIT:
+        values = [x for outs in exact for x in outs.values()]
+        if self.exact and max(x.abs().max() for x in values) > EXACT_LIMIT:
             return False
-        outputs = self.plan.program.outputs
-        for v, out in zip(outputs, [got] if len(outputs) == 1 else got or [], strict=True):
-            self.compare(out, eager[v.name], exact[v.name], str(v))
+        for t in range(tokens):
+            for name, out in got.items():
+                now = out.select(len(self.lanes), t) if self.plan.variant == "verify" else out
+                self.compare(now, eager[t][name], exact[t][name], f"{name} of token {t}")
         if self.plan.variant == "recurrent":
             self.compare(self.plan.layout.canonical(self.state), self.eager.state, self.dense.state, "state")
         else:
-            self.check_memory(*before)
+            self.check_memory(tokens, *before)
+        if self.plan.variant == "verify":
+            self.roll_back([d["state"] for d in exact], [d["state"] for d in eager])
         return True
 
+    def call(self, drafts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Run the op on one token, or on several stacked behind the lanes."""
+        inputs = drafts[0]
+        if self.plan.variant == "verify":
+            inputs = {n: self.spread(torch.stack([d[n] for d in drafts], dim=len(self.lanes))) for n in drafts[0]}
+        side = [] if self.plan.variant == "recurrent" else [self.cursor, *self.rows]
+        got = self.op(self.state, *side, *inputs.values())
+        names = [v.name for v in self.plan.program.outputs]
+        return dict(zip(names, [got] if len(names) == 1 else got or [], strict=True))
+
+    def roll_back(self, exact: list[Tensor], eager: list[Tensor]) -> None:
+        """Take back some of the tokens just run, another number for each sequence (exact, eager: states after each)."""
+        if not self.plan.layout.sequence:
+            return
+        for b in range(self.cursor.shape[1]):
+            if self.cursor[0, b] >= 0:
+                kept = int(torch.randint(1, len(exact) + 1, ()))
+                self.cursor[0, b] -= len(exact) - kept
+                self.dense.state[b], self.eager.state[b] = exact[kept - 1][b], eager[kept - 1][b]
+        self.compare(self.materialized(), self.eager.state, self.dense.state, "state after rolling back")
+
     def advance(self, dense: Dense, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Dense's step; padding sequences keep their state and give zero."""
+        """Dense's step: its outputs, and the state after it. Padding sequences keep their state and give zero."""
         keep, padded = dense.state, list(self.padded)
         env = run(self.plan.program, dense, {n: x.to(keep.dtype) for n, x in inputs.items()})
         dense.state = dense.state.clone()
@@ -161,7 +186,7 @@ class Session:
             tail = env[v.name].shape[len(self.lanes) :]
             outs[v.name] = env[v.name].expand(*self.lanes, *tail).clone()
             outs[v.name][padded] = 0
-        return outs
+        return {**outs, "state": dense.state.clone()}
 
     def compare(self, got: Tensor, eager: Tensor, exact: Tensor, what: str) -> None:
         what = f"{what} at step {self.steps}"
@@ -171,12 +196,12 @@ class Session:
         else:
             check(got, eager, exact, what)
 
-    def check_memory(self, state: Tensor, cursor: Tensor, rows: list[Tensor]) -> None:
+    def check_memory(self, tokens: int, state: Tensor, cursor: Tensor, rows: list[Tensor]) -> None:
         """Cursors, the state that base and rows stand for, and that nothing else was written (arguments: before)."""
         owed, limit = cursor[0], cursor[1]
-        flushed = (owed >= 0) & ((owed >= limit) | (owed >= self.plan.capacity))
+        flushed = (owed >= 0) & ((owed >= limit) | (owed + tokens > self.plan.capacity))
         expected = cursor.clone()
-        expected[0] = torch.where(owed < 0, -1, torch.where(flushed, 0, owed) + 1)
+        expected[0] = torch.where(owed < 0, -1, torch.where(flushed, 0, owed) + tokens)
         expected[1] = torch.where(flushed, self.plan.flush, limit)
         expected[2] += 1
         expected[3] = torch.where(flushed, 0, cursor[3])
@@ -187,14 +212,15 @@ class Session:
             assert same(new, old), "the state was written without a flush"
         for new, old in zip(self.rows, rows, strict=True):
             for b in range(cursor.shape[1]):
-                self.check_slots(new[b], old[b], int(expected[0, b]) - 1)
+                end = int(expected[0, b])
+                self.check_slots(new[b], old[b], range(end - tokens, end))
         self.compare(self.materialized(), self.eager.state, self.dense.state, "state and rows")
 
-    def check_slots(self, new: Tensor, old: Tensor, slot: int) -> None:
-        """Only one slot of a sequence's rows may change."""
+    def check_slots(self, new: Tensor, old: Tensor, slots: range) -> None:
+        """Only these slots of a sequence's rows may change."""
         dim = len(self.lanes) - (1 if self.plan.layout.sequence else 0)
         for j in range(self.plan.capacity):
-            if j != slot:
+            if j not in slots:
                 assert same(new.select(dim, j), old.select(dim, j)), f"slot {j} was written at step {self.steps}"
 
     def materialized(self) -> Tensor:

@@ -69,6 +69,17 @@ def test_recurrent(name):
     play(plan, exact=False)
 
 
+@pytest.mark.parametrize("name", ["gdn", "kda", "mamba2", "rwkv7", "oja"])
+def test_verify(name):
+    """Any number of tokens at once, some of them taken back after each round."""
+    plan = make_plan(NAMED[name], "verify", sizes=(20, 37), capacity=7, inner="key" if len(name) % 2 else "value")
+    if is_exact(NAMED[name]):
+        assert play(plan, limits=(1, 3, 2)) > 2
+        play(plan, limits=(4, 2, 3), padded=(1,), strided=True)
+    play(plan, exact=False, limits=(4, 3, 1))
+    play(plan, exact=False, bare=True)
+
+
 @pytest.mark.parametrize("state", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(state):
     """16-bit and 64-bit states and rows; operands of every dtype against one kernel."""
@@ -87,17 +98,19 @@ def test_rows_may_have_their_own_dtype():
 
 
 def sweep(program, variant, inner, merged, sizes, exact):
-    plan = make_plan(program, variant, sizes=sizes, inner=inner, merged=merged)
-    padded = (1,) if variant == "buffered" else ()
+    plan = make_plan(program, variant, sizes=sizes, inner=inner, merged=merged, capacity=6)
+    padded = () if variant == "recurrent" else (1,)
     if exact:
         play(plan, limits=(4, 1, 3))
         play(plan, limits=(2, 3, 1), padded=padded, strided=True)
     else:
         play(plan, exact=False, limits=(4, 2, 1), padded=padded)
+        if variant != "recurrent":
+            play(plan, exact=False, bare=True)
 
 
 shapes = st.sampled_from([(5, 19), (17, 4), (16, 33), (1, 1)])
-variants = st.sampled_from(["buffered", "buffered", "recurrent"])
+variants = st.sampled_from(["buffered", "recurrent", "verify"])
 inners = st.sampled_from(["value", "key"])
 lenient = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
