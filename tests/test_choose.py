@@ -193,9 +193,9 @@ def test_capacity_is_at_least_the_flush_length() -> None:
 
 
 def test_candidates_are_complete_and_ordered() -> None:
-    _, prediction = explain_choice(lifted(), Options(), CPU, "triton")
-    assert [c.flush for c in prediction.candidates] == [1]
-    assert [c.variant for c in prediction.candidates] == ["recurrent"] + ["buffered"] * 6
+    _, prediction = explain_choice(lifted(), Options(), CPU, "cpp")
+    assert [c.flush for c in prediction.candidates] == [1, 2, 4, 8, 12, 16, 24, 32, 48, 64]
+    assert [c.variant for c in prediction.candidates] == ["recurrent"] + ["buffered"] * 9
     assert all(c.gain == pytest.approx(prediction.plain.seconds / c.seconds) for c in prediction.candidates)
     assert prediction.state_bytes == 32 * 32 * 128 * 128 * 4
     assert prediction.slot_bytes == 32 * 32 * (4 + 4 * 256)
