@@ -20,9 +20,9 @@ def copied(gm: GraphModule) -> GraphModule:
     return new
 
 
-def written(gm: GraphModule) -> set[Node]:
-    """What the graph writes to."""
-    return {form.target for n in gm.graph.nodes if isinstance(form := read(n), Write)}
+def written(gm: GraphModule) -> dict[Node, Node]:
+    """What the graph writes to, each with (the last of) its writes."""
+    return {form.target: n for n in gm.graph.nodes if isinstance(form := read(n), Write)}
 
 
 def candidates(gm: GraphModule) -> list[Node]:

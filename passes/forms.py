@@ -119,6 +119,16 @@ class Reduce:
 
 
 @dataclass(frozen=True)
+class Variance:
+    """The variance of x over dims, divided by their size less the correction."""
+
+    x: Node
+    dims: tuple[int, ...]
+    keep: bool
+    correction: float
+
+
+@dataclass(frozen=True)
 class Pointwise:
     """Any other elementwise call, broadcasting its tensor arguments."""
 
@@ -153,7 +163,7 @@ class Opaque:
 
 Form = (
     Regroup | Permute | Same | Cast | Expand | Select | Slice | Product | Quotient | Sum | Choice | Contract
-    | Reduce | Pointwise | Constant | Write | Metadata | Opaque
+    | Reduce | Variance | Pointwise | Constant | Write | Metadata | Opaque
 )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from kvbuffer_compile.passes.forms import (
     Select,
     Slice,
     Sum,
+    Variance,
     Write,
 )
 from kvbuffer_compile.passes.labels import Size, size_of
@@ -104,6 +105,9 @@ def _getitem(node: Node) -> Form:
         dim = _dim(argument(whole, 2, "dim", 0), _rank(x))
         sizes = [size_of(piece.shape[dim]) for piece in whole.meta["val"][:index]]
         return Slice(x, dim, sum(sizes)) if all(isinstance(n, int) for n in sizes) else Opaque()
+    if target == "aten.var_mean.correction":
+        found = _variance(whole)
+        return found if index == 0 else Reduce(found.x, found.dims, found.keep, "mean")
     return Opaque()
 
 
@@ -202,6 +206,15 @@ def _reduce(fn: str) -> Callable[[Node], Form]:
     return reader
 
 
+def _variance(node: Node) -> Variance:
+    """var, or the first of var_mean."""
+    x = _x(node)
+    rank, given = _rank(x), argument(node, 1, "dim")
+    dims = tuple(sorted(_dim(d, rank) for d in given or range(rank)))
+    correction = node.kwargs.get("correction")
+    return Variance(x, dims, bool(node.kwargs.get("keepdim")), 1 if correction is None else correction)  # type: ignore[arg-type]
+
+
 def _contract(*letters: str) -> Callable[[Node], Form]:
     def reader(node: Node) -> Form:
         x, y = node.args[:2]
@@ -242,19 +255,11 @@ def _pointwise(node: Node) -> Form:
     return Pointwise(str(node.target), tuple(args))
 
 
-def _regroup(node: Node) -> Form:
-    return Regroup(_x(node))
-
-
-def _write(node: Node) -> Form:
-    return Write(_x(node), argument(node, 1, "src"))
-
-
 READERS: dict[str, Callable[[Node], Form]] = {
     **dict.fromkeys(
         ("aten.view.default", "aten._unsafe_view", "aten.reshape", "aten.unsqueeze", "aten.squeeze", "aten.flatten",
          "aten.unflatten", "aten._reshape_alias"),
-        _regroup,
+        lambda n: Regroup(_x(n)),
     ),
     **dict.fromkeys(("aten.permute", "aten.permute_copy"), _permute),
     **dict.fromkeys(("aten.transpose", "aten.t"), _transpose),
@@ -280,11 +285,12 @@ READERS: dict[str, Callable[[Node], Form]] = {
     "aten.mv": _contract("ic", "c", "i"),
     "aten.dot": _contract("c", "c", ""),
     **{f"aten.{fn}": _reduce(fn) for fn in ("sum", "mean", "amax", "amin", "prod", "any", "all")},
+    "aten.var.correction": _variance,
     **dict.fromkeys(("aten.full", "aten.full_like"), _filled(1, "fill_value")),
     "aten.new_full": _filled(2, "fill_value"),
     "aten.scalar_tensor": _filled(0, "s"),
     **dict.fromkeys(("aten.zeros", "aten.zeros_like", "aten.new_zeros"), _filled(-1, "", 0.0)),
     **dict.fromkeys(("aten.ones", "aten.ones_like", "aten.new_ones"), _filled(-1, "", 1.0)),
     **dict.fromkeys(("aten.empty", "aten.empty_like", "aten.new_empty", "aten.empty_permuted"), _filled(-1, "")),
-    "aten.copy_": _write,
+    "aten.copy_": lambda n: Write(_x(n), argument(n, 1, "src")),
 }  # fmt: skip

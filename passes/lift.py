@@ -13,14 +13,14 @@ from collections.abc import Iterable
 
 from torch.fx import GraphModule, Node
 
-from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir import rename, verify
 from kvbuffer_compile.passes.assemble import Assembled, assemble, trimmed
 from kvbuffer_compile.passes.captured import candidates, copied, source, written
 from kvbuffer_compile.passes.composites import opened
-from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Refused
+from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
 from kvbuffer_compile.passes.operands import Inserter
 from kvbuffer_compile.passes.order import choices
+from kvbuffer_compile.passes.reasons import refused, told
 from kvbuffer_compile.passes.terms import Refusal
 from kvbuffer_compile.passes.walk import Walk
 
@@ -39,18 +39,12 @@ def lift(gm: GraphModule) -> LiftedGraph:
         try:
             walks.append(walk.run())
         except Refusal as refusal:
-            serious = state in stored and (walk.active or refusal.rule == "overwritten")
-            graph.refused.append(_refused(state, refusal, hopeless=not serious))
+            graph.refused.append(refused(walk, refusal, stored.get(state)))
     assembled = _assemble_all(graph, walks)
     graph.found = _finish(graph, _acyclic(graph, assembled))
     graph.gm.graph.lint()
     graph.gm.recompile()
     return graph
-
-
-def _refused(state: Node, refusal: Refusal, hopeless: bool = False) -> Refused:
-    where = source(refusal.node) or source(state)
-    return Refused(state, Declined(refusal.node.name, refusal.rule, refusal.reason, where), hopeless)
 
 
 # ------------------------------------------------------------------------------------------- assembling
@@ -65,8 +59,7 @@ def _assemble_all(graph: LiftedGraph, walks: list[Walk]) -> list[Assembled]:
         try:
             out.append(_assemble(walk, bits, i, inserter))
         except Refusal as refusal:
-            returned_only = walk.write is None and not walk.reads
-            graph.refused.append(_refused(walk.state, refusal, hopeless=returned_only))
+            graph.refused.append(refused(walk, refusal, walk.write))
     return out
 
 
@@ -110,7 +103,7 @@ def _acyclic(graph: LiftedGraph, assembled: list[Assembled]) -> list[Assembled]:
     for i, one in enumerate(assembled):
         if _reaches(i, i, needs, {*kept, i}):
             reason = "two states feed each other within one step, so neither can be updated as a whole"
-            graph.refused.append(_refused(one.walk.state, Refusal(one.walk.state, "entangled", reason)))
+            graph.refused.append(told(one.walk.state, Refusal(one.walk.state, "entangled", reason)))
         else:
             kept.append(i)
     return [assembled[i] for i in kept]

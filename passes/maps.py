@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from torch.fx import Node
 
 from kvbuffer_compile.passes.factor import Axes
-from kvbuffer_compile.passes.forms import Cast, Choice, Contract, Operand, Pointwise, Product, Quotient, Reduce, Sum
+from kvbuffer_compile.passes.forms import (
+    Cast,
+    Choice,
+    Contract,
+    Operand,
+    Pointwise,
+    Product,
+    Quotient,
+    Reduce,
+    Sum,
+    Variance,
+)
 from kvbuffer_compile.passes.graph import read, shape
 from kvbuffer_compile.passes.labels import Atom, Dim, Labels, aligned, fresh, resolve, resolved
 from kvbuffer_compile.passes.order import SUM, DecayEvent, Event, ReadEvent, UpdateEvent
@@ -87,12 +99,26 @@ class Opening:
                 inner = unreduced(shape(x), dims, keep, labels)
                 index = tuple(a for i in dims for a in inner[i])
                 return self._reduced(node, REDUCED[fn], [(x, inner)], index)
+            case Variance():
+                return self._variance(node, form, labels)
             case Contract(x, y, (left, right, out)):
                 index = fresh([shape(x)[left.index("c")]])[0]
                 env = dict(zip(out, labels, strict=True), c=index)
                 uses = [(x, tuple(env[i] for i in left)), (y, tuple(env[i] for i in right))]
                 return self._reduced(node, SUM, uses, index)
         raise self._opaque(node)
+
+    def _variance(self, node: Node, form: Variance, labels: Labels) -> Expr:
+        """mean((x - mean(x))^2), corrected."""
+        sizes = [shape(form.x)[i] for i in form.dims]
+        count = math.prod(n if isinstance(n, int) else 0 for n in sizes)
+        if count <= form.correction:
+            raise self._opaque(node)
+        inner = unreduced(shape(form.x), form.dims, form.keep, labels)
+        index = tuple(a for i in form.dims for a in inner[i])
+        mean = self._reduced(node, REDUCED["mean"], [(form.x, inner)], index)
+        apart = self._sum(self.node(form.x, inner), mean, -1)
+        return mul(Call(REDUCED["mean"], (mul(apart, apart),)), count / (count - form.correction))
 
     def _operand(self, x: Operand, labels: Labels) -> Expr:
         return self.node(x, aligned(labels, shape(x))) if isinstance(x, Node) else x

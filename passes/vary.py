@@ -22,6 +22,7 @@ from kvbuffer_compile.passes.forms import (
     Select,
     Slice,
     Sum,
+    Variance,
     is_view,
     operands,
 )
@@ -51,7 +52,7 @@ def pull(node: Node, labels: Labels) -> list[Use] | None:
             return [(x, (*labels[:dim], _position(shape(x)[dim], start), *labels[dim + 1 :]))]
         case Contract():
             return pull_contract(form, labels)
-        case Reduce(x, dims, keep, _):
+        case Reduce(x, dims, keep, _) | Variance(x, dims, keep, _):
             return [(x, unreduced(shape(x), dims, keep, labels))]
         case Expand() | Product() | Quotient() | Sum() | Choice() | Pointwise() | Constant():
             return [(x, aligned(labels, shape(x))) for x in operands(form)]

@@ -30,6 +30,7 @@ from kvbuffer_compile.passes.forms import (
     Select,
     Slice,
     Sum,
+    Variance,
     Write,
     operands,
 )
@@ -127,7 +128,7 @@ class Walk:
                 return self._contract(node, form)
             case Reduce():
                 return self._reduce(node, form)
-            case Pointwise():
+            case Pointwise() | Variance():
                 raise self._nonlinear(node)
             case _:
                 return self._view(node, form)

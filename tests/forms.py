@@ -244,7 +244,7 @@ def precond_kda(
 ) -> Tensor:
     A.copy_(A * ga.exp()[..., None] + ba[..., None] * k * k)
     new = S * rows(g.exp())
-    new = new + outer(k * torch.rsqrt(1 + A), (v - read(new, k)) * beta[..., None])
+    new = new + outer(k * torch.rsqrt(1 + A.abs()), (v - read(new, k)) * beta[..., None])
     S.copy_(new)
     return read(new, q)
 
@@ -274,39 +274,37 @@ def ttt_layer_norm(S: Tensor, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, w: T
 
 
 def operands(letters: str) -> Draw:
-    """One random input a letter: q, v, s plain; k a unit vector; w positive; a decay g [B, H], G [B, H, K], M [B, H, M],
-    V [B, H, V], u [H, K]; b [B, H] and c [B, H, K], d [B, H, V] between 0 and 1; z [H, V]; n delta steps in 2 and 3."""
+    """One random input a letter of `_OPERANDS`."""
 
     def draw(s: Sizes, g: torch.Generator) -> tuple[Tensor, ...]:
-        return tuple(_operand(letter, s, g) for letter in letters)
+        return tuple(_OPERANDS[letter](s, g) for letter in letters)
 
     return draw
 
 
-def _operand(letter: str, s: Sizes, g: torch.Generator) -> Tensor:
-    head = (s.B, s.H)
-    match letter:
-        case "q" | "v" | "s":
-            return torch.randn(*head, {"q": s.K, "v": s.V, "s": SLOTS}[letter], generator=g)
-        case "k" | "j":  # of K or of V channels
-            return unit(g, *head, s.K if letter == "k" else s.V)
-        case "g":
-            return gates(g, *head).log()
-        case "G" | "M" | "V":
-            return gates(g, *head, {"G": s.K, "M": SLOTS, "V": s.V}[letter]).log()
-        case "b":
-            return torch.rand(*head, generator=g)
-        case "c" | "d":
-            return torch.rand(*head, s.K if letter == "c" else s.V, generator=g)
-        case "u":
-            return torch.randn(s.H, s.K, generator=g)
-        case "z":
-            return torch.randn(s.H, s.V, generator=g)
-        case "l":
-            return torch.rand(s.H, 1, 1, generator=g)
-        case "w":  # exp(-exp(w)) is a gate
-            return torch.log(-gates(g, *head, s.K).log())
-    raise AssertionError(letter)
+_OPERANDS: dict[str, Callable[[Sizes, torch.Generator], Tensor]] = {
+    # along K, V and the slots
+    "q": lambda s, g: torch.randn(s.B, s.H, s.K, generator=g),
+    "v": lambda s, g: torch.randn(s.B, s.H, s.V, generator=g),
+    "s": lambda s, g: torch.randn(s.B, s.H, SLOTS, generator=g),
+    # vectors of length 1 along K and V
+    "k": lambda s, g: unit(g, s.B, s.H, s.K),
+    "j": lambda s, g: unit(g, s.B, s.H, s.V),
+    # log-decays of heads, along K, V and the slots; as exp(-exp(w))
+    "g": lambda s, g: gates(g, s.B, s.H).log(),
+    "G": lambda s, g: gates(g, s.B, s.H, s.K).log(),
+    "V": lambda s, g: gates(g, s.B, s.H, s.V).log(),
+    "M": lambda s, g: gates(g, s.B, s.H, SLOTS).log(),
+    "w": lambda s, g: torch.log(-gates(g, s.B, s.H, s.K).log()),
+    # between 0 and 1: of heads, along K and V; the slopes of a layer
+    "b": lambda s, g: torch.rand(s.B, s.H, generator=g),
+    "c": lambda s, g: torch.rand(s.B, s.H, s.K, generator=g),
+    "d": lambda s, g: torch.rand(s.B, s.H, s.V, generator=g),
+    "l": lambda s, g: torch.rand(s.H, 1, 1, generator=g),
+    # parameters of the layer along K and V
+    "u": lambda s, g: torch.randn(s.H, s.K, generator=g),
+    "z": lambda s, g: torch.randn(s.H, s.V, generator=g),
+}
 
 
 def several(n: int) -> Draw:

@@ -1,0 +1,101 @@
+"""Why a candidate is no state that can be served, in the words that help its author, and whether to say so at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import permutations
+
+from torch.fx import Node
+
+from kvbuffer_compile.errors import Declined
+from kvbuffer_compile.passes.captured import source
+from kvbuffer_compile.passes.factor import Axes, Factoring
+from kvbuffer_compile.passes.forms import Product, Quotient
+from kvbuffer_compile.passes.graph import read
+from kvbuffer_compile.passes.labels import atoms_of, resolve
+from kvbuffer_compile.passes.lifted import Refused
+from kvbuffer_compile.passes.terms import Refusal, Term, leaves
+from kvbuffer_compile.passes.vary import Values
+from kvbuffer_compile.passes.versions import ReadOut
+from kvbuffer_compile.passes.walk import Walk
+
+# Rules that say what went wrong on the way; that the state is no matrix says more.
+_SYMPTOMS = frozenset(
+    {"nonlinear", "full-rank", "full-decay", "extra-axis", "both-axes", "three-axes", "wider-read", "opaque-map"}
+)
+
+
+def refused(walk: Walk, refusal: Refusal, write: Node | None) -> Refused:
+    """The refusal as reports show it. write: the copy_ that stores the next state, None when nothing is stored.
+
+    Hidden as hopeless: what is not stored and never read by a contraction, caches and shift registers.
+    """
+    if write is None:
+        return told(walk.state, refusal, hopeless=walk.after is None or not walk.reads)
+    carried = _between(walk.state, write)
+    if not carried:
+        reason = "the next state is computed without the old one: it is overwritten, not carried along"
+        return told(walk.state, Refusal(write, "overwritten", reason))
+    if refusal.rule in _SYMPTOMS and _is_vector(walk):
+        reason = "the state is used element by element, as a vector: a token's update would be as large as itself"
+        refusal = Refusal(refusal.node, "vector", reason)
+    scaled = any(isinstance(read(n), Product | Quotient) for n in carried)
+    return told(walk.state, refusal, hopeless=not (scaled or walk.active))
+
+
+def told(state: Node, refusal: Refusal, hopeless: bool = False) -> Refused:
+    where = source(refusal.node) or source(state)
+    return Refused(state, Declined(refusal.node.name, refusal.rule, refusal.reason, where), hopeless)
+
+
+def _between(state: Node, write: Node) -> set[Node]:
+    """What the stored value is computed by from the state's own values."""
+    above = {write.args[1]}
+    stack = [write.args[1]]
+    while stack:
+        node = stack.pop()
+        assert isinstance(node, Node)
+        fresh = set(node.all_input_nodes) - above
+        above |= fresh
+        stack += fresh
+    below = {state}
+    for node in state.graph.nodes:
+        if not below.isdisjoint(node.all_input_nodes):
+            below.add(node)
+    return {n for n in below if n in above} if state in above else set()
+
+
+# ---------------------------------------------------------------------------------------------- vectors
+
+
+def _is_vector(walk: Walk) -> bool:
+    """Whether something as wide as the whole state is added to it, and no read keeps an axis apart as its values."""
+    values = Values(walk.reads)
+    added = [t for version in {lin.version for lin in walk.values.values()} for t in version.addends]
+    if not added or any(_keeps_an_axis(walk, r, values) for r in walk.reads.values()):
+        return False
+    return not any(_factor(walk, axes, values, added) for axes in _pairs(walk))
+
+
+def _pairs(walk: Walk) -> Iterable[Axes]:
+    dims = [resolve(dim) for dim in walk.home if dim]
+    return (Axes(*pair) for pair in permutations(dims, 2))
+
+
+def _factor(walk: Walk, axes: Axes, values: Values, added: list[Term]) -> bool:
+    factoring = Factoring(values, axes)
+    try:
+        for term in added:
+            factoring.terms(term)
+    except Refusal:
+        return False
+    return True
+
+
+def _keeps_an_axis(walk: Walk, out: ReadOut, values: Values) -> bool:
+    """A read whose key is the same along some other axis of the state. The weights of a linear layer are, along all."""
+    own = atoms_of(walk.home)
+    rest = own - frozenset(resolve(out.contracted))
+    along = frozenset(a for f in out.factors for leaf in leaves(f) for a in values.vary(leaf.node, leaf.labels))
+    is_layer = not along & rest and bool(along - own)
+    return not is_layer and not rest <= along
