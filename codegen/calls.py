@@ -2,7 +2,7 @@
 
 One row an overload. A spelling is a format string of the positional arguments, which are names or literals, so no
 parentheses are needed around them; arguments left out take the row's defaults. Truth values are numbers, 0 or 1.
-The reference of a row is the ATen op itself. C++ names without `std::` are functions of kernel.h.
+The reference of a row is the ATen op itself. C++ names without `std::` are functions of numbers.h.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _table() -> Iterator[tuple[str, Call]]:
 
 CALLS: dict[str, Call] = dict(_table())
 
-# Function of kernel.h over (pointer, length); Triton function over (values, axis).
+# Function of rows.h over (pointer, length); Triton function over (values, axis).
 CPP_REDUCTIONS = {
     "aten.sum.dim_IntList": "sum",
     "aten.mean.dim": "mean",

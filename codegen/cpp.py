@@ -2,8 +2,10 @@
 
 The text is one translation unit without dependencies but the C++ library and OpenMP:
 
-    kernel.h        loads, reductions, the pass over the state         (templates, the same for every plan)
-    abi.h           tensors through PyTorch's stable C ABI             (the same for every plan)
+    numbers.h       types, conversions, pointwise functions            (the same for every plan, like all headers)
+    rows.h          vectors along an axis, what owed rows add to reads
+    state.h         passes over the state
+    abi.h           tensors through PyTorch's stable C ABI
     Call            the arguments of one call as pointers and strides
     run_item        one lane, or one tile of a lane: the recurrence itself (cpp_item, cpp_rows)
     append_shared   rows that several items share, after a flush
@@ -25,6 +27,7 @@ from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.plan import Plan
 
 SCALARS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "Bf16", torch.float16: "F16"}
+HEADERS = ("numbers.h", "rows.h", "state.h", "abi.h")
 INCLUDES = ("algorithm", "cmath", "cstdint", "cstring", "stdexcept", "string", "type_traits", "omp.h")
 
 
@@ -36,7 +39,7 @@ def emit(plan: Plan) -> str:
     _head(out, plan)
     with out.block("namespace"):
         _constants(out, plan)
-        for name in ("kernel.h", "abi.h"):
+        for name in HEADERS:
             out.line()
             out.lines(resources.files("kvbuffer_compile.codegen").joinpath(name).read_text(encoding="utf-8"))
         out.line()
@@ -62,6 +65,8 @@ def _head(out: Source, plan: Plan) -> None:
     out.comment(f"\nstate {plan.state_dtype}, {plan.layout}")
     for name in INCLUDES:
         out.line(f"#include <{name}>")
+    if plan.compute == torch.float32 and any(d.itemsize == 2 for d in (plan.state_dtype, *plan.row_dtypes)):
+        out.lines("#define SIXTEEN_BIT\n#ifdef __F16C__\n#include <immintrin.h>\n#endif")
     out.line(f'#define OP_NAME "{plan.op_name}"')
     out.line()
 
