@@ -37,7 +37,7 @@ def main() -> int:
     prompt = torch.tensor([encode(args.prompt)])
     report = explain_decoding(prompt, args.flush)
     console.print(f"[bold]What was found in one decode step[/] (flush={args.flush})\n")
-    console.print(str(report), highlight=False, markup=False)
+    print(report)
 
     runs = [
         complete("eager", prompt, args.tokens),

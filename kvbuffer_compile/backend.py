@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 import torch._functorch.config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from kvbuffer_compile import dump, guard, options, targets
 from kvbuffer_compile.errors import Declined, DeclinedError, IRError
@@ -21,7 +22,7 @@ from kvbuffer_compile.machine import machine_for
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choose import choose
 from kvbuffer_compile.passes.lift import lift
-from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
+from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Refused
 from kvbuffer_compile.passes.rewrite import Spliced, splice
 from kvbuffer_compile.passes.validate import validate
 from kvbuffer_compile.plan import Plan
@@ -32,11 +33,20 @@ log = logging.getLogger("kvbuffer_compile")
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """What was decided about one graph: for reports and tests. `states`: every candidate with its plan or reason."""
+    """What was decided about one graph: for reports and tests.
+
+    states: every lifted state with its plan or reason. refused: candidates that are no recurrence. why_not: why the
+    whole graph was left alone. names: the user's names of the graph's inputs, by placeholder.
+    """
 
     states: tuple[tuple[Lifted, Plan | Declined], ...] = ()
-    refused: tuple[Any, ...] = ()
+    refused: tuple[Refused, ...] = ()
     why_not: Declined | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def name(self, state: Node) -> str:
+        """What the user calls an input, e.g. "cache.layers[0].recurrent_states[0]"."""
+        return self.names.get(state.name, state.name)
 
     @property
     def rewritten(self) -> list[tuple[Lifted, Plan]]:
@@ -75,7 +85,7 @@ def kvbuffer(
     patches = dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
     patches.update(inductor)
     guard.erase_markers(gm)
-    inner = functools.partial(compile_graph, ours=ours)
+    inner = functools.partial(compile_graph, ours=ours, sources=_sources(gm))
     # AOTAutogradCache does not know of our inner compile: a hit would hand back a graph that was never rewritten.
     with functorch_config.patch(enable_autograd_cache=False):
         compiled: Any = compile_fx(
@@ -91,8 +101,36 @@ def _split_options(given: dict[str, Any] | None) -> tuple[Options, dict[str, Any
     return options.split(given)
 
 
-def compile_graph(gm: GraphModule, example_inputs: list[Any], *, ours: Options, **kwargs: Any) -> Callable[..., Any]:
-    """Inductor's inner compile with our rewrite in front of it."""
+def _sources(gm: GraphModule) -> list[str]:
+    """How the user's code reaches each input of a captured graph, "" where unknown."""
+    sources = []
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            source = getattr(node.meta.get("grapharg"), "source", None)
+            name = getattr(source, "name", "")
+            text = str(name() if callable(name) else name)
+            sources.append(re.sub(r"L\['(\w+)'\]|\._(?:buffers|modules)\['(\w+)'\]", _plain_name, text).lstrip("."))
+    return sources
+
+
+def _plain_name(match: re.Match[str]) -> str:
+    return match[1] or f".{match[2]}"
+
+
+def _names(gm: GraphModule, sources: Sequence[str]) -> dict[str, str]:
+    """The user's name of each placeholder of the graph that AOTAutograd made of a captured one."""
+    names = {}
+    for node in gm.graph.nodes:
+        index = getattr(node.meta.get("desc"), "idx", None)
+        if node.op == "placeholder" and isinstance(index, int) and index < len(sources) and sources[index]:
+            names[node.name] = sources[index]
+    return names
+
+
+def compile_graph(
+    gm: GraphModule, example_inputs: list[Any], *, ours: Options, sources: Sequence[str] = (), **kwargs: Any
+) -> Callable[..., Any]:
+    """Inductor's inner compile with our rewrite in front of it. sources: the user's names of the captured inputs."""
     compile_inner = _inner_compiler(ours)
     try:
         record, rewritten, spliced = rewrite_graph(gm, ours, inference=bool(kwargs.get("is_inference")))
@@ -103,6 +141,7 @@ def compile_graph(gm: GraphModule, example_inputs: list[Any], *, ours: Options, 
             raise IRError(f"internal error while rewriting a graph: {error!r}") from error
         warnings.warn(f"kvbuffer left a graph to Inductor after an internal error: {error!r}", stacklevel=2)
         record, rewritten, spliced = GraphRecord(why_not=Declined("", "internal-error", str(error))), gm, []
+    record = replace(record, names=_names(gm, sources))
     observers.tell(record)
     _report_declines(record, ours)
     if not spliced:
@@ -169,7 +208,7 @@ def _boxed(fn: Callable[..., Any]) -> Callable[..., Any]:
 def _report_declines(record: GraphRecord, ours: Options) -> None:
     for lifted, plan in record.states:
         if isinstance(plan, Plan):
-            log.info("%s: %s %s", lifted.state.name, lifted.program.signature, plan)
+            log.info("%s: %s %s", record.name(lifted.state), lifted.program.signature, plan)
     declined = [plan for _, plan in record.states if isinstance(plan, Declined)]
     declined += [r.why for r in record.refused if not r.hopeless]
     for why in declined:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,16 +45,20 @@ class Findings:
         self.states: list[StateReport] = []
         self.hidden = 0
         self.graphs = 0
+        self.notes: list[str] = []
 
     def add(self, record: GraphRecord) -> None:
         self.graphs += 1
-        self.states += [state_report(lifted, plan, self.ours) for lifted, plan in record.states]
-        self.states += [state_report(r.state, r.why) for r in record.refused if not r.hopeless]
+        lifted = [(found.state, state_report(found, plan, self.ours)) for found, plan in record.states]
+        refused = [(r.state, state_report(r.state, r.why)) for r in record.refused if not r.hopeless]
+        self.states += [replace(report, name=record.name(state)) for state, report in lifted + refused]
         self.hidden += sum(r.hopeless for r in record.refused)
+        if record.why_not is not None:
+            self.notes.append(record.why_not.reason)
 
     def report(self, options: dict[str, Any]) -> Report:
         """Everything so far; options as the user gave them."""
-        return Report(tuple(self.states), self.hidden, self.graphs, options)
+        return Report(tuple(self.states), self.hidden, self.graphs, options, tuple(self.notes))
 
 
 def _copied(values: Any) -> Any:

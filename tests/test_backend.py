@@ -173,7 +173,7 @@ def test_explain_leaves_the_arguments_alone():
     report = kvbuffer_compile.explain(step, state, *inputs, options={"flush": 4})
     assert torch.equal(state, before) and type(state) is torch.Tensor
     (found,) = report.states
-    assert found.status == "buffered" and found.signature == "DRUR"
+    assert found.status == "buffered" and found.signature == "DRUR" and found.name == "S"
     assert "update" in found.program and "test_runtime.py" in found.source
 
 
