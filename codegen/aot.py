@@ -56,8 +56,6 @@ def usage(plan: Plan, target: str, lanes: tuple[int, ...], tokens: int = 1, conf
     module = load(emitter.emit(plan, config))
     kernel = module.step
     values, options = launched(module, plan, lanes, tokens)
-    if TARGETS[target][0] == "hip":  # as the launcher says where PyTorch is built for it
-        values = tuple("ieee" if value == "tf32x3" else value for value in values)
     signature, constants, attributes = _signature(kernel.arg_names, values)
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     before = triton.knobs.compilation.always_compile

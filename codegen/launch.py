@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvbuffer_compile.codegen.triton_values import tile_size
+from kvbuffer_compile.codegen.triton_values import power_of_two
 from kvbuffer_compile.ir import Kind, Update
 from kvbuffer_compile.plan import Plan
 
@@ -25,7 +25,7 @@ VALUES = 64  # float32 values of the state, the owed rows and the new ones that 
 def configure(plan: Plan, split: Kind | None) -> Config:
     """A launch that keeps everything in registers, by a model of what a program holds."""
     axis = 1 if split is None else ("key", "value").index(split)
-    size = tile_size(plan.sizes[axis])
+    size = power_of_two(plan.sizes[axis])
     if split is None:
         return Config(size, _warps(plan, axis, size))
     block = min(size, max(16, LINE // plan.state_dtype.itemsize))
@@ -39,11 +39,11 @@ def _warps(plan: Plan, axis: int, block: int) -> int:
 
 def values(plan: Plan, axis: int, block: int) -> int:
     """How many values one program holds at once: its tile of the state and all rows."""
-    whole = tile_size(plan.sizes[1 - axis])
+    whole = power_of_two(plan.sizes[1 - axis])
     tile = whole * block
     if plan.variant == "recurrent":
         return tile
     events = plan.program.events
     wide = sum(isinstance(e, Update) or e.factor.kind != "scalar" for e in events)
-    rows = tile_size(plan.capacity) * (wide * whole + sum(isinstance(e, Update) for e in events) * block)
+    rows = power_of_two(plan.capacity) * (wide * whole + sum(isinstance(e, Update) for e in events) * block)
     return tile + rows

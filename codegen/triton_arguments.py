@@ -8,7 +8,7 @@ from math import prod
 
 from kvbuffer_compile.codegen.launch import Config
 from kvbuffer_compile.codegen.triton_tickets import Tickets
-from kvbuffer_compile.codegen.triton_values import Python, Values, tile_size
+from kvbuffer_compile.codegen.triton_values import Python, Values, power_of_two
 from kvbuffer_compile.ir import Kind, Var
 from kvbuffer_compile.plan import Plan
 
@@ -32,11 +32,7 @@ def arguments(plan: Plan, split: Kind | None) -> list[Argument]:
         found += _operand(plan, v)
     found += [Argument(f"out_{n}", f"outputs[{n}]") for n, _ in enumerate(plan.program.outputs)]
     if plan.variant == "verify":
-        found += [Argument("T", "tokens")]
-        found += [Argument("TOKENS", "max(16, triton.next_power_of_2(tokens))", True)]
-        found += [Argument("FRESH", "triton.next_power_of_2(tokens)", True)]
-    if plan.variant != "recurrent":
-        found += [Argument("PRECISION", "precision", True)]
+        found += [Argument("T", "tokens"), Argument("TOKENS", "triton.next_power_of_2(tokens)", True)]
     found += [Argument("TILES", "tiles", True), Argument("BLOCK", "block", True)]
     return found
 
@@ -119,10 +115,7 @@ class Launcher:
             self._outputs()
             split = self.values.split
             if split:
-                self.out.line(f"block = min(block, {tile_size(self.values.size(split))})")
-            if self.plan.variant != "recurrent":
-                exact = '"ieee"' if self.plan.compute.itemsize > 4 else '"ieee" if torch.version.hip else "tf32x3"'
-                self.out.line(f"precision = {exact}  # products of matrices are as good as float32")
+                self.out.line(f"block = min(block, {power_of_two(self.values.size(split))})")
             self.out.line(f"tiles = {f'triton.cdiv({self.values.size(split)}, block)' if split else '1'}")
             self.out.line("programs = lanes.numel() * tiles")
             with self.out.block("if programs"):

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvbuffer_compile.codegen.schedule import Fold, Old, Schedule, Stage, Step, steps_for, uses
+from kvbuffer_compile.codegen.schedule import Fold, Old, Schedule, Step, steps_for, uses
 from kvbuffer_compile.codegen.triton_arguments import arguments
 from kvbuffer_compile.codegen.triton_rows import Rows
 from kvbuffer_compile.codegen.triton_tickets import Group, Tickets
-from kvbuffer_compile.codegen.triton_values import AXES, DTYPES, Python, Values
-from kvbuffer_compile.codegen.triton_verify import Ahead
+from kvbuffer_compile.codegen.triton_values import DTYPES, Python, Values
+from kvbuffer_compile.codegen.triton_verify import Fresh
 from kvbuffer_compile.ir import Var
 from kvbuffer_compile.plan import Plan
 
@@ -128,6 +128,7 @@ class Kernel:
             self._loads()
         self._cursor()
         self._load_state("live")
+        self._flush()
         self.rows.load()
         for group in self.tickets.fed_by(None):
             ticket = f"{self.tickets.ticket(group)}, {self.tickets.expected(group)}"
@@ -151,7 +152,6 @@ class Kernel:
             self.out.line("return")
         tokens = "T" if self.verify else "1"
         self.out.line(f"flush = (owed >= limit) | (owed + {tokens} > {self.plan.capacity})")
-        self.out.line("to = tl.where(flush, 0, owed)  # the first new slot")
 
     def _padding(self) -> None:
         """A padding sequence: outputs are zero, nothing else is touched but the count of steps."""
@@ -168,46 +168,34 @@ class Kernel:
         self.out.line("tl.store(cursor + 2 * cursor_row, tl.load(cursor + 2 * cursor_row) + 1)")
 
     def _flush(self) -> None:
+        self.out.line("kept = owed")
         with self.out.block("if flush"):
             self.rows.fold()
             self._store_state()
+            if self.plan.state_dtype != self.plan.compute:  # read it as the next step will
+                self.out.line(f"s = s.to({DTYPES[self.plan.state_dtype]}).to({self.values.real})")
+            self.out.line("kept = 0")
 
     def _token(self) -> None:
         for stage in self.schedule.stages:
             self.values.steps(stage.steps)
-            self._reads(stage)
+            for read in stage.reads:
+                self.rows.read(read, self.values.name(read.x))
         self._outputs(zero=False)
-        self._store_owned("to")
-        self._flush()
-
-    def _reads(self, stage: Stage) -> None:
-        for kind in AXES:
-            reads = [r for r in stage.reads if r.x.kind == kind]
-            if reads and self.plan_dots:
-                self.rows.read_stacked(reads)
-            elif reads:
-                for read in reads:
-                    self.rows.read(read, self.values.name(read.x))
-
-    plan_dots = __import__("os").environ.get("KVB_DOTS") == "1"
+        self._store_owned("kept")
 
     def _verify(self) -> None:
-        ahead = Ahead(self.out, self.plan, self.schedule, self.values, self.rows)
-        ahead.reads()
-        if not ahead.chained:
-            self._flush()
-        ahead.start()
+        fresh = Fresh(self.out, self.schedule, self.values, self.rows)
+        fresh.start()
         with self.out.block("for t in range(T)"):
             self._loads()
             for stage in self.schedule.stages:
                 self.values.steps(stage.steps)
                 for read in stage.reads:
-                    ahead.read(read)
+                    fresh.read(read)
             self._outputs(zero=False)
-            self._store_owned("(to + t)")
-            ahead.append()
-        if ahead.chained:
-            self._flush()
+            self._store_owned("(kept + t)")
+            fresh.append()
 
     # ------------------------------------------------------------------------------------------------ end
 
@@ -229,17 +217,17 @@ class Kernel:
     def _store_shared(self, group: Group) -> None:
         if not self.verify or not group.shared:
             for v in group.shared:
-                self.rows.store(v, "to")
+                self.rows.store(v, "kept")
             return
         with self.out.block("for t in range(T)"):
             steps = steps_for(self.plan.program, group.shared)
             self._load_for(steps, set(group.shared))
             self.values.steps(steps)
             for v in group.shared:
-                self.rows.store(v, "(to + t)")
+                self.rows.store(v, "(kept + t)")
 
     def _advance(self) -> None:
-        self.out.line(f"tl.store(cursor, to + {'T' if self.verify else '1'})")
+        self.out.line(f"tl.store(cursor, kept + {'T' if self.verify else '1'})")
         self._count_step()
         with self.out.block("if flush"):
             self.out.line(f"tl.store(cursor + cursor_row, {self.plan.flush})")

@@ -8,16 +8,15 @@ Slots that are not owed are never loaded: they may hold NaN.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from kvbuffer_compile.codegen.schedule import Old
-from kvbuffer_compile.codegen.triton_values import DTYPES, Python, Values, tile_size
+from kvbuffer_compile.codegen.triton_values import DTYPES, Python, Values, power_of_two
 from kvbuffer_compile.ir import Decay, Kind, Update, Var
 from kvbuffer_compile.plan import Plan
 
 
 class Rows:
-    """Prints the parts of a kernel that deal with the log: `owed` rows belong to the tile `s` of the state.
+    """Prints the parts of a kernel that deal with the log: `owed` rows belong to the tile `s` of the state, and `kept`
+    of them still do after a flush.
 
     fades: kinds of decays there are. updates: where among the events the updates are.
     """
@@ -27,7 +26,7 @@ class Rows:
         self.events = plan.program.events
         self.fades: list[Kind] = sorted({e.factor.kind for e in self.events if isinstance(e, Decay)})
         self.updates = [n for n, e in enumerate(self.events) if isinstance(e, Update)]
-        self.slots = tile_size(plan.capacity)
+        self.slots = power_of_two(plan.capacity)
 
     def address(self, v: Var, slot: str, tile: bool) -> str:
         """Where row `slot` of v is; `slot` is a tensor of slots for a tile [slots(, K or V)]."""
@@ -42,13 +41,13 @@ class Rows:
     # ------------------------------------------------------------------------------------------- loading
 
     def load(self) -> None:
-        """S = diag(fade) s + the sum over rows of left right^T: load the owed rows, newest first, and decay them.
+        """S = diag(fade) s + the sum over rows of left right^T: load the kept rows, newest first, and decay them.
 
-        fade_scalar, fade_key, fade_value: the product of all owed decays, by kind. left_n, right_n: the rows of update
+        fade_scalar, fade_key, fade_value: the product of all kept decays, by kind. left_n, right_n: the rows of update
         n; what scalar gates leave of them is weight_n. Zero for rows that hold nothing.
         """
         self.out.line(f"age = tl.arange(0, {self.slots})")
-        self.out.line("used = age < owed")
+        self.out.line("used = age < kept")
         if self.fades:
             self.out.line("later = (age > 0) & used")
         for kind in self.fades:
@@ -63,10 +62,10 @@ class Rows:
     def _fade(self, kind: Kind) -> None:
         """later_<kind>: what the decays of all later slots leave of a row; fade_<kind>: of the state itself."""
         factors = [e.factor for e in self.events if isinstance(e, Decay) and e.factor.kind == kind]
-        tiles = " * ".join(self._tile(v, "owed - age", "later", 1) for v in factors)
+        tiles = " * ".join(self._tile(v, "kept - age", "later", 1) for v in factors)
         self.out.line(f"later_{kind} = tl.cumprod({tiles}, 0)")
         oldest = " * ".join(self._oldest(v) for v in factors)
-        last = "age == owed - 1" if kind == "scalar" else "(age == owed - 1)[:, None]"
+        last = "age == kept - 1" if kind == "scalar" else "(age == kept - 1)[:, None]"
         some = self._some(kind)
         self.out.line(f"fade_{kind} = tl.where({some}, tl.sum(tl.where({last}, later_{kind}, 0.0), 0), 1.0)")
         self.out.line(f"fade_{kind} = fade_{kind} * {oldest}")
@@ -78,7 +77,7 @@ class Rows:
 
     def _some(self, kind: Kind) -> str:
         """Whether anything is owed; a tensor for vectors, as the interpreter cannot widen a single truth value."""
-        return "owed > 0" if kind == "scalar" else "(tl.full([1], owed, tl.int32) > 0)"
+        return "kept > 0" if kind == "scalar" else "(tl.full([1], kept, tl.int32) > 0)"
 
     def _tile(self, v: Var, slot: str, rows: str, other: int) -> str:
         """The slots of v, newest first, as a tile [slots(, K or V)]; `other` where the mask `rows` is false."""
@@ -92,12 +91,12 @@ class Rows:
         """The decays behind the updates that come next in this walk, within their own token."""
         before = f" * {after[v.kind]}" if v.kind in after else ""
         after[v.kind] = f"after_{place}"
-        self.out.line(f"after_{place} = {self._tile(v, 'owed - 1 - age', 'used', 1)}{before}")
+        self.out.line(f"after_{place} = {self._tile(v, 'kept - 1 - age', 'used', 1)}{before}")
 
     def _row(self, n: int, event: Update, after: dict[Kind, str]) -> None:
         sides: list[tuple[str, Var, Kind]] = [("left", event.left, "key"), ("right", event.right, "value")]
         for side, v, kind in sides:
-            tile = self._tile(v, "owed - 1 - age", "used", 0)
+            tile = self._tile(v, "kept - 1 - age", "used", 0)
             if v.kind == "scalar":
                 tile = f"tl.broadcast_to({tile}[:, None], [{self.slots}, {self.values.length(kind)}])"
             gates = [after[kind]] if kind in after else []
@@ -127,44 +126,39 @@ class Rows:
         self.out.line(f"dot = {dot}{weight}")
         self.out.line(f"{out} += tl.sum(dot[:, None] * {free}, 0)")
 
-    def read_stacked(self, reads: Sequence[Old]) -> None:
-        """The same for all reads of a pass along one axis, with the products of rows as matrix products: sums over an
-        axis that is spread over the threads of a warp cost five shuffles a row and read."""
-        kind: Kind = reads[0].x.kind
-        free_kind: Kind = reads[0].out.kind
-        self.out.line(f"row = tl.arange(0, {tile_size(len(reads))})")
-        self.out.line(f"stack = tl.zeros([{tile_size(len(reads))}, {self.values.length(kind)}], {self.values.real})")
-        for n, read in enumerate(reads):
-            query = self.values.clean(self.values.name(read.x), kind)
-            self.out.line(f"stack = tl.where((row == {n})[:, None], {query}[None, :], stack)")
-        size = f"[{tile_size(len(reads))}, {self.values.length(free_kind)}]"
-        self.out.line(f"stacked = tl.zeros({size}, {self.values.real})")
-        self.multiply("stacked", "stack", kind)
-        for n, read in enumerate(reads):
-            out, x, values = self.values.name(read.out), read.x, self.values
-            faded = f"({values.name(x)} * fade_{x.kind})" if x.kind in self.fades else values.name(x)
-            text = values.total(f"s * {faded}{values.across(x.kind)}", x.kind, 0 if x.kind == "key" else 1, 2)
-            gates: list[Kind] = ["scalar", free_kind]
-            self.out.line(f"{out} = " + " * ".join([text, *(f"fade_{k}" for k in gates if k in self.fades)]))
-            self.out.line(f"{out} += tl.sum(tl.where((row == {n})[:, None], stacked, 0.0), 0)")
-
-    def multiply(self, out: str, queries: str, kind: Kind) -> None:
-        """out [queries, .] += what the rows add to reads with a tile of queries along `kind`, without garbage."""
-        for n in range(len(self.updates)):
-            met, free = (f"left_{n}", f"right_{n}") if kind == "key" else (f"right_{n}", f"left_{n}")
-            weight = f" * weight_{n}[None, :]" if "scalar" in self.fades else ""
-            self.out.line(f"dots = tl.dot({queries}, tl.trans({met}), input_precision=PRECISION){weight}")
-            self.out.line(f"{out} = tl.dot(dots, {free}, {out}, input_precision=PRECISION)")
-
     # ------------------------------------------------------------------------------------------- folding
 
     def fold(self) -> None:
-        """s becomes the state that it and its rows stand for."""
-        for kind in self.fades:
-            self.out.line(f"s = s * fade_{kind}{'' if kind == 'scalar' else self.values.across(kind)}")
-        for n in range(len(self.updates)):
-            weight = f" * weight_{n}[:, None]" if "scalar" in self.fades else ""
-            self.out.line(f"s = tl.dot(tl.trans(left_{n}), right_{n}{weight}, s, input_precision=PRECISION)")
+        """s becomes the state that it and its rows stand for: all owed tokens replayed, oldest first.
+
+        A rank-1 update a row: matrix products want s in a layout of their own, and a second copy of it is more than
+        there are registers. Each slot is loaded while the one before it is added.
+        """
+        logged = self.plan.program.logged
+        for v in logged:
+            self.out.line(f"next_{v} = {self._slot(v, '0')}")
+        with self.out.block("for n in range(owed)"):
+            for v in logged:
+                self.out.line(f"slot_{v} = next_{v}")
+            for v in logged:
+                self.out.line(f"next_{v} = {self._slot(v, 'n + 1')}")
+            for event in self.events:
+                self._replay(event)
+
+    def _slot(self, v: Var, slot: str) -> str:
+        """Slot `slot` of v if it is owed."""
+        some = f"{slot} < owed" if v.kind == "scalar" else f"(tl.full([1], {slot}, tl.int32) < owed)"
+        mask = self.values.mask(some, *([v.kind] if v.kind != "scalar" else []))
+        return f"tl.load({self.address(v, f'({slot})', False)}{mask}, other=0.0).to({self.values.real})"
+
+    def _replay(self, event: Decay | Update) -> None:
+        if isinstance(event, Decay):
+            v = event.factor
+            self.out.line(f"s = s * slot_{v}{'' if v.kind == 'scalar' else self.values.across(v.kind)}")
+            return
+        left = f"slot_{event.left}" + (self.values.across("key") if event.left.kind == "key" else "")
+        right = f"slot_{event.right}" + (self.values.across("value") if event.right.kind == "value" else "")
+        self.out.line(f"s += {left} * {right}")
 
     # ------------------------------------------------------------------------------------------- storing
 

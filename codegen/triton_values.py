@@ -15,7 +15,7 @@ import torch
 
 from kvbuffer_compile import ir
 from kvbuffer_compile.codegen import calls
-from kvbuffer_compile.codegen.schedule import Dot, Step, Widen, uses
+from kvbuffer_compile.codegen.schedule import Dot, Step, Widen
 from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir import REDUCTIONS, Kind, Map, Var
@@ -31,13 +31,11 @@ AXES: tuple[Kind, ...] = ("key", "value")
 
 # Names of the kernel that a value of the same name would hide, and how such names begin.
 TAKEN = frozenset(
-    """tl torch triton libdevice step arrive state cursor tickets tile program lane sequence owed limit live flush to t
-    s T TOKENS FRESH BLOCK TILES PRECISION key value key_ok value_ok age used later dot dots row stack stacked token
-    queries query recent float range last""".split()
+    """tl torch triton libdevice step arrive state cursor tickets tile program lane sequence owed limit live flush kept
+    t s T TOKENS BLOCK TILES key value key_ok value_ok age used later dot token query n float range""".split()
 )
 PREFIXES = ("in_", "row_", "out_", "at_", "size_", "state_", "left_", "right_", "later_", "after_", "fade_", "fresh_",
-            "new_", "now_", "cursor_", "tickets_", "weight_", "last_")  # fmt: skip
-SUFFIXES = ("_v", "_all", "_past", "_ahead")
+            "now_", "run_", "next_", "slot_", "cursor_", "tickets_", "weight_", "last_")  # fmt: skip
 
 
 class Python(Source):
@@ -61,8 +59,6 @@ class Python(Source):
 class Values:
     """Prints computations on values. `split` is the axis of which a program holds one tile, None for both whole."""
 
-    last_axis = (0, "")  # of a vector, and how a mask along it is written
-
     def __init__(self, out: Python, plan: Plan, split: Kind | None) -> None:
         self.out, self.plan, self.split = out, plan, split
         if plan.compute not in (torch.float32, torch.float64):
@@ -72,7 +68,7 @@ class Values:
     def name(self, v: Var) -> str:
         """The local that holds v."""
         taken = v.name in TAKEN or v.name.startswith(PREFIXES) or keyword.iskeyword(v.name)
-        return f"{v.name}_v" if taken or v.name.endswith(SUFFIXES) else v.name
+        return f"{v.name}_v" if taken or v.name.endswith("_v") else v.name
 
     # ---------------------------------------------------------------------------------------------- axes
 
@@ -81,15 +77,11 @@ class Values:
 
     def length(self, kind: Kind) -> str:
         """How many elements of an axis a program holds."""
-        return "BLOCK" if kind == self.split else str(tile_size(self.size(kind)))
+        return "BLOCK" if kind == self.split else str(power_of_two(self.size(kind)))
 
     def padded(self, kind: Kind) -> bool:
         """Whether some of the elements held may lie beyond the axis."""
-        return self.size(kind) != tile_size(self.size(kind))
-
-    def clean(self, text: str, kind: Kind) -> str:
-        """A vector with zeros for garbage, for products that have no mask."""
-        return f"tl.where({kind}_ok, {text}, 0.0)" if self.padded(kind) else text
+        return self.size(kind) != power_of_two(self.size(kind))
 
     def axes(self) -> None:
         """`key` and `value`: the indices that this program holds."""
@@ -157,70 +149,13 @@ class Values:
 
     def _reduction(self, step: Map) -> str:
         (x,) = ir.operands(step)
-        text, axis, index = self.name(x), *self.last_axis
+        text = self.name(x)
         if self.padded(x.kind):
             rest = {"aten.amax.default": 'float("-inf")', "aten.amin.default": 'float("inf")'}.get(step.fn, "0.0")
-            text = f"tl.where({x.kind}_ok{index}, {text}, {rest})"
-        return calls.TRITON_REDUCTIONS[step.fn].format(text, axis, f"{self.size(x.kind)}.0")
-
-
-class Batch(Values):
-    """The same computations for many tokens at once: a scalar is a tensor [TOKENS], a vector a tile [TOKENS, .].
-
-    index, live: which token a row of the tiles is about, and whether there is one. Names end in `suffix`.
-    """
-
-    last_axis = (1, "[None, :]")
-
-    def __init__(self, out: Python, plan: Plan, split: Kind | None, index: str, live: str, suffix: str) -> None:
-        super().__init__(out, plan, split)
-        self.index, self.live, self.suffix = index, live, suffix
-
-    def name(self, v: Var) -> str:
-        return f"{v.name}{self.suffix}"
-
-    def clean(self, text: str, kind: Kind) -> str:
-        return f"tl.where({kind}_ok[None, :], {text}, 0.0)" if self.padded(kind) else text
-
-    def compute(self, steps: Iterable[Step], roots: Iterable[Var]) -> None:
-        """Load the operands that the steps or the roots use, and compute the steps."""
-        found = list(steps)
-        used = {*roots, *(v for step in found for v in uses(step))}
-        for v in self.plan.program.inputs:
-            if v in used:
-                self.load(v)
-        self.steps(found)
-
-    def load(self, v: Var) -> None:
-        vector = v.kind != "scalar"
-        at = [f"at_{lane} * in_{v}_{lane}" for lane in self.plan.program.lanes if lane in v.lanes]
-        at += [f"{self.index}{'[:, None]' if vector else ''} * in_{v}_t"]
-        at += [f"{v.kind}[None, :] * in_{v}_last"] if vector else []
-        mask = f"({self.live}){'[:, None]' if vector else ''}"
-        mask += f" & {v.kind}_ok[None, :]" if vector and self.padded(v.kind) else ""
-        address = " + ".join([f"in_{v}", *at])
-        self.out.line(f"{self.name(v)} = tl.load({address}, mask={mask}, other=0.0).to({self.real})")
-
-    def _expression(self, step: Step) -> str:
-        match step:
-            case Dot(_, left, right):
-                return self.total(f"{self.name(left)} * {self.name(right)}", left.kind, 1, 2)
-            case Widen(out, x):
-                return f"tl.broadcast_to({self.name(x)}[:, None], [TOKENS, {self.length(out.kind)}])"
-            case Map(_, fn, _) if fn in REDUCTIONS:
-                return self._reduction(step)
-            case Map(out, fn, args):
-                return calls.triton(fn, [self._lifted(a, out.kind) if isinstance(a, Var) else a for a in args])
-
-    def _lifted(self, v: Var, kind: Kind) -> str:
-        return self.name(v) + ("[:, None]" if v.kind == "scalar" and kind != "scalar" else "")
+            text = f"tl.where({x.kind}_ok, {text}, {rest})"
+        return calls.TRITON_REDUCTIONS[step.fn].format(text, 0, f"{self.size(x.kind)}.0")
 
 
 def power_of_two(n: int) -> int:
     """The smallest power of two that is not below n."""
     return 1 << (n - 1).bit_length()
-
-
-def tile_size(n: int) -> int:
-    """The length of a tile that holds n elements: a power of two of at least 16, as matrix products need it."""
-    return max(16, power_of_two(n))

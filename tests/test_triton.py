@@ -314,8 +314,8 @@ def test_an_empty_batch_launches_nothing():
     [
         ("last_h = arrive(", "last_h = (tile == 0) | arrive("),  # rows are written too early
         ("mask=later, other=1.0", "mask=later, other=0.0"),
-        ("tl.where(flush, 0, owed)", "tl.where(flush, 1, owed)"),
-        ("(owed - 1 - age)", "age"),
+        ("kept = 0", "kept = owed"),
+        ("(kept - 1 - age)", "age"),
         (" * fade_scalar", ""),
     ],
 )
