@@ -26,6 +26,7 @@ from kvbuffer_compile.passes.predict import (
 from kvbuffer_compile.plan import Layout, Plan
 
 aten = torch.ops.aten
+ARGUMENTS = 64  # the limit of c10 for function schemas
 
 
 def choose(lifted: Lifted, options: Options, machine: Machine, target: str) -> Plan | Declined:
@@ -65,7 +66,17 @@ def explain_choice(
         target=target,
         why=_why(prediction, best, asked=bool(wanted)),
     )
-    return plan, prediction
+    return _too_wide(lifted, plan) or plan, prediction
+
+
+def _too_wide(lifted: Lifted, plan: Plan) -> Declined | None:
+    """torch refuses ops with too many arguments: state, cursor, rows and operands are one each."""
+    rows = len(plan.program.logged) + 1 if plan.variant == "buffered" else 0
+    count = 1 + rows + len(plan.program.inputs)
+    if count <= ARGUMENTS:
+        return None
+    reason = f"one step takes {count} tensors, an op of torch at most {ARGUMENTS}: unroll fewer tokens in one graph"
+    return Declined(lifted.state.name, "too-many-operands", reason, lifted.source)
 
 
 def predict_plan(lifted: Lifted, plan: Plan, machine: Machine) -> Prediction:

@@ -10,6 +10,7 @@ outputs   the reads that the rest of the graph still needs
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch.fx import GraphModule, Node
 
@@ -22,6 +23,7 @@ from kvbuffer_compile.passes.operands import Inserter
 from kvbuffer_compile.passes.order import choices
 from kvbuffer_compile.passes.reasons import refused, told
 from kvbuffer_compile.passes.terms import Refusal
+from kvbuffer_compile.passes.tokens import tokens
 from kvbuffer_compile.passes.walk import Walk
 
 
@@ -136,6 +138,7 @@ def _finish(graph: LiftedGraph, assembled: list[Assembled]) -> list[Lifted]:
 def _lifted(one: Assembled, live: set[Node], inserter: Inserter) -> Lifted:
     nodes = [n for n in one.reads if n in live]
     program = trimmed(one.program, tuple(one.reads[n] for n in nodes))
+    program = replace(program, tokens=tokens(program))
     by_name = {v.name: node for v, node in one.operands.items()}
     walk = one.walk
     assert walk.after is not None

@@ -30,15 +30,15 @@ def refused(walk: Walk, refusal: Refusal, write: Node | None) -> Refused:
 
     Hidden as hopeless: what is not stored and never read by a contraction, caches and shift registers.
     """
+    if refusal.rule in _SYMPTOMS and _is_vector(walk):
+        reason = "the state is used element by element, as a vector: a token's update would be as large as itself"
+        refusal = Refusal(refusal.node, "vector", reason)
     if write is None:
         return told(walk.state, refusal, hopeless=walk.after is None or not walk.reads)
     carried = _between(walk.state, write)
     if not carried:
         reason = "the next state is computed without the old one: it is overwritten, not carried along"
         return told(walk.state, Refusal(write, "overwritten", reason))
-    if refusal.rule in _SYMPTOMS and _is_vector(walk):
-        reason = "the state is used element by element, as a vector: a token's update would be as large as itself"
-        refusal = Refusal(refusal.node, "vector", reason)
     scaled = any(isinstance(read(n), Product | Quotient) for n in carried)
     return told(walk.state, refusal, hopeless=not (scaled or walk.active))
 

@@ -45,12 +45,21 @@ def splice(gm: GraphModule, chosen: list[tuple[Lifted, Plan]], op_of: Callable[[
         _replace(gm.graph, lifted, op_of(plan), extra)
         done.append(Spliced(placeholders.index(lifted.state), plan, len(extra)))
     stable_topological_sort(gm.graph)
+    _write_last(gm.graph)
     gm.graph.eliminate_dead_code()
     for lifted, plan in chosen:
         _require_sole_user(lifted, op_of(plan))
     gm.graph.lint()
     gm.recompile()
     return done
+
+
+def _write_last(graph: Graph) -> None:
+    """Writes to the other inputs stand behind everything that reads those: sorting does not know of that order."""
+    end = graph.output_node()
+    for node in list(graph.nodes):
+        if node.target is aten.copy_.default:
+            end.prepend(node)
 
 
 def _side_inputs(graph: Graph, lifted: Lifted, plan: Plan, last: Node) -> tuple[list[Node], Node]:
