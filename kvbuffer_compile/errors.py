@@ -29,6 +29,10 @@ class DeclinedError(RuntimeError):
     """Raised instead of returning a Declined when the user asked for `on_decline="raise"`."""
 
 
+class OptionError(ValueError):
+    """An option that is well formed but cannot be obeyed for this graph, e.g. a target that this device lacks."""
+
+
 class IRError(AssertionError):
     """A Program that breaks the rules of the IR: a bug of ours. Carries the program text."""
 
