@@ -17,7 +17,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.fx import GraphModule, Node
 
 from kvbuffer_compile import dump, guard, options, targets
-from kvbuffer_compile.errors import Declined, DeclinedError, IRError
+from kvbuffer_compile.errors import Declined, DeclinedError, IRError, OptionError
 from kvbuffer_compile.machine import machine_for
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choose import choose
@@ -134,7 +134,7 @@ def compile_graph(
     compile_inner = _inner_compiler(ours)
     try:
         record, rewritten, spliced = rewrite_graph(gm, ours, inference=bool(kwargs.get("is_inference")))
-    except DeclinedError:
+    except OptionError:
         raise
     except Exception as error:
         if os.environ.get("KVBUFFER_STRICT") == "1":  # as an IRError: Dynamo takes some exceptions for a graph break

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvbuffer_compile import ops
-from kvbuffer_compile.errors import EmitError
+from kvbuffer_compile.errors import EmitError, OptionError
 from kvbuffer_compile.plan import Plan
 
 
@@ -18,7 +18,7 @@ def resolve(wanted: str, device: torch.device) -> str:
     """The target to plan for: what was asked, or the best that this device and machine offer."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if (wanted == "triton" and device.type != "cuda" and not interpreted) or (wanted == "cpp" and device.type != "cpu"):
-        raise ValueError(
+        raise OptionError(
             f"kvbuffer option target={wanted!r} cannot serve a state on {device.type}; use 'auto' or 'aten'"
         )
     if wanted != "auto":

@@ -51,6 +51,12 @@ def test_a_bad_value_is_named_with_what_is_allowed(name, value, allowed):
     assert name in message and allowed in message
 
 
+def test_a_target_that_the_device_lacks_is_an_error(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    message = failure({"flush": 4, "target": "triton", "inner": "eager"})
+    assert "target" in message and "cpu" in message and "aten" in message
+
+
 def test_an_unknown_option_is_named_with_a_suggestion():
     message = failure({"flsh": 4})
     assert "flsh" in message and "flush" in message
