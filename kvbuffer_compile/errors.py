@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch._dynamo.exc import ShortenTraceback
+
 
 @dataclass(frozen=True)
 class Declined:
@@ -25,12 +27,19 @@ class Declined:
         return f"{self.rule} at {self.node or 'graph'}: {self.reason}{where}"
 
 
-class DeclinedError(RuntimeError):
+class _ForTheUser(ShortenTraceback):
+    """Dynamo wraps what a backend raises in an error of its own; these reach the caller as they are."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+
+
+class DeclinedError(_ForTheUser):
     """Raised instead of returning a Declined when the user asked for `on_decline="raise"`."""
 
 
-class OptionError(ValueError):
-    """An option that is well formed but cannot be obeyed for this graph, e.g. a target that this device lacks."""
+class OptionError(_ForTheUser, ValueError):
+    """An option that is unknown, has a value that is not allowed, or cannot be obeyed on this device."""
 
 
 class IRError(AssertionError):

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from kvbuffer_compile.errors import OptionError
+
 TARGETS = ("auto", "aten", "cpp", "triton")
 ON_DECLINE = ("ignore", "warn", "raise")
 INNER = ("inductor", "eager")
@@ -61,7 +63,7 @@ def _is_count(x: object) -> bool:
 
 def _check(ok: object, name: str, value: object, allowed: str) -> None:
     if not ok:
-        raise ValueError(f"kvbuffer option {name}={value!r} is not allowed: it must be {allowed}")
+        raise OptionError(f"kvbuffer option {name}={value!r} is not allowed: it must be {allowed}")
 
 
 OURS = tuple(f.name for f in fields(Options))
@@ -70,7 +72,7 @@ OURS = tuple(f.name for f in fields(Options))
 def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
     """Our options, and the ones that go on to Inductor (names of torch._inductor.config).
 
-    ValueError for a name that neither knows, or a value that ours does not allow.
+    OptionError, a ValueError, for a name that neither knows, or a value that ours does not allow.
     """
     ours: dict[str, Any] = {}
     inductor: dict[str, Any] = {}
@@ -91,7 +93,7 @@ def _check_inductor(options: Mapping[str, Any]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, [*OURS, *known], 3)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(
+            raise OptionError(
                 f"unknown option {name!r} for backend kvbuffer.{hint} Allowed: {', '.join(OURS)}, "
                 "and the options of torch._inductor.config"
             )

@@ -6,7 +6,6 @@ import logging
 
 import pytest
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
 
 import kvbuffer_compile
 from kvbuffer_compile.errors import DeclinedError
@@ -21,7 +20,7 @@ def failure(options):
     """The message a user sees at the first call with these options."""
     state = torch.randn(B, H, K, V)
     before = state.clone()
-    with pytest.raises((ValueError, BackendCompilerFailed)) as caught, torch.no_grad():
+    with pytest.raises(ValueError) as caught, torch.no_grad():
         torch.compile(step, backend="kvbuffer", options=options)(state, *draw())
     assert torch.equal(state, before), "a refused call must leave the state as it was"
     return str(caught.value)
@@ -126,7 +125,7 @@ def nonlinear_inputs():
 
 
 def test_on_decline_raise():
-    with pytest.raises((DeclinedError, BackendCompilerFailed), match="tanh|linear"), torch.no_grad():
+    with pytest.raises(DeclinedError, match="tanh|linear"), torch.no_grad():
         torch.compile(nonlinear, backend="kvbuffer", options={**EAGER, "on_decline": "raise"})(*nonlinear_inputs())
 
 
