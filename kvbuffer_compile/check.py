@@ -37,8 +37,12 @@ def run(
             current.append((state.index, functools.partial(_itself, args[state.index])))
     expected = original(*copies)
     out = run_step(args, accounts)
+    returned = {state.returned for state in states}
     for i, (got, want) in enumerate(zip(out, expected, strict=True)):
-        _compare(f"output {i}", got, want)
+        if i in returned:
+            copies[next(s.index for s in states if s.returned == i)] = want
+        else:
+            _compare(f"output {i}", got, want)
     for index, value in current:
         _compare(f"state {index}", value(), copies[index])
     return out

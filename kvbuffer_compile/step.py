@@ -54,12 +54,15 @@ class Step(SettleOnly):
     def __call__(self, args: list[Any]) -> Any:
         with plain_calls():
             self.settle(args, self.indices)
+            donated = [(s.returned, args[s.index]) for s in self.states if s.returned is not None]
             accounts = [self._enter(args, s, phase) for s, phase in zip(self.states, self.phases, strict=True)]
             open_accounts = [a for a in accounts if a is not None]
             runtime.check_aliases([a for a in open_accounts if a.steps == 0])
             if self.original is not None:
-                return check.run(self.original, self.states, self.run, args, open_accounts)
-            return self.run(args, open_accounts)
+                out = check.run(self.original, self.states, self.run, args, open_accounts)
+            else:
+                out = self.run(args, open_accounts)
+            return _with_owners(out, donated) if donated else out
 
     def run(self, args: list[Any], accounts: list[Account]) -> Any:
         """The compiled graph on prepared inputs; a step that fails half-way is taken back."""
@@ -88,6 +91,12 @@ class Step(SettleOnly):
         args.append(account.cursor)
         args.extend(account.rows)
         return account
+
+
+def _with_owners(out: Any, donated: list[tuple[int, Tensor]]) -> Any:
+    """Outputs in which each returned state is the very tensor that was donated, guarded like any other."""
+    owners = dict(donated)
+    return type(out)(owners.get(i, x) for i, x in enumerate(out))
 
 
 def _phases(states: list[Spliced]) -> list[int]:

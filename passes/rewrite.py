@@ -22,12 +22,14 @@ _METADATA_USES = frozenset(
 
 @dataclass(frozen=True)
 class Spliced:
-    """One rewritten state: the position of its tensor among the graph's inputs, and how many inputs were appended
-    for it (cursor and rows, in the op's order; none for the recurrent variant)."""
+    """One rewritten state: the position of its tensor among the graph's inputs, how many inputs were appended for it
+    (cursor and rows, in the op's order; none for the recurrent variant), and its position among the outputs when the
+    next state is returned instead of written."""
 
     index: int
     plan: Plan
     extra: int
+    returned: int | None = None
 
 
 def splice(gm: GraphModule, chosen: list[tuple[Lifted, Plan]], op_of: Callable[[Plan], Any]) -> list[Spliced]:
@@ -43,7 +45,7 @@ def splice(gm: GraphModule, chosen: list[tuple[Lifted, Plan]], op_of: Callable[[
     for lifted, plan in chosen:
         extra, last = _side_inputs(gm.graph, lifted, plan, last)
         _replace(gm.graph, lifted, op_of(plan), extra)
-        done.append(Spliced(placeholders.index(lifted.state), plan, len(extra)))
+        done.append(Spliced(placeholders.index(lifted.state), plan, len(extra), lifted.returned))
     stable_topological_sort(gm.graph)
     _write_last(gm.graph)
     gm.graph.eliminate_dead_code()

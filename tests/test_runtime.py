@@ -21,6 +21,7 @@ from tests.oracle import check
 
 B, H, K, V = 3, 2, 8, 16
 L = 4
+LAZY = {"flush": L, "inner": "eager", "target": "aten"}
 
 
 def step(S, q, k, v, g, beta):
@@ -213,6 +214,38 @@ def test_two_states_interleave(records):
     first.check(first.state + 0)
     check(second_state + 0, second_eager, second_exact)
     assert len(records) <= 2, "a second state must not cause another compilation"
+
+
+@pytest.mark.parametrize("check_too", [False, True])
+@pytest.mark.parametrize("flush", [1, L])
+def test_a_donated_state_is_returned_as_itself(flush, check_too, records):
+    def functional(S, q, k, v, g, beta):
+        new = S * g.exp()[..., None, None]
+        new = new + k[..., None] * ((v - (new * k[..., None]).sum(-2)) * beta[..., None])[..., None, :]
+        return (new * q[..., None]).sum(-2), new
+
+    options = {"flush": flush, "inner": "eager", "target": "aten", "donate": True, "check": check_too}
+    compiled = torch.compile(functional, backend="kvbuffer", options=options)
+    state = torch.randn(B, H, K, V)
+    eager, exact, first = state.clone(), state.double(), state
+    with torch.no_grad():
+        for _ in range(3 * L):
+            inputs = draw()
+            out, state = compiled(state, *inputs)
+            want, eager = functional(eager, *inputs)
+            true, exact = functional(exact, *(x.double() for x in inputs))
+            check(out, want, true)
+    assert state is first and all(len(r.rewritten) == 1 for r in records)
+    check(state + 0, eager, exact)
+
+
+def test_a_returned_state_that_is_not_donated_is_left_alone(records):
+    compiled = torch.compile(lambda S, k, v: S + k[..., None] * v[..., None, :], backend="kvbuffer", options=LAZY)
+    state, inputs = torch.randn(B, H, K, V), (torch.randn(B, H, K), torch.randn(B, H, V))
+    before = state.clone()
+    with torch.no_grad():
+        compiled(state, *inputs)
+    assert torch.equal(state, before) and not any(r.rewritten for r in records)
 
 
 def test_states_that_share_a_storage(records):
