@@ -61,6 +61,18 @@ class Layout:
         """Whether lane 0 is the outermost part of dim 0, by convention the sequences of a batch."""
         return self.lanes > 0 and self.order[0] == 0
 
+    def at_run_time(self) -> Layout:
+        """The same with every size left to run time that may be: one kernel serves any batch and number of heads."""
+        last = max(self.order, default=0)
+        kept = set(self.order[-2:])
+        numbers = iter(range(last + 1))
+        dims = []
+        for parts in self.dims:
+            named = [(next(numbers), n) for n in parts]
+            free = next((i for i, n in named if i not in kept and None not in parts), None)
+            dims.append(tuple(None if i == free else n for i, n in named))
+        return Layout(tuple(dims), self.order)
+
     def canonical(self, state: Tensor) -> Tensor:
         """The state as a view [*lanes, K, V]; never a copy."""
         sizes: list[int] = []

@@ -55,7 +55,7 @@ def explain_choice(
     best = prediction.candidates[chosen]
     plan = Plan(
         program=lifted.program,
-        layout=lifted.layout,
+        layout=lifted.layout.at_run_time(),
         variant=best.variant,
         sizes=lifted.sizes,
         flush=best.flush,

@@ -11,6 +11,7 @@ The slice of the graph that makes the reads and the next state from the state is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -22,10 +23,13 @@ from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir import run
 from kvbuffer_compile.memory import Dense
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
+from kvbuffer_compile.plan import Layout
 
 aten = torch.ops.aten
 TOLERANCE = 1e-9  # of float64 arithmetic on a few hundred terms; a wrong factor is off by 1e-2 and more
 DRAWS = 2
+LARGE, TOO_LARGE = 32e6, 2e9  # bytes of a state in float64; evaluating makes about six temporaries of its size
+SMALLEST_BATCH = 7  # smaller numbers could be the index of a dim
 
 # Where the slice is cut: what these compute is an operand, whatever it was made from.
 _OPAQUE = frozenset(
@@ -43,15 +47,33 @@ def validate(graph: LiftedGraph, lifted: Lifted) -> Declined | None:
     shape_of_it = _fingerprint(lifted)
     if shape_of_it in _proved:
         return None
-    problem = _entangled(lifted)
     with unset_fake_temporarily(), torch.no_grad():  # the compiler runs us under its fake tensors
-        for draw in range(DRAWS):
-            problem = problem or _compare(lifted, _Evaluator(torch.randn, seed=draw), _Evaluator(torch.rand, seed=draw))
+        problem = _entangled(lifted) or _problem(lifted)
     if problem is None:
         _proved.add(shape_of_it)
         return None
     reason = f"the lifted program disagrees with the graph ({problem}); please report this model"
     return Declined(lifted.state.name, "validation", reason, lifted.source)
+
+
+def _problem(lifted: Lifted) -> str | None:
+    """What differs between program and graph; large states are tried with a batch of two first."""
+    batch, size = int(_hint(lifted.state.meta["val"].shape[0])), 8 * int(_hint(lifted.state.meta["val"].numel()))
+    if size > LARGE and batch > SMALLEST_BATCH:
+        try:
+            if _differs(lifted, batch) is None:
+                return None
+        except (RuntimeError, ValueError):
+            pass  # a size that only looked like the batch, or one merged from it: the true sizes decide
+    return _differs(lifted, None) if size <= TOO_LARGE else f"its {size / 1e9:.1f} GB in float64 are too much to check"
+
+
+def _differs(lifted: Lifted, batch: int | None) -> str | None:
+    for seed in range(DRAWS):
+        pair = (_Evaluator(draw, seed, batch) for draw in (torch.randn, torch.rand))
+        if (problem := _compare(lifted, *pair)) is not None:
+            return problem
+    return None
 
 
 _proved: set[str] = set()  # what was validated in this process: the layers of a model are alike
@@ -100,13 +122,14 @@ def _compare(lifted: Lifted, original: _Evaluator, positive: _Evaluator) -> str 
         return "it computes no finite numbers" if original is positive else _compare(lifted, positive, positive)
 
     state = original.value(lifted.state)
-    memory = Dense(lifted.layout.canonical(state))
+    layout = original.layout(lifted.layout)
+    memory = Dense(layout.canonical(state))
     env = run(lifted.program, memory, {v.name: x for v, x in zip(lifted.program.inputs, operands, strict=True)})
     for var, output, want in zip(lifted.program.outputs, lifted.outputs, wanted, strict=True):
         got = _full(env[var.name], memory.state, var.kind).permute(output.perm).reshape(want.shape)
         if (error := _distance(got, want)) > TOLERANCE:
             return f"read {output.node} differs by {error:.1e}"
-    error = _distance(memory.state, lifted.layout.canonical(after.contiguous()))
+    error = _distance(memory.state, layout.canonical(after.contiguous()))
     return f"the next state differs by {error:.1e}" if error > TOLERANCE else None
 
 
@@ -133,10 +156,13 @@ def _distance(got: Tensor, want: Tensor) -> float:
 
 
 class _Evaluator:
-    """Evaluates nodes in float64 on random values for everything opaque. One value a node, made once."""
+    """Evaluates nodes in float64 on random values for everything opaque. One value a node, made once.
 
-    def __init__(self, draw: Callable[..., Tensor], seed: int) -> None:
-        self.draw = draw
+    batch: a size that is replaced by two wherever a shape has it, to check a large state in small; None for none.
+    """
+
+    def __init__(self, draw: Callable[..., Tensor], seed: int, batch: int | None) -> None:
+        self.draw, self.batch = draw, batch
         self.generator = torch.Generator().manual_seed(seed)
         self.values: dict[Node, Any] = {}
 
@@ -154,15 +180,24 @@ class _Evaluator:
             kwargs = {**kwargs, "dtype": torch.float64}
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu")}
-        args = _hinted(args)
-        out = node.target(*args, **_hinted(kwargs))  # type: ignore[operator]
+        out = node.target(*self._sized(args), **self._sized(kwargs))  # type: ignore[operator]
         return out.double() if isinstance(out, Tensor) and out.dtype.is_floating_point else out
+
+    def layout(self, given: Layout) -> Layout:
+        """The layout of a state whose batch was replaced."""
+        return replace(given, dims=tuple(tuple(2 if n == self.batch and n else n for n in part) for part in given.dims))
+
+    def _sized(self, x: Any) -> Any:
+        """Arguments with concrete sizes, the batch replaced within lists of sizes."""
+        if isinstance(x, list | tuple):
+            return [2 if self.batch and isinstance(y, int) and y == self.batch else self._sized(y) for y in x]
+        return {n: self._sized(y) for n, y in x.items()} if isinstance(x, dict) else _hint(x)
 
     def _random(self, node: Node) -> Any:
         val = node.meta.get("val")
         if not isinstance(val, Tensor):
             return _hint(val)
-        shape = [int(_hint(s)) for s in val.shape]
+        shape = self._sized([int(_hint(s)) for s in val.shape])
         if val.dtype.is_floating_point:
             return self.draw(shape, generator=self.generator, dtype=torch.float64)
         if val.dtype == torch.bool:
@@ -204,7 +239,3 @@ def _hint(x: Any) -> Any:
     if isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool):
         return x.node.hint
     return x
-
-
-def _hinted(x: Any) -> Any:
-    return torch.utils._pytree.tree_map(_hint, x)

@@ -210,3 +210,13 @@ def test_opcheck(variant):
     state = torch.randn(*SIZES.values(), K, V)
     side = [cursor, *(r.nan_to_num() for r in rows)] if variant == "buffered" else []
     torch.library.opcheck(ops.step_op(plan), (state, *side, *inputs))
+
+
+def test_a_layout_leaves_sizes_to_run_time():
+    layout = Layout(((3,), (2, 4), (8,), (16,)), (0, 1, 2, 3, 4))
+    assert layout.at_run_time() == Layout(((None,), (None, 4), (8,), (16,)), (0, 1, 2, 3, 4))
+    assert layout.at_run_time().at_run_time() == layout.at_run_time()
+    state = torch.randn(5, 12, 8, 16)
+    assert layout.at_run_time().canonical(state).shape == (5, 3, 4, 8, 16)
+    transposed = Layout(((16,), (3, 8)), (1, 2, 0))  # [V, H K]
+    assert transposed.at_run_time() == Layout(((16,), (None, 8)), (1, 2, 0))
