@@ -1,6 +1,7 @@
 """Lift: find the recurrences in a captured graph by their algebra.
 
 walk      each candidate state forwards: versions, reads, the next state           (walk.py)
+queries   reads of several queries at once into one read for each                   (queries.py)
 axes      which indices are the key and the value axis, from what reads contract    (order.py)
 factor    decays, addends and keys into factors that run along one axis             (factor.py)
 assemble  events in order, operands in state coordinates: a Program                 (assemble.py)
@@ -14,14 +15,17 @@ from dataclasses import replace
 
 from torch.fx import GraphModule, Node
 
+from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir import rename, verify
 from kvbuffer_compile.passes.assemble import Assembled, assemble, trimmed
 from kvbuffer_compile.passes.captured import candidates, copied, source, written
 from kvbuffer_compile.passes.composites import opened
-from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
+from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Refused
 from kvbuffer_compile.passes.operands import Inserter
 from kvbuffer_compile.passes.order import choices
+from kvbuffer_compile.passes.queries import adopt, taken_apart
 from kvbuffer_compile.passes.reasons import refused, told
+from kvbuffer_compile.passes.stacked import apart, stacks
 from kvbuffer_compile.passes.terms import Refusal
 from kvbuffer_compile.passes.tokens import tokens
 from kvbuffer_compile.passes.walk import Walk
@@ -33,6 +37,21 @@ def lift(gm: GraphModule) -> LiftedGraph:
     gm: nodes carry fake tensors in meta["val"]; writes to inputs are copy_ calls at the end. It is not changed.
     """
     graph = LiftedGraph(opened(copied(gm)))
+    walks = _walks(graph)
+    queries = taken_apart(walks, Inserter(graph.gm.graph))
+    if queries:
+        graph.refused.clear()
+        walks = [adopt(walk, queries) for walk in _walks(graph)]
+    _name_parts(graph, gm)
+    assembled = _assemble_all(graph, walks)
+    graph.found = _finish(graph, _acyclic(graph, assembled))
+    graph.gm.graph.lint()
+    graph.gm.recompile()
+    return graph
+
+
+def _walks(graph: LiftedGraph) -> list[Walk]:
+    """All uses of each candidate; those that are not algebra are refused."""
     order = {node: i for i, node in enumerate(graph.gm.graph.nodes)}
     stored = written(graph.gm)
     walks = []
@@ -42,11 +61,23 @@ def lift(gm: GraphModule) -> LiftedGraph:
             walks.append(walk.run())
         except Refusal as refusal:
             graph.refused.append(refused(walk, refusal, stored.get(state)))
-    assembled = _assemble_all(graph, walks)
-    graph.found = _finish(graph, _acyclic(graph, assembled))
-    graph.gm.graph.lint()
-    graph.gm.recompile()
-    return graph
+    return walks
+
+
+def _name_parts(graph: LiftedGraph, gm: GraphModule) -> None:
+    """States kept as slices of one tensor are refused, each for a reason of its own."""
+    found = stacks(copy := copied(gm))
+    if not found:
+        return
+    states = {stack.state.name for stack in found}
+    parts = apart(copy, found)
+    alone = lift(copy)
+    refused = [Refused(r.state, r.why, r.hopeless) for r in alone.refused if r.state.name in parts]
+    reason = "the state is a slice of a tensor that holds several: give every state a tensor of its own"
+    for one in alone.found:
+        if one.state.name in parts:
+            refused.append(Refused(one.state, Declined(one.state.name, "stacked", reason, one.source)))
+    graph.refused = [r for r in graph.refused if r.state.name not in states] + refused
 
 
 # ------------------------------------------------------------------------------------------- assembling

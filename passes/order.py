@@ -169,7 +169,7 @@ class Ordering:
             out += self._decay(step)
             out += [self._read(r, version, step.decays[0], 2 * i + 1) for r in late]
             out += self._updates(step)
-        return out
+        return _joined(out)
 
     def _sees(self, read: ReadOut, version: Version, step: Step) -> bool:
         """Whether every path of the read to this version goes through the step's decay."""
@@ -243,6 +243,22 @@ class Ordering:
 
     def _along(self, factor: Factor) -> frozenset[str]:
         return self.factoring.along(factor)
+
+
+def _joined(events: list[Event]) -> list[Event]:
+    """Neighbouring updates with one key are one."""
+    out: list[Event] = []
+    for event in events:
+        last = out[-1] if out else None
+        if (
+            isinstance(event, UpdateEvent)
+            and isinstance(last, UpdateEvent)
+            and settled(last.left) == settled(event.left)
+        ):
+            out[-1] = UpdateEvent(last.left, add(last.right, event.right), last.node)
+        else:
+            out.append(event)
+    return out
 
 
 def _without(term: Term, decay: Term) -> Term | None:

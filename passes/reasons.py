@@ -10,7 +10,7 @@ from torch.fx import Node
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.passes.captured import source
 from kvbuffer_compile.passes.factor import Axes, Factoring
-from kvbuffer_compile.passes.forms import Product, Quotient
+from kvbuffer_compile.passes.forms import Opaque, Product, Quotient, operands
 from kvbuffer_compile.passes.graph import read
 from kvbuffer_compile.passes.labels import atoms_of, resolve
 from kvbuffer_compile.passes.lifted import Refused
@@ -39,6 +39,9 @@ def refused(walk: Walk, refusal: Refusal, write: Node | None) -> Refused:
     if not carried:
         reason = "the next state is computed without the old one: it is overwritten, not carried along"
         return told(walk.state, Refusal(write, "overwritten", reason))
+    if refusal.rule == "overwritten":
+        reason = "the next state is contracted from the old one by a matrix that is no sum of identity and k q^T"
+        refusal = Refusal(refusal.node, "full-transition", reason)
     scaled = any(isinstance(read(n), Product | Quotient) for n in carried)
     return told(walk.state, refusal, hopeless=not (scaled or walk.active))
 
@@ -55,14 +58,20 @@ def _between(state: Node, write: Node) -> set[Node]:
     while stack:
         node = stack.pop()
         assert isinstance(node, Node)
-        fresh = set(node.all_input_nodes) - above
+        fresh = set(_operands(node)) - above
         above |= fresh
         stack += fresh
     below = {state}
     for node in state.graph.nodes:
-        if not below.isdisjoint(node.all_input_nodes):
+        if not below.isdisjoint(_operands(node)):
             below.add(node)
     return {n for n in below if n in above} if state in above else set()
+
+
+def _operands(node: Node) -> list[Node]:
+    """The nodes whose values a node uses: what copy overwrites is not among them."""
+    form = read(node)
+    return node.all_input_nodes if isinstance(form, Opaque) else operands(form)
 
 
 # ---------------------------------------------------------------------------------------------- vectors

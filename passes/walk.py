@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
+from math import prod
 
 from torch.fx import Node
 
@@ -48,6 +49,7 @@ from kvbuffer_compile.passes.labels import (
     resolved,
 )
 from kvbuffer_compile.passes.terms import Call, Expr, Leaf, Mask, Refusal, Term, held
+from kvbuffer_compile.passes.transition import applied
 from kvbuffer_compile.passes.vary import is_zero
 from kvbuffer_compile.passes.versions import Lin, ReadOut, Version
 
@@ -190,7 +192,8 @@ class Walk:
         lins = [(self.values[x], rest) for x, rest in parts if isinstance(x, Node) and x in self.values]
         plain = [(x, rest) for x, rest in parts if not self._is_lin(x) and not _zero(x)]
         labels = broadcast(lins[0][0].labels, shape(node))
-        if any(resolved(lin.labels) != resolved(labels) for lin, _ in lins) or self._is_wide(labels):
+        wide = not atoms_of(labels) <= atoms_of(self.home)
+        if wide or any(resolved(lin.labels) != resolved(labels) for lin, _ in lins):
             raise Refusal(node, "wider-sum", "a value with more indices than the state is added to it")
         if len(lins) == 1 and not plain:
             lin, rest = lins[0]
@@ -199,9 +202,6 @@ class Walk:
         terms = tuple((lin.version, (*lin.factors, *rest)) for lin, rest in lins)
         addends = tuple((_plain(x, labels), *rest) for x, rest in plain)
         return Lin(Version(node, terms, addends), labels)
-
-    def _is_wide(self, labels: Labels) -> bool:
-        return not atoms_of(labels) <= atoms_of(self.home)
 
     def _choice(self, node: Node, condition: Node, x: Operand, y: Operand) -> Lin:
         if self._is_lin(condition):
@@ -220,6 +220,11 @@ class Walk:
         env.update(zip(mine, lin.labels, strict=True))
         factor = Leaf(other, tuple(env[i] for i in theirs))
         labels = tuple(env[i] for i in out)
+        free = [env[i] for i in theirs if i not in mine]
+        if self.own(env["c"]) and (moved := applied(node, lin, factor, env["c"], free, labels)):
+            self.active = True
+            self.reads.update({r.node: r for r in moved[1]})
+            return moved[0]
         return self._summed(node, lin, (*lin.factors, factor), env["c"], labels)
 
     def _reduce(self, node: Node, form: Reduce) -> Lin | None:
@@ -289,9 +294,7 @@ def _zero(x: Operand) -> bool:
 
 
 def _mean(node: Node, contracted: Dim) -> float:
-    count = 1
-    for atom in contracted:
-        if not isinstance(atom.size, int):
-            raise Refusal(node, "dynamic-size", "a mean over an axis whose size is not known")
-        count *= atom.size
-    return 1 / count
+    sizes = [a.size for a in contracted if isinstance(a.size, int)]
+    if len(sizes) < len(contracted):
+        raise Refusal(node, "dynamic-size", "a mean over an axis whose size is not known")
+    return 1 / prod(sizes)

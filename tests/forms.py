@@ -6,6 +6,7 @@ said otherwise, S^T q is read as the sum over K. Nothing here knows about the co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -23,22 +24,23 @@ Draw = Callable[[Sizes, torch.Generator], tuple[Tensor, ...]]
 class Form:
     """step(*states, *inputs); kept: the ops on each of its states in turn, "" for one that stays as it is.
 
-    states: for each the letters of its dims (B, H, K, V of Sizes, M slots); inputs: the operands of one token.
+    states: for each the letters of its dims (B, H, K, V of Sizes, M slots), several for a merged dim; inputs: the
+    operands of one token.
     """
 
     name: str
     kept: tuple[str, ...]
     step: Callable[..., Tensor]
-    states: tuple[str, ...]
+    states: tuple[str | tuple[str, ...], ...]
     inputs: Draw
 
     def start(self, generator: torch.Generator, sizes: Sizes = SIZES) -> list[Tensor]:
         """Random states."""
-        return [torch.randn([_size(sizes, x) for x in letters], generator=generator) for letters in self.states]
+        return [torch.randn([_size(sizes, dim) for dim in dims], generator=generator) for dims in self.states]
 
 
-def _size(sizes: Sizes, letter: str) -> int:
-    return SLOTS if letter == "M" else int(getattr(sizes, letter))
+def _size(sizes: Sizes, dim: str) -> int:
+    return math.prod(SLOTS if letter == "M" else getattr(sizes, letter) for letter in dim)
 
 
 # -------------------------------------------------------------------------------------------------- words

@@ -20,14 +20,14 @@ TOKENS = 20
 RETURNED = {"minimax"}
 NIGHTLY = {"qwen4_exp", "glm5_next"}  # a dozen graphs, and the largest one
 FIRST_BF16 = ("olmo_hybrid", "kimi_linear", "nemotron_h", "minimax", "xlstm")
-DENSE, VECTOR, OVERWRITTEN, PART = "full-decay", "vector", "overwritten", "partial"
+DENSE, VECTOR, OVERWRITTEN = "full-decay", "vector", "overwritten"
 # Rules that reports must show for the states of what is declined, each at a line of the model.
 DECLINED: dict[str, Counter[str]] = {
     "mamba": Counter({DENSE: 2}),
     "falcon_mamba": Counter({DENSE: 2}),
     "jamba": Counter({DENSE: 2}),
-    "zamba": Counter({PART: 3}),
-    "rwkv": Counter({PART: 5}),
+    "zamba": Counter({DENSE: 6}),  # two heads a layer, each a slice
+    "rwkv": Counter({VECTOR: 4, OVERWRITTEN: 4}),  # slices, two of each a layer; the second are shift registers
     "recurrent_gemma": Counter({VECTOR: 2}),
     "lfm2": Counter(),
     "zaya": Counter({OVERWRITTEN: 2}),

@@ -1,0 +1,50 @@
+"""The forms that graphs give a token: masks, merged dims, several queries, transitions as matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvbuffer_compile.backend import GraphRecord
+from tests.forms import SIZES, Form
+from tests.graph_forms import GRAPH_FORMS, NEAR
+from tests.lifting import capture, capture_plain, lifted_and_right
+from tests.steps import Sizes
+from tests.test_forms import run_beside, signatures
+
+NAMED = {"ids": lambda form: form.name}
+
+
+@pytest.mark.parametrize("form", GRAPH_FORMS, **NAMED)
+def test_graph_forms_run_buffered(form: Form, records: list[GraphRecord]) -> None:
+    run_beside(form, SIZES)
+    assert records
+    for record in records:
+        assert signatures(record) == list(form.kept), [str(r.why) for r in record.refused if not r.hopeless]
+        assert {plan.variant for _, plan in record.rewritten} == {"buffered"}
+
+
+@pytest.mark.parametrize("form", GRAPH_FORMS, **NAMED)
+@pytest.mark.parametrize("sizes", [Sizes(3, 3, 3, 3), Sizes(1, 1, 4, 5)], ids=["equal", "single"])
+def test_graph_forms_at_other_sizes(form: Form, sizes: Sizes) -> None:
+    g = torch.Generator().manual_seed(0)
+    (gm,) = capture(form.step, *form.start(g, sizes), *form.inputs(sizes, g))
+    assert [x.program.signature for x in lifted_and_right(gm).found] == list(form.kept)
+
+
+@pytest.mark.parametrize("form", GRAPH_FORMS, **NAMED)
+def test_graph_forms_without_decompositions(form: Form) -> None:
+    g = torch.Generator().manual_seed(0)
+    graph = lifted_and_right(capture_plain(form.step, *form.start(g), *form.inputs(SIZES, g)))
+    kept = ["DUR"] if form.name == "mixed" else list(form.kept)  # lerp decomposes into two cases by its weight
+    assert [x.program.signature for x in graph.found] == kept
+
+
+@pytest.mark.parametrize(("form", "rule"), NEAR, ids=[form.name for form, _ in NEAR])
+@pytest.mark.parametrize("sizes", [SIZES, Sizes(3, 3, 3, 3)], ids=["distinct", "equal"])
+def test_near_misses_are_declined(form: Form, rule: str, sizes: Sizes) -> None:
+    g = torch.Generator().manual_seed(0)
+    (gm,) = capture(form.step, *form.start(g, sizes), *form.inputs(sizes, g))
+    graph = lifted_and_right(gm)
+    assert not graph.found
+    assert [r.why.rule for r in graph.refused if not r.hopeless] == [rule]
