@@ -18,32 +18,28 @@ class Config:
     stages: int = 1
 
 
-LINE = 128  # bytes that one warp should at least read of the state side by side
-VALUES = 64  # float32 values of the state, the owed rows and the new ones that a thread may hold
+LINE = 128  # bytes of the state that should at least be read side by side
+VALUES = 80  # float32 values of a tile that a thread can hold beside what it needs to work on them
+DRAFTS = 8  # tokens of a verify step that the model counts on
 
 
 def configure(plan: Plan, split: Kind | None) -> Config:
-    """A launch that keeps everything in registers, by a model of what a program holds."""
+    """A launch that keeps everything in registers, by a model of what a program holds at its fullest."""
     axis = 1 if split is None else ("key", "value").index(split)
     size = power_of_two(plan.sizes[axis])
-    if split is None:
-        return Config(size, _warps(plan, axis, size))
-    block = min(size, max(16, LINE // plan.state_dtype.itemsize))
-    return Config(block, _warps(plan, axis, block))
-
-
-def _warps(plan: Plan, axis: int, block: int) -> int:
+    block = size if split is None else min(size, max(16, LINE // plan.state_dtype.itemsize))
     held = values(plan, axis, block)
-    return next((w for w in (1, 2, 4, 8) if held <= VALUES * 32 * w), 16)
+    return Config(block, next((w for w in (1, 2, 4, 8) if held <= VALUES * 32 * w), 16))
 
 
 def values(plan: Plan, axis: int, block: int) -> int:
-    """How many values one program holds at once: its tile of the state and all rows."""
+    """How many values one program holds: a tile of the state with the rows of this step, or, before, the owed rows."""
     whole = power_of_two(plan.sizes[1 - axis])
-    tile = whole * block
     if plan.variant == "recurrent":
-        return tile
+        return whole * block
     events = plan.program.events
-    wide = sum(isinstance(e, Update) or e.factor.kind != "scalar" for e in events)
-    rows = power_of_two(plan.capacity) * (wide * whole + sum(isinstance(e, Update) for e in events) * block)
-    return tile + rows
+    updates = sum(isinstance(e, Update) for e in events)
+    gates = sum(not isinstance(e, Update) and e.factor.kind != "scalar" for e in events)
+    owed = power_of_two(plan.capacity) * (whole * (updates + gates) + block * updates)
+    fresh = DRAFTS * updates * (whole + block) if plan.variant == "verify" else 0
+    return max(whole * block + fresh, owed)

@@ -10,15 +10,12 @@ three times in a row cannot stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from kvbuffer_compile.codegen.schedule import Fold, Old, Schedule, Step, steps_for, uses
+from kvbuffer_compile.codegen.schedule import Fold, Old, Schedule, steps_for
 from kvbuffer_compile.codegen.triton_arguments import arguments
 from kvbuffer_compile.codegen.triton_rows import Rows
 from kvbuffer_compile.codegen.triton_tickets import Group, Tickets
 from kvbuffer_compile.codegen.triton_values import DTYPES, Python, Values
 from kvbuffer_compile.codegen.triton_verify import Fresh
-from kvbuffer_compile.ir import Var
 from kvbuffer_compile.plan import Plan
 
 
@@ -58,10 +55,12 @@ class Kernel:
         if self.plan.program.lanes:
             self.out.line(f"at_{self.plan.program.lanes[0]} = {rest}")
 
-    def _load_state(self, live: str | None) -> None:
+    def _state_address(self) -> None:
         at = [f"at_{lane} * state_{lane}" for lane in self.plan.program.lanes]
         at += ["key[:, None] * STATE_KEY", "value[None, :] * STATE_VALUE"]
         self.out.line(f"state += {' + '.join(at)}")
+
+    def _load_state(self, live: str | None) -> None:
         mask = self.values.tile_mask(live)
         self.out.line(f"s = tl.load(state{mask}{', other=0.0' if mask else ''}).to({self.values.real})")
 
@@ -72,13 +71,7 @@ class Kernel:
         roots = {*self.plan.program.outputs, *(self.schedule.fold.needs if self.schedule.fold else ())}
         roots.update(self.plan.program.logged if self.plan.variant != "recurrent" else ())
         nodes = [n for stage in self.schedule.stages for n in (*stage.steps, *stage.reads)]
-        self._load_for(nodes, roots)
-
-    def _load_for(self, nodes: Iterable[Step | Old], roots: set[Var]) -> None:
-        used = roots | {v for node in nodes for v in uses(node)}
-        for v in self.plan.program.inputs:
-            if v in used:
-                self.values.load(v)
+        self.values.load_for(nodes, roots)
 
     def _outputs(self, zero: bool) -> None:
         """Store the outputs. What does not run along the tiles is stored by the first one."""
@@ -97,6 +90,7 @@ class Kernel:
 
     def _recurrent(self) -> None:
         assert self.schedule.fold is not None
+        self._state_address()
         self._load_state(None)
         self._loads()
         for stage in self.schedule.stages:
@@ -124,21 +118,36 @@ class Kernel:
     # ------------------------------------------------------------------------------- buffered and verify
 
     def _logged(self) -> None:
+        """Rows first, then the state: the one's registers are free when the other comes."""
         if not self.verify:
             self._loads()
         self._cursor()
-        self._load_state("live")
+        self._state_address()
         self._flush()
         self.rows.load()
+        fresh = self._before_state()
+        self._load_state("live")
         for group in self.tickets.fed_by(None):
             ticket = f"{self.tickets.ticket(group)}, {self.tickets.expected(group)}"
             self.out.line(f"last{_suffix(group)} = arrive({ticket})")
         self.out.line()
-        self._verify() if self.verify else self._token()
+        self._tokens(fresh) if fresh else self._token()
         self.out.line()
         for group in self.tickets.fed_by(None):
             with self.out.block(f"if last{_suffix(group)}"):
                 self._finish(group)
+
+    def _before_state(self) -> Fresh | None:
+        """What the owed rows add to the reads whose queries are known."""
+        first = self.schedule.stages[0]
+        if not self.verify:
+            self.values.steps(first.steps)
+            for read in first.reads:
+                self.rows.read_rows(self.values.name(read.out), read, self.values.name(read.x))
+            return None
+        fresh = Fresh(self.out, self.plan, self.schedule, self.values, self.rows)
+        fresh.read_ahead()
+        return fresh
 
     def _cursor(self) -> None:
         first = f"at_{self.plan.program.lanes[0]}" if self.plan.layout.sequence else "0"
@@ -168,24 +177,28 @@ class Kernel:
         self.out.line("tl.store(cursor + 2 * cursor_row, tl.load(cursor + 2 * cursor_row) + 1)")
 
     def _flush(self) -> None:
+        """The state is written and read again by the same program: rarely, and the registers it takes are then free."""
         self.out.line("kept = owed")
         with self.out.block("if flush"):
+            self._load_state("live")
             self.rows.fold()
             self._store_state()
-            if self.plan.state_dtype != self.plan.compute:  # read it as the next step will
-                self.out.line(f"s = s.to({DTYPES[self.plan.state_dtype]}).to({self.values.real})")
+            self.out.line("tl.debug_barrier()")
             self.out.line("kept = 0")
+            self.out.line("live = tl.full([1, 1], 1, tl.int1)")
 
     def _token(self) -> None:
-        for stage in self.schedule.stages:
+        first, *rest = self.schedule.stages
+        for read in first.reads:
+            self.rows.read_base(read, self.values.name(read.x))
+        for stage in rest:
             self.values.steps(stage.steps)
             for read in stage.reads:
                 self.rows.read(read, self.values.name(read.x))
         self._outputs(zero=False)
         self._store_owned("kept")
 
-    def _verify(self) -> None:
-        fresh = Fresh(self.out, self.schedule, self.values, self.rows)
+    def _tokens(self, fresh: Fresh) -> None:
         fresh.start()
         with self.out.block("for t in range(T)"):
             self._loads()
@@ -221,7 +234,7 @@ class Kernel:
             return
         with self.out.block("for t in range(T)"):
             steps = steps_for(self.plan.program, group.shared)
-            self._load_for(steps, set(group.shared))
+            self.values.load_for(steps, set(group.shared))
             self.values.steps(steps)
             for v in group.shared:
                 self.rows.store(v, "(kept + t)")

@@ -110,14 +110,24 @@ class Rows:
 
     def read(self, read: Old, query: str) -> None:
         """read.out = the state at the start of the step, read with the vector `query`."""
-        out, x, values = self.values.name(read.out), read.x, self.values
+        self.read_rows(self.values.name(read.out), read, query)
+        self.read_base(read, query)
+
+    def read_rows(self, out: str, read: Old, query: str) -> None:
+        """out = the part of a read that the kept rows make."""
+        self.out.line(f"{out} = {self.values.full(read.out.kind, '0.0')}")
+        for n in range(len(self.updates)):
+            weight = f" * weight_{n}" if "scalar" in self.fades else ""
+            self.add(out, query, read.x.kind, f"left_{n}", f"right_{n}", weight)
+
+    def read_base(self, read: Old, query: str) -> None:
+        """read.out += the part that `s` makes."""
+        x, values = read.x, self.values
         faded = f"({query} * fade_{x.kind})" if x.kind in self.fades else query
         text = values.total(f"s * {faded}{values.across(x.kind)}", x.kind, 0 if x.kind == "key" else 1, 2)
         gates: list[Kind] = ["scalar", read.out.kind]
-        self.out.line(f"{out} = " + " * ".join([text, *(f"fade_{k}" for k in gates if k in self.fades)]))
-        for n in range(len(self.updates)):
-            weight = f" * weight_{n}" if "scalar" in self.fades else ""
-            self.add(out, query, x.kind, f"left_{n}", f"right_{n}", weight)
+        factors = [f"fade_{k}" for k in gates if k in self.fades]
+        self.out.line(f"{values.name(read.out)} += " + " * ".join([text, *factors]))
 
     def add(self, out: str, query: str, kind: Kind, left: str, right: str, weight: str = "") -> None:
         """out += what a tile of rows adds to a read."""

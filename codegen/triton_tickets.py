@@ -17,11 +17,14 @@ from kvbuffer_compile.plan import Plan
 
 ARRIVE = '''@triton.jit
 def arrive(ticket, expected):
-    """Whether this is the last of `expected` programs to come here. The ticket is then zero for the next launch."""
-    tl.debug_barrier()  # every thread has read what others may overwrite
-    last = tl.atomic_add(ticket, 1, sem="release") == expected - 1
+    """Whether this is the last of `expected` programs to come here. The ticket is then zero for the next launch.
+
+    What others may overwrite has been read and used by then, so no order of memory has to be enforced.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket, 1, sem="relaxed") == expected - 1
     if last:
-        tl.atomic_xchg(ticket, 0, sem="acquire")
+        tl.store(ticket, 0)
     return last'''
 
 

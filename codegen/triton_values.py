@@ -15,7 +15,7 @@ import torch
 
 from kvbuffer_compile import ir
 from kvbuffer_compile.codegen import calls
-from kvbuffer_compile.codegen.schedule import Dot, Step, Widen
+from kvbuffer_compile.codegen.schedule import Dot, Old, Step, Widen, uses
 from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir import REDUCTIONS, Kind, Map, Var
@@ -32,7 +32,7 @@ AXES: tuple[Kind, ...] = ("key", "value")
 # Names of the kernel that a value of the same name would hide, and how such names begin.
 TAKEN = frozenset(
     """tl torch triton libdevice step arrive state cursor tickets tile program lane sequence owed limit live flush kept
-    t s T TOKENS BLOCK TILES key value key_ok value_ok age used later dot token query n float range""".split()
+    t s T TOKENS BLOCK TILES key value key_ok value_ok age used later dot token query part n float range""".split()
 )
 PREFIXES = ("in_", "row_", "out_", "at_", "size_", "state_", "left_", "right_", "later_", "after_", "fade_", "fresh_",
             "now_", "run_", "next_", "slot_", "cursor_", "tickets_", "weight_", "last_")  # fmt: skip
@@ -68,7 +68,7 @@ class Values:
     def name(self, v: Var) -> str:
         """The local that holds v."""
         taken = v.name in TAKEN or v.name.startswith(PREFIXES) or keyword.iskeyword(v.name)
-        return f"{v.name}_v" if taken or v.name.endswith("_v") else v.name
+        return f"{v.name}_v" if taken or v.name.endswith(("_v", "_rows")) else v.name
 
     # ---------------------------------------------------------------------------------------------- axes
 
@@ -130,6 +130,13 @@ class Values:
         masks = self.mask(v.kind) if v.kind != "scalar" else ""
         other = ", other=0.0" if masks else ""
         self.out.line(f"{self.name(v)} = tl.load({' + '.join([f'in_{v}', *at])}{masks}{other}).to({self.real})")
+
+    def load_for(self, nodes: Iterable[Step | Old], roots: Iterable[Var]) -> None:
+        """The operands that the nodes or the roots use."""
+        used = {*roots, *(v for node in nodes for v in uses(node))}
+        for v in self.plan.program.inputs:
+            if v in used:
+                self.load(v)
 
     def steps(self, steps: Iterable[Step]) -> None:
         """Compute steps in order."""
