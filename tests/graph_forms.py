@@ -167,6 +167,27 @@ def queries_of_the_state(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, 
     return torch.softmax(S @ S.transpose(-1, -2), -1) @ v[..., :1, None].expand(*k.shape, 1)
 
 
+def hgrn(h: Tensor, x: Tensor, f: Tensor) -> Tensor:
+    """A vector of channels."""
+    f = torch.sigmoid(f)
+    h.copy_(f * h + (1 - f) * x)
+    return torch.tanh(h)
+
+
+def longhorn_of_channels(S: Tensor, q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Tensor:
+    """A step size for each value channel and k k^T replaced by its diagonal: each element decays for itself."""
+    S.copy_((1 - outer(k.square(), size)) * S + outer(k, size * v))
+    return read(S, q)
+
+
+def titans(G: Tensor, M: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """Descent with momentum: two coupled matrices, the one added whole to the other."""
+    error = read(M, k) - v
+    G.copy_(G * beta[..., None, None] - 2 * outer(k, error))
+    M.copy_(M * g.exp()[..., None, None] + G)
+    return read(M, q)
+
+
 # ----------------------------------------------------------------------------------------------- tables
 
 
@@ -212,4 +233,7 @@ NEAR = (
     (_form(mixed_by_the_state, ""), "nonlinear"),
     (_form(masked_by_both_axes, ""), "full-decay"),
     (_form(queries_of_the_state, ""), "nonlinear"),
+    (Form("hgrn", (), hgrn, ("BHK",), operands("qq")), "vector"),
+    (_form(longhorn_of_channels, "", inputs=operands("qkvd")), "full-decay"),
+    (Form("titans", (), titans, ("BHKV", "BHKV"), operands("qkvgb")), "full-rank partial-write"),
 )

@@ -17,7 +17,6 @@ from tests.zoo import ARCHS, Arch
 
 FAST = {"inner": "eager", "target": "aten", "flush": 4}
 TOKENS = 20
-RETURNED = {"minimax"}
 NIGHTLY = {"qwen4_exp", "glm5_next"}  # a dozen graphs, and the largest one
 FIRST_BF16 = ("olmo_hybrid", "kimi_linear", "nemotron_h", "minimax", "xlstm")
 DENSE, VECTOR, OVERWRITTEN = "full-decay", "vector", "overwritten"
@@ -43,8 +42,8 @@ def batch(arch: Arch) -> int:
 
 
 def options(arch: Arch) -> dict:
-    """MiniMax returns its states, the cache lets go of the old ones: the plain recurrence, in place."""
-    return {**FAST, "donate": True, "flush": 1} if arch.name in RETURNED else FAST
+    """MiniMax returns its states, and its cache lets go of the old ones."""
+    return {**FAST, "donate": arch.name == "minimax"}
 
 
 def decode(arch: Arch, dtype: torch.dtype, each: bool, kind: str = "dynamic") -> None:
@@ -81,7 +80,7 @@ def assert_buffered(arch: Arch, records: list[GraphRecord]) -> None:
     for record in found:
         assert len(record.rewritten) == (arch.states if arch.fullgraph else 1)
         assert {plan.program.signature for _, plan in record.rewritten} == {arch.signature}
-        assert {p.variant for _, p in record.rewritten} == {"recurrent" if arch.name in RETURNED else "buffered"}
+        assert {plan.variant for _, plan in record.rewritten} == {"buffered"}
         # of xLSTM the normaliser, a vector, and the stabiliser stay as they are
         rules = Counter({VECTOR: 2 * arch.states}) if arch.name == "xlstm" else Counter()
         assert Counter(why.rule for why in visible(record)) == rules
