@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+_alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]  # whether two tensors share a storage
 plain_calls = torch._C.DisableTorchFunctionSubclass  # inside it a GuardedState is an ordinary tensor
 
 # What tells about a tensor without looking at its values.
@@ -32,19 +33,25 @@ _METADATA: frozenset[Any] = frozenset(
 )
 # What replaces every element of its first argument: owed rows are dropped, not folded in.
 _OVERWRITES: frozenset[Any] = frozenset([Tensor.zero_, Tensor.fill_, Tensor.copy_, torch.zero_, torch.fill_])
+# What hands out the memory itself, where no later access can be seen.
+_EXPORTS: frozenset[Any] = frozenset([Tensor.__dlpack__, Tensor.storage, Tensor.untyped_storage])
 
-_on_touch: Callable[[Tensor, bool], None] = lambda tensor, overwritten: None  # noqa: E731  (set by runtime)
+_Touch = Callable[[Tensor, bool, bool], list[Callable[[], None]]]
+_on_touch: _Touch = lambda tensor, overwritten, exposed: []  # noqa: E731  (set by runtime)
 
 
-def on_touch(callback: Callable[[Tensor, bool], None]) -> None:
-    """Register who is told of an access: callback(tensor, overwritten), called before the access happens."""
+def on_touch(callback: _Touch) -> None:
+    """Register who is told of an access: callback(tensor, overwritten, exposed), called before the access happens.
+
+    It returns what to call when the access has succeeded.
+    """
     global _on_touch
     _on_touch = callback
 
 
 def _materialized(state: Tensor) -> Tensor:
     with plain_calls():
-        _on_touch(state, False)
+        _on_touch(state, False, False)
         return state.clone()
 
 
@@ -89,17 +96,25 @@ class GuardedState(Tensor):
                 return func(*args, **kwargs)
             states = list(_states((args, kwargs)))
             overwritten = func in _OVERWRITES and len(states) == 1 and states[0] is args[0]
-            for t in states:
-                _on_touch(t, overwritten)
+            later = [call for t in states for call in _on_touch(t, overwritten, func in _EXPORTS)]
             out = func(*args, **kwargs)
-            if type(out) is Tensor and out._is_view():
-                out.__class__ = GuardedState  # a view may be held and read after later steps
+            for call in later:
+                call()
+            _guard_views(out, states)
             return out
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.unbind(0))  # Tensor.__iter__ would hand out views that are not guarded
+
+    def __format__(self, spec: str) -> str:
+        with plain_calls():
+            _on_touch(self, False, False)
+            return str(self.as_subclass(Tensor).__format__(spec))  # which numbers are formatted goes by the exact class
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
             with plain_calls():
-                _on_touch(self, False)
+                _on_touch(self, False, False)
                 copy = self.as_subclass(Tensor).clone()
                 copy.__dict__.update(self.__dict__)
             memo[id(self)] = copy
@@ -107,8 +122,19 @@ class GuardedState(Tensor):
 
     def __reduce_ex__(self, proto: Any) -> Any:
         with plain_calls():
-            _on_touch(self, False)
+            _on_touch(self, False, False)
             return self.as_subclass(Tensor).__reduce_ex__(proto)
+
+
+def _guard_views(out: Any, states: list[GuardedState]) -> None:
+    """A view may be held and read after later steps. Views by their storage: detach() and inference mode make some
+    that autograd does not count as views."""
+    if type(out) is Tensor:
+        if out.layout is torch.strided and any(_alias_of(out, s) for s in states):
+            out.__class__ = GuardedState
+    elif isinstance(out, list | tuple):
+        for x in out:
+            _guard_views(x, states)
 
 
 def _states(x: Any) -> Iterator[GuardedState]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ import torch._functorch.config
 from torch import Tensor
 
 from kvbuffer_compile import composite, ops
-from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.guard import GuardedState, on_touch, plain_calls
 from kvbuffer_compile.plan import Plan
 
@@ -30,7 +29,8 @@ class Account:
 
     state: an ordinary alias of the user's tensor, what compiled code and flushes get. phase: the number of rows at
     which the first flush after settling comes, so that the layers of a model do not all flush at one step.
-    aliased: the storage is visible through a tensor made before the state was guarded: settle after every step.
+    aliased: the storage is visible through something that is not guarded: settle after every step. exposed: it always
+    will be, because its memory was handed out or its class cannot be guarded.
     """
 
     def __init__(self, owner: Tensor, plan: Plan, phase: int) -> None:
@@ -43,6 +43,7 @@ class Account:
         self.address = self.state.data_ptr()
         self.storage = self.state.untyped_storage().data_ptr()
         self.aliased = False
+        self.exposed = False
         self.dirty = False
         self.steps = 0
         with torch.inference_mode(False):
@@ -67,10 +68,10 @@ class Account:
     def settle(self) -> None:
         """Fold every owed row into the state."""
         if self.dirty:
-            self.dirty = False
             with torch.inference_mode(False), torch.no_grad(), plain_calls():
                 composite.flush(self.plan, self.state, self.cursor, self.rows, self.cursor[0] > 0)
                 self.cursor[1].fill_(self.phase)
+            self.dirty = False  # not before: a flush that ran out of memory is still owed
 
     def drop(self) -> None:
         """Forget the owed rows: the state is about to be overwritten as a whole."""
@@ -119,32 +120,28 @@ def open_account(owner: Tensor, plan: Plan, phase: int) -> Account:
     _accounts[id(owner)] = account
     _on_storage.setdefault(account.storage, []).append(account)
     _settle_overlapping(account)
-    guard(owner)
-    if account.base is not None:
-        guard(account.base)
+    account.exposed = not guard(owner) or (account.base is not None and not guard(account.base))
     return account
 
 
-def guard(owner: Tensor) -> None:
-    """Make every later access to this tensor settle first."""
+def guard(owner: Tensor) -> bool:
+    """Make every later access to this tensor settle first. False for a class of tensors where that cannot be done."""
     # AOTAutograd's one-time check of custom ops gives up on tensor classes it does not know, with an error, whenever
     # a graph of any backend gets such a tensor.
     if getattr(torch._functorch.config, "check_custom_op_aliasing", False):
         torch._functorch.config.check_custom_op_aliasing = False
     if type(owner) in (Tensor, torch.nn.Buffer):
         owner.__class__ = GuardedState
-    elif type(owner) is not GuardedState:
-        raise StateError(
-            f"a recurrent state is a {type(owner).__name__}; kvbuffer can only guard plain torch.Tensor states. "
-            "Pass a plain tensor, or compile with options={'flush': 1}"
-        )
+    return type(owner) is GuardedState
 
 
 def check_aliases(accounts: Sequence[Account]) -> None:
-    """Find states whose storage is visible through tensors that are not guarded (made before the state was)."""
+    """Find states whose storage someone else holds now: a tensor made before the state was guarded, a NumPy array, a
+    view that another compiled graph returned."""
     for storage in {a.storage for a in accounts}:
         holders = _on_storage[storage]
-        known = 2 * len(holders) + len({id(a.base) for a in holders if a.base is not None})
+        bases = {id(a.base) for a in holders if a.base is not None} - {id(a.owner()) for a in holders}
+        known = 2 * len(holders) + len(bases)
         handle = holders[0].state.untyped_storage()
         unknown = torch._C._storage_Use_Count(handle._cdata) - 1 - known
         for account in holders:
@@ -174,7 +171,7 @@ def _owner_died(key: int) -> None:
     if account is None or sys.is_finalizing():
         return
     handle = account.state.untyped_storage()
-    ours = 3 + (account.base is not None)  # the dying owner, our alias, this handle, and the tensor it was a view of
+    ours = 3  # the dying owner, our alias, this handle; a tensor that it was a view of may be the user's as well
     if torch._C._storage_Use_Count(handle._cdata) > ours:
         account.settle()
     _forget_storage(account)
@@ -206,15 +203,20 @@ def _settle_overlapping(account: Account) -> None:
             other.settle()
 
 
-def touch(tensor: Tensor, overwritten: bool = False) -> None:
-    """Called before a state's values are read or changed by anything but a rewritten graph."""
-    if not _on_storage:
-        return
-    for account in _overlapping(tensor):
+def touch(tensor: Tensor, overwritten: bool = False, exposed: bool = False) -> list[Callable[[], None]]:
+    """Called before a state's values are read or changed by anything but a rewritten graph.
+
+    overwritten: as a whole. exposed: its memory is handed out. Returns what to call when the access has succeeded: rows
+    are dropped only then.
+    """
+    later: list[Callable[[], None]] = []
+    for account in _overlapping(tensor) if _on_storage else ():
+        account.exposed |= exposed
         if overwritten and account.owner() is tensor:
-            account.drop()
+            later.append(account.drop)
         else:
             account.settle()
+    return later
 
 
 on_touch(touch)

@@ -57,7 +57,9 @@ class Step(SettleOnly):
             donated = [(s.returned, args[s.index]) for s in self.states if s.returned is not None]
             accounts = [self._enter(args, s, phase) for s, phase in zip(self.states, self.phases, strict=True)]
             open_accounts = [a for a in accounts if a is not None]
-            runtime.check_aliases([a for a in open_accounts if a.steps == 0])
+            for account in open_accounts:
+                account.dirty = True  # only now: opening one account settles others that overlap it
+            runtime.check_aliases(open_accounts)
             if self.original is not None:
                 out = check.run(self.original, self.states, self.run, args, open_accounts)
             else:
@@ -74,7 +76,7 @@ class Step(SettleOnly):
             raise
         for account in accounts:
             account.steps += 1
-            if account.aliased:
+            if account.aliased or account.exposed:
                 account.settle()
         return out
 
@@ -86,7 +88,6 @@ class Step(SettleOnly):
                 args[state.index] = owner.as_subclass(Tensor)
             return None
         account = runtime.open_account(owner, state.plan, phase)
-        account.dirty = True
         args[state.index] = account.state
         args.append(account.cursor)
         args.extend(account.rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,9 +52,23 @@ def splice(gm: GraphModule, chosen: list[tuple[Lifted, Plan]], op_of: Callable[[
     gm.graph.eliminate_dead_code()
     for lifted, plan in chosen:
         _require_sole_user(lifted, op_of(plan))
+    _lift_constants(gm.graph)
     gm.graph.lint()
     gm.recompile()
     return done
+
+
+def _lift_constants(graph: Graph) -> None:
+    """Constants of the model's code are real tensors: Inductor's fake propagation takes them from a lift only."""
+    lift = aten.lift_fresh_copy.default
+    for node in graph.find_nodes(op="get_attr"):
+        bare = [user for user in node.users if user.op == "call_function" and user.target is not lift]
+        if bare and isinstance(node.meta.get("val"), torch.Tensor):
+            with graph.inserting_after(node):
+                lifted = graph.call_function(lift, (node,))
+            lifted.meta["val"] = node.meta["val"]
+            for user in bare:
+                user.replace_input_with(node, lifted)
 
 
 def _write_last(graph: Graph) -> None:
@@ -90,16 +105,12 @@ def _replace(graph: Graph, lifted: Lifted, op: Any, extra: list[Node]) -> None:
         step.meta["val"] = op(*(n.meta["val"] for n in step.args if isinstance(n, Node)))
         many = len(lifted.outputs) != 1
         for i, output in enumerate(lifted.outputs):
-            value = _call(graph, _getitem, (step, i)) if many else step
+            value = _call(graph, operator.getitem, (step, i)) if many else step
             output.node.replace_all_uses_with(_restored(graph, value, output))
     if lifted.write is not None:
         graph.erase_node(lifted.write)
     else:
         _return_state(end, lifted)
-
-
-def _getitem(values: Any, i: int) -> Any:
-    return values[i]
 
 
 def _restored(graph: Graph, value: Node, output: Output) -> Node:
