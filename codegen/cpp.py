@@ -20,6 +20,7 @@ import torch
 
 from kvbuffer_compile.codegen import cpp_entry
 from kvbuffer_compile.codegen.cpp_item import Item, updates
+from kvbuffer_compile.codegen.cpp_rows import row_types
 from kvbuffer_compile.codegen.cpp_verify import VerifyItem
 from kvbuffer_compile.codegen.schedule import Schedule, schedule
 from kvbuffer_compile.codegen.source import Source
@@ -88,6 +89,8 @@ def _call(out: Source, plan: Plan, order: Schedule) -> None:
         out.line(f"constexpr int64_t CAPACITY = {plan.capacity}, FLUSH = {plan.flush}, ROWS = {max(1, updates(plan))};")
         for v, dtype in zip(logged, plan.row_dtypes, strict=True):
             out.line(f"using Row_{v} = {SCALARS[dtype]};")
+        left, right = row_types(plan)
+        out.line(f"using Left = {left}; using Right = {right};")
         _room(out, plan, order)
     out.comment("The arguments of one call.")
     with out.block("struct Call", ";"):
@@ -131,8 +134,10 @@ def _room(out: Source, plan: Plan, order: Schedule) -> None:
     out.comment("Owed rows of one item: pointers into the log where it can be read as it is, copies where not.")
     with out.block("struct Room", ";"):
         out.line("Real weight[CAPACITY * ROWS];")
-        out.line("const Real *left[CAPACITY * ROWS], *right[CAPACITY * ROWS];")
-        out.line("alignas(64) Real left_copy[CAPACITY * ROWS * K], right_copy[CAPACITY * ROWS * V];")
+        out.line("const Left* left[CAPACITY * ROWS];")
+        out.line("const Right* right[CAPACITY * ROWS];")
+        out.line("alignas(64) Left left_copy[CAPACITY * ROWS * K];")
+        out.line("alignas(64) Right right_copy[CAPACITY * ROWS * V];")
         out.line(f"alignas(64) Real outer[CAPACITY * ROWS * {outer}], inner[CAPACITY * ROWS * {inner}];")
         if plan.variant == "verify":
             for kind, x, y in (("key", "K", "V"), ("value", "V", "K")):

@@ -33,7 +33,8 @@ class Rows:
         """weight, left, right of every owed row, newest first; then, on a flush, the Fold of all of them."""
         self.out.line("static thread_local Room room;")
         self.out.line("Real* const weight = room.weight;")
-        self.out.line("const Real **left = room.left, **right = room.right;")
+        self.out.line("const Left** left = room.left;")
+        self.out.line("const Right** right = room.right;")
         self.out.line("int64_t rows = 0;")
         self._fades(declare=True)
         with self.out.block("for (int64_t slot = count - 1; slot >= 0; --slot)"):
@@ -63,18 +64,17 @@ class Rows:
         copy = f"room.{side}_copy + rows * {'K' if kind == 'key' else 'V'}"
         fade = f" * fade_{kind}[i]" if kind in self.fades else ""
         with self.out.block():
+            if v.kind != "scalar" and not fade:
+                self.out.line(f"{side}[rows] = {self._stored(v, copy)};")
+                return
+            self.out.line(f"Real* const copy = {copy};")
             if v.kind == "scalar":
-                self.out.line(f"Real* const copy = {copy};")
                 self.out.line(f"const Real x = {self._stored_number(v)};")
                 self.values.each(kind, f"copy[i] = x{fade};")
-                self.out.line(f"{side}[rows] = copy;")
-            elif fade:
-                self.out.line(f"Real* const copy = {copy};")
+            else:
                 self.out.line(f"const Real* const x = {self._stored(v, 'copy')};")
                 self.values.each(kind, f"copy[i] = x[i]{fade};")
-                self.out.line(f"{side}[rows] = copy;")
-            else:
-                self.out.line(f"{side}[rows] = {self._stored(v, copy)};")
+            self.out.line(f"{side}[rows] = copy;")
 
     def _decay(self, event: Decay) -> None:
         v = event.factor
@@ -127,8 +127,8 @@ class Rows:
         with self.out.block("for (int64_t m = 0; m < rows; ++m)"):
             for kind, name in ((self.outer, "outer"), (inner, "inner")):
                 side, full = sides[kind]
-                weight = "weight[m] * " if kind == self.outer else ""
-                self.values.each(kind, f"room.{name}[m * {full} + i] = {weight}{side}[m][i];")
+                self.out.line(f"convert(room.{name} + m * {full}, {side}[m], 1, {self.values.length(kind)});")
+            self.values.each(self.outer, f"room.outer[m * {sides[self.outer][1]} + i] *= weight[m];")
         self.out.line(f"fold.count = rows, fold.left = room.outer, fold.left_stride = {sides[self.outer][1]};")
         self.out.line(f"fold.right = room.inner, fold.right_stride = {sides[inner][1]};")
 
@@ -219,6 +219,19 @@ def owned(plan: Plan, v: Var, split: Kind | None) -> bool:
     """Whether the rows of a logged value are read by the item that writes them and by no other."""
     lanes = set(plan.program.lanes) - ({plan.program.lanes[0]} if plan.layout.sequence else set())
     return lanes <= set(v.lanes) and split in (None, v.kind)
+
+
+def row_types(plan: Plan) -> tuple[str, str]:
+    """C++ types of the elements of left and right rows: what the log holds where rows are used in place, else Real."""
+    fades = {op.factor.kind for op in plan.program.events if isinstance(op, Decay)}
+    updates = [op for op in plan.program.events if isinstance(op, Update)]
+    dtypes = dict(zip(plan.program.logged, plan.row_dtypes, strict=True))
+    types = []
+    for kind, side in (("key", [op.left for op in updates]), ("value", [op.right for op in updates])):
+        in_place = plan.variant == "buffered" and kind not in fades and all(v.kind == kind for v in side)
+        alike = len({dtypes[v] for v in side}) == 1
+        types.append(f"Row_{side[0]}" if in_place and alike else "Real")
+    return types[0], types[1]
 
 
 def uses_of(event: Decay | Update) -> tuple[Var, ...]:

@@ -21,7 +21,7 @@ TAKEN = frozenset(
     K V CAPACITY FLUSH ROWS widen narrow get put splat truth maximum minimum exponential sigmoid softplus gelu total
     sum mean largest smallest dots dot convert store fetch add_rows read_rows view load load_one fail check call
     std c i j at lane sequence count slot flush first size rows room weight left right fade fade_key fade_value fold
-    later_key later_value tokens t to m x y copy Reads read_many append_shared run_item step each_item
+    later_key later_value tokens t to m x y copy Reads Left Right read_many append_shared run_item step each_item
     keep_row keep_column block owed""".split()
 )
 

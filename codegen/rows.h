@@ -45,8 +45,8 @@ inline Real smallest(const Real* x, int64_t n) {
   return out;
 }
 // out[j][m] = <a[m], x[j]>
-template <int N, int R>
-INLINE void dots(const Real* const* a, const Real* const (&x)[N], int64_t n, Real (&out)[N][R]) {
+template <int N, int R, class T>
+INLINE void dots(const T* const* a, const Real* const (&x)[N], int64_t n, Real (&out)[N][R]) {
   Wide part[N][R] = {};
   int64_t i = 0;
   for (; i + WIDTH <= n; i += WIDTH)
@@ -55,7 +55,8 @@ INLINE void dots(const Real* const* a, const Real* const (&x)[N], int64_t n, Rea
       UNROLL for (int j = 0; j < N; ++j) part[j][m] += at * get<Wide>(x[j] + i);
     }
   UNROLL for (int j = 0; j < N; ++j) totals<R, Wide>(part[j], out[j]);
-  for (; i < n; ++i) UNROLL for (int m = 0; m < R; ++m) UNROLL for (int j = 0; j < N; ++j) out[j][m] += a[m][i] * x[j][i];
+  for (; i < n; ++i)
+    UNROLL for (int m = 0; m < R; ++m) UNROLL for (int j = 0; j < N; ++j) out[j][m] += get<Real>(a[m] + i) * x[j][i];
 }
 inline Real dot(const Real* a, const Real* b, int64_t n) {
   const Real* const x[1] = {b};
@@ -75,20 +76,22 @@ template <class T> inline void store(T* out, const Real* in, int64_t stride, int
     for (; i + WIDTH <= n; i += WIDTH) put<Wide>(out + i, get<Wide>(in + i));
   for (; i < n; ++i) out[i * stride] = narrow<T>(in[i]);
 }
-// `in` itself where it can be used as it is, or a converted copy in `room`.
-template <class T> INLINE const Real* fetch(Real* room, const T* in, int64_t stride, int64_t n) {
-  if constexpr (std::is_same_v<T, Real>)
+// `in` itself where it can be used as it is, or a copy in `room`.
+template <class To, class T> INLINE const To* fetch(To* room, const T* in, int64_t stride, int64_t n) {
+  if constexpr (std::is_same_v<T, To>)
     if (stride == 1) return in;
-  convert(room, in, stride, n);
+  for (int64_t i = 0; i < n && stride != 1; ++i) room[i] = narrow<To>(Real(widen(in[i * stride])));
+  if constexpr (std::is_same_v<To, Real>)
+    if (stride == 1) convert(room, in, 1, n);
   return room;
 }
 
 // ------------------------------------------------------------------------------------------- owed rows
 
 // y[j] += sum over R rows m of weight[m] <met[m], x[j]> free[m]
-template <int N, int R>
-INLINE void add_rows(const Real* weight, const Real* const* met, int64_t met_size, const Real* const* free, int64_t free_size,
-                     const Real* const (&x)[N], Real* const (&y)[N]) {
+template <int N, int R, class Met, class Free>
+INLINE void add_rows(const Real* weight, const Met* const* met, int64_t met_size, const Free* const* free,
+                     int64_t free_size, const Real* const (&x)[N], Real* const (&y)[N]) {
   Real scale[N][R];
   dots<N, R>(met, x, met_size, scale);
   UNROLL for (int j = 0; j < N; ++j) UNROLL for (int m = 0; m < R; ++m) scale[j][m] *= weight[m];
@@ -103,10 +106,10 @@ INLINE void add_rows(const Real* weight, const Real* const* met, int64_t met_siz
     }
   }
   for (; c < free_size; ++c)
-    UNROLL for (int j = 0; j < N; ++j) UNROLL for (int m = 0; m < R; ++m) y[j][c] += scale[j][m] * free[m][c];
+    UNROLL for (int j = 0; j < N; ++j) UNROLL for (int m = 0; m < R; ++m) y[j][c] += scale[j][m] * get<Real>(free[m] + c);
 }
-template <int N>
-inline void read_rows(int64_t count, const Real* weight, const Real* const* met, int64_t met_size, const Real* const* free,
+template <int N, class Met, class Free>
+inline void read_rows(int64_t count, const Real* weight, const Met* const* met, int64_t met_size, const Free* const* free,
                       int64_t free_size, const Real* const (&x)[N], Real* const (&y)[N]) {
   int64_t m = 0;
   for (; m + 4 <= count; m += 4) add_rows<N, 4>(weight + m, met + m, met_size, free + m, free_size, x, y);

@@ -20,18 +20,29 @@ struct Fold {
   const Real* keep_row = nullptr;
   const Real* keep_column = nullptr;
 };
+// While it lives, this thread takes subnormal numbers for zero: an operation on one costs a hundred others, and products
+// of strong decays are full of them (a step with 32 owed rows took 5 times as long).
+struct NoSubnormals {
+#ifdef __SSE__
+  unsigned saved = __builtin_ia32_stmxcsr();
+  NoSubnormals() { __builtin_ia32_ldmxcsr(saved | 0x8040); }
+  ~NoSubnormals() { __builtin_ia32_ldmxcsr(saved); }
+#endif
+};
 // Runs body(i) for each item. Large work is handed out in pieces, because a flush makes some items slower and
 // other programs take cores away; small work always meets the same core, which has it in its cache.
 template <class F> inline void each_item(int64_t items, int threads, bool large, const F& body) {
-  if (threads == 1) {
-    for (int64_t i = 0; i < items; ++i) body(i);
-  } else if (large) {
-    const int64_t piece = std::max<int64_t>(1, items / (16 * threads));
-#pragma omp parallel for schedule(dynamic, piece) num_threads(threads)
-    for (int64_t i = 0; i < items; ++i) body(i);
-  } else {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < items; ++i) body(i);
+  const int64_t piece = std::max<int64_t>(1, items / (16 * threads));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const NoSubnormals scope;
+    if (large) {
+#pragma omp for schedule(dynamic, piece) nowait
+      for (int64_t i = 0; i < items; ++i) body(i);
+    } else {
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < items; ++i) body(i);
+    }
   }
 }
 
@@ -116,47 +127,92 @@ template <class T, Mode MODE, int ACROSS, int ALONG> struct Pass {
       for (int i = 0; i < ALONG; ++i) std::memset(w[i], 0, s.rows * sizeof(Real));
       return;
     }
-    int64_t r = 0;
-    for (; r + 4 <= s.rows; r += 4) rows<4>(r);
-    for (; r < s.rows; ++r) rows<1>(r);
+    run(0, s.rows);
+  }
+  void run(int64_t r, int64_t end) const {
+    for (; r + 4 <= end; r += 4) rows<4>(r);
+    for (; r < end; ++r) rows<1>(r);
   }
 };
 
 // A run-time number of reads in one pass over a block, after a fold if there is one. Query j is x + j * x_stride, its
-// result y + j * y_stride. Every group of rows is fetched once and serves the reads four by four.
+// result y + j * y_stride. Sixteen rows at a time are fetched once and, from the first-level cache, serve the
+// reads four by four with all sums in registers.
 struct Reads {
-  int64_t count;
-  const Real* x;
-  int64_t x_stride;
-  Real* y;
-  int64_t y_stride;
+  int64_t count = 0;
+  const Real* x = nullptr;
+  int64_t x_stride = 0;
+  Real* y = nullptr;
+  int64_t y_stride = 0;
 };
-template <int U, class T, int ACROSS, int ALONG> INLINE void read_rows_of(const Block<T>& s, int64_t r, const Reads& reads, int64_t j) {
-  constexpr int N = ACROSS + ALONG;
-  Pass<T, Mode::read, ACROSS, ALONG> pass{s, 0, {}, {}, {}, {}, {}};
-  UNROLL for (int i = 0; i < N; ++i) {
-    (ACROSS ? pass.x : pass.z)[i] = reads.x + (j + i) * reads.x_stride;
-    (ACROSS ? pass.y : pass.w)[i] = reads.y + (j + i) * reads.y_stride;
+// R reads across, N times sizeof(X) of columns from c on, rows [r, end).
+template <int R, int N, class X, class T>
+INLINE void tile_across(const Block<T>& s, const Reads& reads, int64_t j, int64_t r, int64_t end, int64_t c) {
+  constexpr int step = sizeof(X) / sizeof(Real);
+  const Real* const x = reads.x + j * reads.x_stride;
+  Real* const y = reads.y + j * reads.y_stride + c;
+  X sums[R][N];
+  UNROLL for (int i = 0; i < R; ++i) UNROLL for (int n = 0; n < N; ++n) sums[i][n] = get<X>(y + i * reads.y_stride + n * step);
+  for (; r < end; ++r) {
+    X v[N];
+    if (N == 4 && j == 0)  // the arithmetic on these rows is time enough to fetch the next ones
+      UNROLL for (int n = 0; n < 4; ++n) __builtin_prefetch(s.data + (r + 16) * s.row_stride + (c + n * step) * s.column_stride, 0, 3);
+    UNROLL for (int n = 0; n < N; ++n) v[n] = get<X>(s.data + r * s.row_stride + (c + n * step) * s.column_stride);
+    UNROLL for (int i = 0; i < R; ++i) {
+      const X at = splat<X>(x[i * reads.x_stride + r]);
+      UNROLL for (int n = 0; n < N; ++n) sums[i][n] += at * v[n];
+    }
   }
-  pass.template rows<U>(r);
+  UNROLL for (int i = 0; i < R; ++i) UNROLL for (int n = 0; n < N; ++n) put(y + i * reads.y_stride + n * step, sums[i][n]);
 }
-template <int U, class T>
-INLINE void read_group(const Block<T>& s, bool fold_first, const Fold& fold, int64_t r, const Reads& across, const Reads& along) {
-  if (fold_first) Pass<T, Mode::fold_then_read, 0, 0>{s, 0b1111, fold, {}, {}, {}, {}}.template rows<U>(r);
-  else if (s.bare) return;
-  Block<T> written = s;
-  written.bare = false;
-  int64_t j = 0;
-  for (; j + 4 <= across.count; j += 4) read_rows_of<U, T, 4, 0>(written, r, across, j);
-  for (; j < across.count; ++j) read_rows_of<U, T, 1, 0>(written, r, across, j);
-  for (j = 0; j + 2 <= along.count; j += 2) read_rows_of<U, T, 0, 2>(written, r, along, j);
-  for (; j < along.count; ++j) read_rows_of<U, T, 0, 1>(written, r, along, j);
+// R reads along, U rows from r on.
+template <int R, int U, class T> INLINE void tile_along(const Block<T>& s, const Reads& reads, int64_t j, int64_t r) {
+  const Real* const z = reads.x + j * reads.x_stride;
+  Wide sums[R][U] = {};
+  Real tail[R][U] = {}, out[U];
+  const int64_t whole = s.column_stride == 1 ? s.columns / WIDTH * WIDTH : 0;
+  for (int64_t c = 0; c < whole; c += WIDTH) {
+    Wide v[U];
+    UNROLL for (int u = 0; u < U; ++u) v[u] = get<Wide>(s.data + (r + u) * s.row_stride + c);
+    UNROLL for (int i = 0; i < R; ++i) {
+      const Wide at = get<Wide>(z + i * reads.x_stride + c);
+      UNROLL for (int u = 0; u < U; ++u) sums[i][u] += at * v[u];
+    }
+  }
+  for (int64_t c = whole; c < s.columns; ++c)
+    for (int i = 0; i < R; ++i)
+      for (int u = 0; u < U; ++u)
+        tail[i][u] += z[i * reads.x_stride + c] * get<Real>(s.data + (r + u) * s.row_stride + c * s.column_stride);
+  for (int i = 0; i < R; ++i) {
+    totals<U, Wide>(sums[i], out);
+    for (int u = 0; u < U; ++u) reads.y[(j + i) * reads.y_stride + r + u] = out[u] + tail[i][u];
+  }
+}
+template <int R, class T> INLINE void read_tiles(const Block<T>& s, const Reads& across, int64_t j, int64_t r, int64_t end) {
+  const int64_t whole = s.column_stride == 1 ? s.columns : 0;
+  int64_t c = 0;
+  for (; c + 4 * WIDTH <= whole; c += 4 * WIDTH) tile_across<R, 4, Wide>(s, across, j, r, end, c);
+  for (; c + WIDTH <= whole; c += WIDTH) tile_across<R, 1, Wide>(s, across, j, r, end, c);
+  for (; c < s.columns; ++c) tile_across<R, 1, Real>(s, across, j, r, end, c);
+}
+template <int R, class T> INLINE void read_rows_along(const Block<T>& s, const Reads& along, int64_t j, int64_t r, int64_t end) {
+  for (; r + 4 <= end; r += 4) tile_along<R, 4>(s, along, j, r);
+  for (; r < end; ++r) tile_along<R, 1>(s, along, j, r);
 }
 template <class T>
-inline void read_many(const Block<T>& s, bool fold_first, const Fold& fold, const Reads& across, const Reads& along) {
+inline void read_many(Block<T> s, bool fold_first, const Fold& fold, const Reads& across, const Reads& along) {
+  const Pass<T, Mode::fold_then_read, 0, 0> write{s, 0b1111, fold, {}, {}, {}, {}};
+  const bool nothing = s.bare && !fold_first;
+  s.bare = false;
   for (int64_t j = 0; j < across.count; ++j) std::memset(across.y + j * across.y_stride, 0, s.columns * sizeof(Real));
-  for (int64_t j = 0; j < along.count; ++j) std::memset(along.y + j * along.y_stride, 0, s.rows * sizeof(Real));
-  int64_t r = 0;
-  for (; r + 4 <= s.rows; r += 4) read_group<4>(s, fold_first, fold, r, across, along);
-  for (; r < s.rows; ++r) read_group<1>(s, fold_first, fold, r, across, along);
+  for (int64_t j = 0; nothing && j < along.count; ++j) std::memset(along.y + j * along.y_stride, 0, s.rows * sizeof(Real));
+  for (int64_t r = 0; r < s.rows && !nothing; r += 16) {
+    const int64_t end = std::min(r + 16, s.rows);
+    if (fold_first) write.run(r, end);
+    int64_t j = 0;
+    for (; j + 4 <= across.count; j += 4) read_tiles<4>(s, across, j, r, end);
+    for (; j < across.count; ++j) read_tiles<1>(s, across, j, r, end);
+    for (j = 0; j + 4 <= along.count; j += 4) read_rows_along<4>(s, along, j, r, end);
+    for (; j < along.count; ++j) read_rows_along<1>(s, along, j, r, end);
+  }
 }

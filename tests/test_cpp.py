@@ -207,9 +207,9 @@ def test_exp_is_as_good_as_torchs():
     plan = make_plan(parse(text), "recurrent", sizes=(1, len(x)))
     got = built(plan)(torch.zeros(3, 1, len(x)), x.expand(3, -1))[0]
     exact = x.double().exp()
-    ulp = torch.finfo(torch.float32).eps * exact.clamp_min(torch.finfo(torch.float32).tiny)
+    exact = exact.where(exact >= torch.finfo(torch.float32).tiny, 0)  # kernels know no subnormal numbers
     finite = exact < torch.finfo(torch.float32).max
-    assert ((got.double() - exact).abs() / ulp)[finite].max() < 1.0
+    assert ((got.double() - exact).abs() <= torch.finfo(torch.float32).eps * exact)[finite].all()
     assert got[~finite].isinf().all()
 
 

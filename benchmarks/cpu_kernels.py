@@ -1,0 +1,193 @@
+"""Generated C++ kernels on a CPU, op by op, against plain Inductor and against moving the state once.
+
+    python -m benchmarks.cpu_kernels [--out FILE.json] [--batches 1 32] [--only gdn ...] [--dtypes float32] [--rounds 15]
+
+All sides take turns within one run, so that a busy machine slows all of them alike; a number is the best or the median of
+its turns. `buffered` is the mean over a whole flush period, the step that flushes included. Outputs of all sides
+are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.recurrences import RECURRENCES, Recurrence
+from kvbuffer_compile import ops
+from kvbuffer_compile.codegen import build
+from kvbuffer_compile.plan import Layout, Plan
+
+CPU = torch.device("cpu")
+L = 16
+DRAFTS = 4
+CONTEXT = 32  # tokens of the sequence that lives in the buffer alone
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--only", nargs="+", default=list(RECURRENCES))
+    parser.add_argument("--dtypes", nargs="+", default=["float32"])
+    parser.add_argument("--rounds", type=int, default=15, help="turns of every side")
+    args = parser.parse_args()
+    results: dict[str, Any] = {"machine": machine(), "cases": []}
+    print(results["machine"], flush=True)
+    for dtype in args.dtypes:
+        for batch in args.batches:
+            for name in args.only:
+                row = measure(RECURRENCES[name], batch, getattr(torch, dtype), args.rounds)
+                results["cases"].append(row)
+                print(line(row), flush=True)
+                if args.out:
+                    args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    cpu = next((x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.processor())
+    capability = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    versions = {"torch": torch.__version__, "compiler": (build.compiler() or "").split(": ")[-1]}
+    return {"cpu": cpu, "capability": capability, "cores": os.cpu_count(), "threads": threads, **versions}
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+# ------------------------------------------------------------------------------------------------- sides
+
+
+class Steps:
+    """One side that runs a generated op on a state of its own."""
+
+    def __init__(self, case: Recurrence, variant: str, state: Tensor, capacity: int = L, bare: bool = False) -> None:
+        program, lanes = case.program, state.shape[:2]
+        layout = Layout(((None,), (None,), (None,), (None,)), (0, 1, 2, 3))
+        row_dtypes = tuple(torch.float32 if v.kind == "scalar" else state.dtype for v in program.logged)
+        limit = capacity if bare else L
+        self.plan = Plan(program, layout, variant, case.sizes, limit, capacity, state.dtype, row_dtypes, target="cpp")  # type: ignore[arg-type]
+        self.op = ops.step_op(self.plan)
+        build.load(self.plan)
+        self.state = state.clone()
+        self.side: list[Tensor] = []
+        if variant != "recurrent":
+            self.cursor = torch.zeros(4, lanes[0], dtype=torch.int32)
+            self.cursor[1], self.cursor[3] = limit, int(bare)
+            shapes = [self.plan.row_shape(v, tuple(lanes)) for v in program.logged]
+            rows = [torch.full(s, float("nan"), dtype=d) for s, d in zip(shapes, row_dtypes, strict=True)]
+            self.side = [self.cursor, *rows]
+
+    def __call__(self, inputs: list[Tensor]) -> Tensor:
+        return self.op(self.state, *self.side, *inputs)  # type: ignore[no-any-return]
+
+
+def measure(case: Recurrence, batch: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """One row of the table: best and median milliseconds of every side."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    start = torch.randn(batch, case.heads, *case.sizes).to(dtype)
+    inputs = case.inputs(batch, dtype, CPU)
+    compiled = torch.compile(case.step, dynamic=False)
+    plain, recurrent, buffered = start.clone(), Steps(case, "recurrent", start), Steps(case, "buffered", start)
+    verify = Steps(case, "verify", start, capacity=L + DRAFTS)
+    bare = Steps(case, "buffered", torch.zeros_like(start), capacity=2 * CONTEXT, bare=True)
+    compare(case, batch, start, lambda x: compiled(plain, *x), [recurrent, buffered], verify)
+
+    drafts = [torch.stack([x] * DRAFTS, dim=2) for x in inputs]
+    moved = start.clone()
+    times: dict[str, list[list[float]]] = {}
+    for _ in range(rounds):
+        for _ in range(3):  # the first of the three finds a cold cache
+            turn(times, "read", 1, lambda: moved.sum())
+            turn(times, "copy", 1, lambda: moved.mul_(1.0))
+            turn(times, "inductor", 1, lambda: compiled(plain, *inputs))
+            turn(times, "recurrent", 1, lambda: recurrent(inputs))
+        turn(times, "buffered", L, lambda: buffered(inputs))
+        verify.cursor[0] = L // 2
+        turn(times, f"verify {DRAFTS}", 1, lambda: verify(drafts))
+        bare.cursor[0], bare.cursor[3] = CONTEXT, 1
+        turn(times, f"bare at {CONTEXT}", 1, lambda: bare(inputs))
+    megabytes = start.nbytes / 1e6
+    row: dict[str, Any] = {"case": case.name, "batch": batch, "dtype": str(dtype).split(".")[1], "MB": megabytes}
+    return row | {name: summary(found) for name, found in times.items()}
+
+
+def turn(times: dict[str, list[list[float]]], name: str, steps: int, step: Callable[[], Any]) -> None:
+    """Time some steps of one side: a list for each position of the flush period."""
+    places = times.setdefault(name, [[] for _ in range(steps)])
+    for place in places:
+        begin = time.perf_counter()
+        step()
+        place.append((time.perf_counter() - begin) * 1e3)
+
+
+def summary(places: list[list[float]]) -> dict[str, float]:
+    """Milliseconds a step; the mean over the positions."""
+    best = statistics.mean(min(x) for x in places)
+    return {"best": round(best, 4), "median": round(statistics.mean(statistics.median(x) for x in places), 4)}
+
+
+def compare(
+    case: Recurrence,
+    batch: int,
+    start: Tensor,
+    plain: Callable[[list[Tensor]], Tensor],
+    sides: list[Steps],
+    verify: Steps,
+) -> None:
+    """AssertionError when a side's outputs differ from those of plain Inductor over two flush periods."""
+    tolerance = 1e-4 if start.dtype == torch.float32 else 6e-2  # a plain 16-bit state is rounded at every step
+    history = []
+    for _ in range(2 * L + 3):
+        x = case.inputs(batch, start.dtype, CPU)
+        history.append((x, plain(x)))
+        for side in sides:
+            close(side(x), history[-1][1], tolerance, f"{case.name} {side.plan.variant}")
+    for n in range(0, 2 * L, DRAFTS):
+        tokens = history[n : n + DRAFTS]
+        got = verify([torch.stack(same, dim=2) for same in zip(*(x for x, _ in tokens), strict=True)])
+        close(got, torch.stack([out for _, out in tokens], dim=2), tolerance, f"{case.name} verify")
+
+
+def close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
+    error = float((got - want).abs().max() / want.abs().max())
+    assert error <= tolerance, f"{what}: relative error {error}"
+
+
+# ------------------------------------------------------------------------------------------------- report
+
+
+def ratios(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """What the targets are about, from the best times."""
+    best = {name: found["best"] for name, found in row.items() if isinstance(found, dict)}
+    yield "speed of buffered over inductor", best["inductor"] / best["buffered"]
+    yield "speed of recurrent over inductor", best["inductor"] / best["recurrent"]
+    yield "buffered / read", best["buffered"] / best["read"]
+    yield "recurrent / copy", best["recurrent"] / best["copy"]
+    yield f"speed of verify over {DRAFTS} recurrent", DRAFTS * best["recurrent"] / best[f"verify {DRAFTS}"]
+    yield "speed of bare over recurrent", best["recurrent"] / best[f"bare at {CONTEXT}"]
+
+
+def line(row: dict[str, Any]) -> str:
+    """One case for people."""
+    head = f"{row['case']} batch {row['batch']} {row['dtype']} {row['MB']:.0f} MB"
+    sides = (f"{name} {x['best']:.3f} ({x['median']:.3f})" for name, x in row.items() if isinstance(x, dict))
+    return "\n  ".join(
+        [head, "ms, best (median): " + ", ".join(sides), *(f"{name}: {x:.2f}" for name, x in ratios(row))]
+    )
+
+
+if __name__ == "__main__":
+    main()
