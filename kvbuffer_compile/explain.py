@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,17 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.nn import Module
+from torch.utils._pytree import tree_leaves
 
 from kvbuffer_compile.backend import GraphRecord, kvbuffer, observers
 from kvbuffer_compile.options import Options, split
 from kvbuffer_compile.report import Report, StateReport, state_report
+from kvbuffer_compile.runtime import tensors_in
 
 
 def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
     """Run one call of fn under the backend on copies of its arguments and report every state that was found.
 
     fn: a function or module. args, kwargs: what it would be called with; tensors and caches in them are copied, modules
-    are not, and tensors of fn that the call writes to are put back. options: as for torch.compile.
+    are not, and tensors of fn or of modules that the call writes to are put back. options: as for torch.compile.
     ValueError for an unknown option.
     """
     given = {**(options or {}), "inner": "eager"}
@@ -32,8 +36,8 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return kvbuffer(gm, inputs, options=given)  # a backend of its own: Dynamo does not reuse graphs compiled before
 
-    with _listening(findings.add), _restored(fn), torch.no_grad():
-        torch.compile(fn, backend=backend)(*call_args, **call_kwargs)
+    with _listening(findings.add), _restored((fn, call_args, call_kwargs)), torch.no_grad():
+        torch.compile(_afresh(fn), backend=backend)(*call_args, **call_kwargs)
     return findings.report(dict(options or {}))
 
 
@@ -87,15 +91,45 @@ def _listening(listener: Callable[[GraphRecord], None]) -> Iterator[None]:
         observers.listeners.remove(listener)
 
 
+def _afresh(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own: Dynamo counts compilations by code object, stops at 8, and would
+    then leave the user's own compilation of fn uncompiled as well."""
+    if isinstance(fn, types.MethodType):
+        return types.MethodType(_afresh(fn.__func__), fn.__self__)
+    if not isinstance(fn, types.FunctionType) or hasattr(fn, "_torchdynamo_orig_callable"):
+        return fn
+    copied = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    copied.__kwdefaults__ = fn.__kwdefaults__
+    return copied
+
+
 @contextmanager
-def _restored(fn: Callable[..., Any]) -> Iterator[None]:
-    """Put back the buffers of a module that the call writes to."""
-    owner = fn if isinstance(fn, torch.nn.Module) else getattr(fn, "__self__", None)
-    buffers = list(owner.buffers()) if isinstance(owner, torch.nn.Module) else []
-    saved: list[tuple[Tensor, Tensor]] = [(b, b.detach().clone()) for b in buffers]
+def _restored(called: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]) -> Iterator[None]:
+    """Put back what the call changes besides its copied arguments: tensors of the modules and objects involved, and the
+    random numbers to come."""
+    fn, args, kwargs = called
+    involved = [fn, getattr(fn, "__self__", None), *(x for x in tree_leaves((args, kwargs)) if isinstance(x, Module))]
+    involved += [cell.cell_contents for cell in getattr(fn, "__closure__", None) or () if _is_filled(cell)]
+    tensors = [t for t in tensors_in(involved) if not isinstance(t, torch.nn.Parameter) and _is_writable(t)]
+    saved: list[tuple[Tensor, Tensor]] = [(t, t.detach().clone()) for t in tensors]
     try:
-        yield
+        with torch.random.fork_rng():
+            yield
     finally:
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
+        with torch.inference_mode():  # tensors made in inference mode can be written nowhere else
+            for tensor, value in saved:
+                tensor.copy_(value)
+
+
+def _is_writable(tensor: Tensor) -> bool:
+    """Expanded tensors are not."""
+    return tensor.layout is torch.strided and all(
+        s or n < 2 for s, n in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvbuffer_compile import composite, runtime
+from kvbuffer_compile import composite, explain, runtime
 from tests.oracle import check
 from tests.test_runtime import B, H, K, L, Pair, V, draw, pair, step  # noqa: F401  (pair is a fixture)
 
@@ -156,3 +156,27 @@ def test_inductor_takes_the_rewritten_graph(fn, records):
             check(*results)
     check(state + 0, eager, exact)
     assert records and all(len(r.rewritten) == 1 for r in records)
+
+
+class Holder:
+    """A state that is no buffer of a module."""
+
+    def __init__(self):
+        self.state = torch.randn(B, H, K, V)
+
+    def step(self, *inputs):
+        return torch.nn.functional.dropout(step(self.state, *inputs), 0.5)
+
+
+def test_explain_can_be_asked_often_and_changes_nothing(records):
+    """Dynamo stops after 8 compilations of a function: reports were empty then, and the function ran uncompiled."""
+    holder = Holder()
+    before, inputs, dice = holder.state.clone(), draw(), torch.get_rng_state()
+    for _ in range(10):
+        (found,) = explain(holder.step, *inputs, options={"flush": L, "target": "aten"}).states
+        assert found.status == "buffered"
+    assert torch.equal(holder.state, before) and torch.equal(torch.get_rng_state(), dice)
+    records.clear()
+    with torch.no_grad():
+        torch.compile(holder.step, backend="kvbuffer", options={"flush": L, "inner": "eager"})(*inputs)
+    assert [len(r.rewritten) for r in records] == [1]
