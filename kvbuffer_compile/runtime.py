@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -245,10 +247,13 @@ def tensors_in(obj: Any) -> Iterator[Tensor]:
             yield x
         elif isinstance(x, dict):
             stack.extend(x.values())
-        elif isinstance(x, list | tuple | set | frozenset):
+        elif isinstance(x, list | tuple | set | frozenset | deque):
             stack.extend(x)
+        elif isinstance(x, ModuleType):
+            continue
         elif hasattr(x, "__dict__") and not callable(getattr(x, "__code__", None)):
             stack.extend(vars(x).values())
+        stack.extend(getattr(x, name) for name in getattr(type(x), "__slots__", ()) if hasattr(x, name))
 
 
 def accounts_of(obj: Any) -> list[Account]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 
-from kvbuffer_compile import composite, explain, runtime
+from kvbuffer_compile import composite, explain, materialize, runtime
 from tests.oracle import check
 from tests.test_runtime import B, H, K, L, Pair, V, draw, pair, step  # noqa: F401  (pair is a fixture)
 
@@ -180,3 +182,15 @@ def test_explain_can_be_asked_often_and_changes_nothing(records):
     with torch.no_grad():
         torch.compile(holder.step, backend="kvbuffer", options={"flush": L, "inner": "eager"})(*inputs)
     assert [len(r.rewritten) for r in records] == [1]
+
+
+@dataclass(slots=True)
+class Slotted:
+    state: torch.Tensor
+
+
+@pytest.mark.parametrize("holder", [Slotted, lambda s: deque([s])])
+def test_materialize_looks_into_slots_and_deques(pair, holder):  # noqa: F811
+    alias = runtime.accounts_of(pair.state)[0].state
+    materialize(holder(pair.state))
+    pair.check(alias)
