@@ -111,14 +111,15 @@ class Opening:
     def _variance(self, node: Node, form: Variance, labels: Labels) -> Expr:
         """mean((x - mean(x))^2), corrected."""
         sizes = [shape(form.x)[i] for i in form.dims]
-        count = math.prod(n if isinstance(n, int) else 0 for n in sizes)
-        if count <= form.correction:
+        count = math.prod(n if isinstance(n, int) else 0 for n in sizes)  # 0: known only at run time
+        if count <= form.correction and form.correction != 0:
             raise self._opaque(node)
+        scale = count / (count - form.correction) if form.correction else 1
         inner = unreduced(shape(form.x), form.dims, form.keep, labels)
         index = tuple(a for i in form.dims for a in inner[i])
         mean = self._reduced(node, REDUCED["mean"], [(form.x, inner)], index)
         apart = self._sum(self.node(form.x, inner), mean, -1)
-        return mul(Call(REDUCED["mean"], (mul(apart, apart),)), count / (count - form.correction))
+        return mul(Call(REDUCED["mean"], (mul(apart, apart),)), scale)
 
     def _operand(self, x: Operand, labels: Labels) -> Expr:
         return self.node(x, aligned(labels, shape(x))) if isinstance(x, Node) else x

@@ -65,6 +65,14 @@ def test_forms_lift_at_other_sizes(form: Form, sizes: Sizes) -> None:
     assert [x.program.signature for x in found] == [ops for ops in form.kept if ops]
 
 
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_forms_lift_with_dynamic_shapes(form: Form) -> None:
+    g = torch.Generator().manual_seed(0)
+    sizes = Sizes(4, 3, 6, 6) if form.name == "ttt" else Sizes(3, 4, 6, 5)
+    (gm,) = capture(form.step, *form.start(g, sizes), *form.inputs(sizes, g), dynamic=True)
+    assert [x.program.signature for x in lifted_and_right(gm).found] == [ops for ops in form.kept if ops]
+
+
 @pytest.mark.parametrize("form", [f for f in FORMS if "layer_norm" not in f.name], ids=lambda form: form.name)
 def test_forms_lift_without_decompositions(form: Form) -> None:
     g = torch.Generator().manual_seed(0)
