@@ -35,7 +35,7 @@ def refused(walk: Walk, refusal: Refusal, write: Node | None) -> Refused:
         refusal = Refusal(refusal.node, "vector", reason)
     if write is None:
         return told(walk.state, refusal, hopeless=walk.after is None or not walk.reads)
-    carried = _between(walk.state, write)
+    carried = _between(walk, write)
     if not carried:
         reason = "the next state is computed without the old one: it is overwritten, not carried along"
         return told(walk.state, Refusal(write, "overwritten", reason))
@@ -51,21 +51,22 @@ def told(state: Node, refusal: Refusal, hopeless: bool = False) -> Refused:
     return Refused(state, Declined(refusal.node.name, refusal.rule, refusal.reason, where), hopeless)
 
 
-def _between(state: Node, write: Node) -> set[Node]:
-    """What the stored value is computed by from the state's own values."""
-    above = {write.args[1]}
-    stack = [write.args[1]]
+def _between(walk: Walk, write: Node) -> set[Node]:
+    """What the stored value is computed by from the state's own values. Nodes before the state's first use are not
+    visited: with them the time would grow with the square of the number of layers."""
+    first = min(walk.order.get(user, 0) for user in walk.state.users)
+    last = write.args[1]
+    assert isinstance(last, Node)
+    above, stack = {last}, [last]
     while stack:
-        node = stack.pop()
-        assert isinstance(node, Node)
-        fresh = set(_operands(node)) - above
+        fresh = {x for x in _operands(stack.pop()) if x is walk.state or walk.order.get(x, -1) >= first} - above
         above |= fresh
         stack += fresh
-    below = {state}
-    for node in state.graph.nodes:
+    below = {walk.state} & above
+    for node in sorted(above, key=lambda n: walk.order.get(n, -1)):
         if not below.isdisjoint(_operands(node)):
             below.add(node)
-    return {n for n in below if n in above} if state in above else set()
+    return below
 
 
 def _operands(node: Node) -> list[Node]:

@@ -71,7 +71,7 @@ class Walk:
         self.after: Lin | None = None
         self.returned: int | None = None
         self.active = False
-        self._order = order
+        self.order = order
 
     def run(self) -> Walk:
         """Visit every use, in graph order."""
@@ -82,7 +82,7 @@ class Walk:
             for user in users:
                 if user not in queued:
                     queued.add(user)
-                    heapq.heappush(pending, (self._order[user], user))
+                    heapq.heappush(pending, (self.order[user], user))
 
         push(self.state.users)
         while pending:
