@@ -82,8 +82,7 @@ def kvbuffer(
     from torch._inductor.compile_fx import compile_fx
 
     ours, inductor = _split_options(options)
-    patches = dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
-    patches.update(inductor)
+    patches = {**_mode_options(mode), **inductor}
     guard.erase_markers(gm)
     inner = functools.partial(compile_graph, ours=ours, sources=_sources(gm))
     # AOTAutogradCache does not know of our inner compile: a hit would hand back a graph that was never rewritten.
@@ -95,6 +94,15 @@ def kvbuffer(
             config_patches=patches or None,
         )
     return cast(Callable[..., Any], compiled)
+
+
+def _mode_options(mode: str | None) -> dict[str, Any]:
+    if not mode or mode == "default":
+        return {}
+    known = torch._inductor.list_mode_options()
+    if mode not in known:
+        raise OptionError(f"mode={mode!r} is not allowed: it must be one of {', '.join(known)}")
+    return dict(known[mode])
 
 
 def _split_options(given: dict[str, Any] | None) -> tuple[Options, dict[str, Any]]:

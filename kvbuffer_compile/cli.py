@@ -20,8 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except (ValueError, ImportError) as error:
-        print(f"kvbuffer_compile {arguments.command}: {error}", file=sys.stderr)
+    except (ValueError, ImportError, OSError) as error:
+        message = str(error).split("\n\nSet TORCHDYNAMO_VERBOSE")[0]  # Dynamo's advice for debugging itself
+        print(f"kvbuffer_compile {arguments.command}: {message}", file=sys.stderr)
         return 2
 
 

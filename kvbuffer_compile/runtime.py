@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from kvbuffer_compile import composite, ops
 from kvbuffer_compile.guard import GuardedState, on_touch, plain_calls
@@ -70,7 +71,8 @@ class Account:
     def settle(self) -> None:
         """Fold every owed row into the state."""
         if self.dirty:
-            with torch.inference_mode(False), torch.no_grad(), plain_calls():
+            # whoever looks may be a tracer: what is folded in are the real tensors
+            with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), plain_calls():
                 composite.flush(self.plan, self.state, self.cursor, self.rows, self.cursor[0] > 0)
                 self.cursor[1].fill_(self.phase)
             self.dirty = False  # not before: a flush that ran out of memory is still owed
@@ -284,7 +286,9 @@ def _check_rollback(account: Account, n: int | Sequence[int] | Tensor) -> None:
     owed = account.cursor[0]
     if isinstance(n, Tensor) and n.device.type != "cpu":
         return
-    count = torch.as_tensor(n, dtype=torch.int32)
+    count = torch.as_tensor(n)
+    if count.dtype == torch.bool or count.dtype.is_floating_point or count.dtype.is_complex:
+        raise ValueError(f"rollback(obj, n): n={n!r} is not allowed: it must be an integer, or one for each sequence")
     if count.dim() > 1 or (count.dim() == 1 and count.shape[0] != owed.shape[0]):
         raise ValueError(f"rollback(obj, n): n has shape {tuple(count.shape)}, the state has {owed.shape[0]} sequences")
     available = owed.cpu().clamp(min=0)

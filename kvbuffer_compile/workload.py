@@ -47,7 +47,10 @@ def _from_file(path: Path, name: str, spec: str) -> Factory:
         raise ValueError(f"SPEC {spec!r}: {path} has no function {name!r}")
 
     def factory() -> Call:
-        made = function()
+        try:
+            made = function()
+        except Exception as error:
+            raise ValueError(f"SPEC {spec!r}: {name}() failed: {error!r}") from error
         if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], tuple | list)):
             raise ValueError(f"SPEC {spec!r}: {name}() must return (fn, args), a callable and a tuple")
         return made[0], tuple(made[1])

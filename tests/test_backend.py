@@ -140,6 +140,11 @@ def test_a_decline_is_logged(caplog):
     assert "declined" in caplog.text and "test_backend.py" in caplog.text
 
 
+def test_an_unknown_mode_is_named():
+    with pytest.raises(ValueError, match="bogus.*reduce-overhead"), torch.no_grad():
+        torch.compile(step, backend="kvbuffer", mode="bogus")(torch.randn(B, H, K, V), *draw())
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_mode_is_accepted(mode, records):
     state = torch.randn(B, H, K, V)

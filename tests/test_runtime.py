@@ -392,6 +392,9 @@ def test_rollback_says_how_many_tokens_can_be_taken_back(pair):
         rollback(pair.state, L + 5)
     with pytest.raises(ValueError, match="sequences"):
         rollback(pair.state, [1] * (B + 1))
+    for n in (1.5, True, [0.5] * B):
+        with pytest.raises(ValueError, match="must be an integer"):
+            rollback(pair.state, n)
     with pytest.raises(ValueError, match="no state"):
         rollback(torch.zeros(3), 1)
     pair.check(pair.state + 0)
