@@ -66,9 +66,9 @@ def _walks(graph: LiftedGraph) -> list[Walk]:
 
 def _name_parts(graph: LiftedGraph, gm: GraphModule) -> None:
     """States kept as slices of one tensor are refused, each for a reason of its own."""
-    found = stacks(copy := copied(gm))
-    if not found:
+    if not stacks(graph.gm):
         return
+    found = stacks(copy := copied(gm))
     states = {stack.state.name for stack in found}
     parts = apart(copy, found)
     alone = lift(copy)

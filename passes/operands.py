@@ -31,6 +31,7 @@ class Inserter:
         self._order = {node: (i, 0) for i, node in enumerate(graph.nodes)}
         self._made: dict[Any, Node] = {}
         self._inputs: list[Node] = [n for n in graph.nodes if n.op == "placeholder"]
+        self._mode = _fake_mode(self._inputs)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """The node target(*args, **kwargs)."""
@@ -49,7 +50,7 @@ class Inserter:
         with self.graph.inserting_after(self._tail(last, at)):
             node = self.graph.call_function(target, args, kwargs)
         self._order[node] = at
-        with _fake_mode(self._inputs):
+        with self._mode:
             node.meta["val"] = target(*map_arg(args, _value), **map_arg(kwargs, _value))
         for name in ("stack_trace", "nn_module_stack"):
             if name in last.meta:
@@ -82,7 +83,7 @@ class Inserter:
 
     def _specialised(self, size: Size) -> Size:
         """The size after guards on its symbols."""
-        environment = getattr(_fake_mode(self._inputs), "shape_env", None)
+        environment = getattr(self._mode, "shape_env", None)
         if isinstance(size, int) or environment is None:
             return size
         known = environment.replace(size)

@@ -40,6 +40,8 @@ class Stack:
 
 def stacks(gm: GraphModule) -> list[Stack]:
     """The written inputs of a graph that are stacks."""
+    if not any(node.target is aten.select_scatter.default for node in gm.graph.nodes):
+        return []
     found = (_stack(state, write) for state, write in written(gm).items())
     return [stack for stack in found if stack is not None]
 
