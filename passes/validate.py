@@ -44,11 +44,12 @@ _CASTS = frozenset({torch.ops.prims.convert_element_type.default, aten._to_copy.
 
 def validate(graph: LiftedGraph, lifted: Lifted) -> Declined | None:
     """None when the program does what the graph does; a Declined with the difference otherwise."""
-    shape_of_it = _fingerprint(lifted)
+    below = _below(lifted.state)
+    shape_of_it = _fingerprint(lifted, below)
     if shape_of_it in _proved:
         return None
     with unset_fake_temporarily(), torch.no_grad():  # the compiler runs us under its fake tensors
-        problem = _entangled(lifted) or _problem(lifted)
+        problem = _entangled(lifted, below) or _problem(lifted, below)
     if problem is None:
         _proved.add(shape_of_it)
         return None
@@ -56,21 +57,23 @@ def validate(graph: LiftedGraph, lifted: Lifted) -> Declined | None:
     return Declined(lifted.state.name, "validation", reason, lifted.source)
 
 
-def _problem(lifted: Lifted) -> str | None:
+def _problem(lifted: Lifted, below: set[Node]) -> str | None:
     """What differs between program and graph; large states are tried with a batch of two first."""
     batch, size = int(_hint(lifted.state.meta["val"].shape[0])), 8 * int(_hint(lifted.state.meta["val"].numel()))
     if size > LARGE and batch > SMALLEST_BATCH:
         try:
-            if _differs(lifted, batch) is None:
+            if _differs(lifted, below, batch) is None:
                 return None
         except (RuntimeError, ValueError):
             pass  # a size that only looked like the batch, or one merged from it: the true sizes decide
-    return _differs(lifted, None) if size <= TOO_LARGE else f"its {size / 1e9:.1f} GB in float64 are too much to check"
+    if size > TOO_LARGE:
+        return f"its {size / 1e9:.1f} GB in float64 are too much to check"
+    return _differs(lifted, below, None)
 
 
-def _differs(lifted: Lifted, batch: int | None) -> str | None:
+def _differs(lifted: Lifted, below: set[Node], batch: int | None) -> str | None:
     for seed in range(DRAWS):
-        pair = (_Evaluator(draw, seed, batch) for draw in (torch.randn, torch.rand))
+        pair = (_Evaluator(draw, seed, below, batch) for draw in (torch.randn, torch.rand))
         if (problem := _compare(lifted, *pair)) is not None:
             return problem
     return None
@@ -79,18 +82,18 @@ def _differs(lifted: Lifted, batch: int | None) -> str | None:
 _proved: set[str] = set()  # what was validated in this process: the layers of a model are alike
 
 
-def _fingerprint(lifted: Lifted) -> str:
+def _fingerprint(lifted: Lifted, below: set[Node]) -> str:
     """The program with the part of the graph it stands for, up to names: equal text, equal computation."""
     ends = [*lifted.operands, *(o.node for o in lifted.outputs), _next_state(lifted)]
     number: dict[Node, int] = {}
     lines = [str(lifted.program), str(lifted.layout), str(lifted.sizes)]
-    for n in _slice([lifted.state, *ends], {}):
+    for n in _slice([lifted.state, *ends], {}, below):
         number[n] = len(number)
         value = n.meta.get("val")
         what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else str(_hint(value))
-        call = "cut" if _is_cut(n) else f"{n.target} {_numbered(n.args, number)} {_numbered(n.kwargs, number)}"
+        call = "cut" if _is_cut(n, below) else f"{n.target} {_numbered(n.args, number)} {_numbered(n.kwargs, number)}"
         lines.append(f"{call} {what}")
-    entangled = _entangled(lifted)
+    entangled = _entangled(lifted, below)
     lines.append(f"{[number[n] for n in ends]} {[(o.perm, len(o.shape)) for o in lifted.outputs]} {entangled}")
     return "\n".join(lines)
 
@@ -99,12 +102,17 @@ def _numbered(args: Any, number: dict[Node, int]) -> str:
     return str(torch.fx.node.map_arg(args, lambda n: f"%{number[n]}"))
 
 
-def _entangled(lifted: Lifted) -> str | None:
-    """An operand that depends on the state's values would be needed before the step that makes it."""
-    below = {lifted.state}
-    for node in lifted.state.graph.nodes:
+def _below(state: Node) -> set[Node]:
+    """Every node whose values depend on the state's."""
+    below = {state}
+    for node in state.graph.nodes:
         if _is_tensor(node) and not below.isdisjoint(node.all_input_nodes):
             below.add(node)
+    return below
+
+
+def _entangled(lifted: Lifted, below: set[Node]) -> str | None:
+    """An operand that depends on the state's values would be needed before the step that makes it."""
     for operand in lifted.operands:
         if operand in below:
             return f"operand {operand} depends on the state"
@@ -158,17 +166,18 @@ def _distance(got: Tensor, want: Tensor) -> float:
 class _Evaluator:
     """Evaluates nodes in float64 on random values for everything opaque. One value a node, made once.
 
-    batch: a size that is replaced by two wherever a shape has it, to check a large state in small; None for none.
+    below: what depends on the state, and is evaluated whatever it is. batch: a size that is replaced by two wherever a
+    shape has it, to check a large state in small; None for none.
     """
 
-    def __init__(self, draw: Callable[..., Tensor], seed: int, batch: int | None) -> None:
-        self.draw, self.batch = draw, batch
+    def __init__(self, draw: Callable[..., Tensor], seed: int, below: set[Node], batch: int | None) -> None:
+        self.draw, self.below, self.batch = draw, below, batch
         self.generator = torch.Generator().manual_seed(seed)
         self.values: dict[Node, Any] = {}
 
     def value(self, node: Node) -> Any:
-        for n in _slice([node], self.values):
-            self.values[n] = self._random(n) if _is_cut(n) else self._call(n)
+        for n in _slice([node], self.values, self.below):
+            self.values[n] = self._random(n) if _is_cut(n, self.below) else self._call(n)
         return self.values[node]
 
     def _call(self, node: Node) -> Any:
@@ -213,11 +222,13 @@ def _is_float(node: Node) -> bool:
     return _is_tensor(node) and bool(node.meta["val"].dtype.is_floating_point)
 
 
-def _is_cut(node: Node) -> bool:
-    return node.op != "call_function" or getattr(node.target, "overloadpacket", None) in _OPAQUE
+def _is_cut(node: Node, below: set[Node]) -> bool:
+    """What depends on the state is evaluated whatever it is: a read may be a plain matrix product."""
+    opaque = getattr(node.target, "overloadpacket", None) in _OPAQUE and node not in below
+    return node.op != "call_function" or opaque
 
 
-def _slice(ends: Iterable[Node], known: dict[Node, Any]) -> list[Node]:
+def _slice(ends: Iterable[Node], known: dict[Node, Any], below: set[Node]) -> list[Node]:
     """The nodes to evaluate for `ends`, operands before users, without those that are known."""
     order: list[Node] = []
     seen = set(known)
@@ -229,7 +240,7 @@ def _slice(ends: Iterable[Node], known: dict[Node, Any]) -> list[Node]:
         elif node not in seen:
             seen.add(node)
             stack.append((node, True))
-            if not _is_cut(node):
+            if not _is_cut(node, below):
                 stack.extend((n, False) for n in node.all_input_nodes)
     return order
 

@@ -194,3 +194,20 @@ def test_materialize_looks_into_slots_and_deques(pair, holder):  # noqa: F811
     alias = runtime.accounts_of(pair.state)[0].state
     materialize(holder(pair.state))
     pair.check(alias)
+
+
+def test_a_plain_matrix_state_read_by_a_matrix_product(records):
+    def toy(S, q, k, v, g):
+        new = S * g + k[:, None] * v[None]
+        S.copy_(new)
+        return q @ new
+
+    compiled = torch.compile(toy, backend="kvbuffer", options={"flush": 4, "inner": "eager", "target": "aten"})
+    state = torch.randn(8, 16)
+    eager = state.clone()
+    with torch.no_grad():
+        for _ in range(10):
+            inputs = torch.randn(8), torch.randn(8), torch.randn(16), torch.rand(())
+            torch.testing.assert_close(compiled(state, *inputs), toy(eager, *inputs), rtol=1e-4, atol=1e-4)
+    assert [len(r.rewritten) for r in records] == [1, 1]
+    torch.testing.assert_close(state + 0, eager, rtol=1e-4, atol=1e-4)
