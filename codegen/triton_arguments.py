@@ -33,6 +33,8 @@ def arguments(plan: Plan, split: Kind | None) -> list[Argument]:
     found += [Argument(f"out_{n}", f"outputs[{n}]") for n, _ in enumerate(plan.program.outputs)]
     if plan.variant == "verify":
         found += [Argument("T", "tokens"), Argument("TOKENS", "triton.next_power_of_2(tokens)", True)]
+    if plan.variant != "recurrent":
+        found += [Argument("EVICT", '"evict_first" if state.nbytes > 2**25 else ""', True)]
     found += [Argument("TILES", "tiles", True), Argument("BLOCK", "block", True)]
     return found
 

@@ -16,6 +16,7 @@ from kvbuffer_compile.codegen.triton_rows import Rows
 from kvbuffer_compile.codegen.triton_tickets import Group, Tickets
 from kvbuffer_compile.codegen.triton_values import DTYPES, Python, Values
 from kvbuffer_compile.codegen.triton_verify import Fresh
+from kvbuffer_compile.ir import Var
 from kvbuffer_compile.plan import Plan
 
 
@@ -60,18 +61,22 @@ class Kernel:
         at += ["key[:, None] * STATE_KEY", "value[None, :] * STATE_VALUE"]
         self.out.line(f"state += {' + '.join(at)}")
 
-    def _load_state(self, live: str | None) -> None:
+    def _state(self, live: str | None) -> str:
+        """The tile of the state. When all of them do not fit into the L2 cache, they leave it to the rows."""
         mask = self.values.tile_mask(live)
-        self.out.line(f"s = tl.load(state{mask}{', other=0.0' if mask else ''}).to({self.values.real})")
+        other = ", other=0.0" if mask else ""
+        policy = ", eviction_policy=EVICT" if live else ""
+        return f"tl.load(state{mask}{other}{policy}).to({self.values.real})"
 
     def _store_state(self) -> None:
         self.out.line(f"tl.store(state, s.to({DTYPES[self.plan.state_dtype]}){self.values.tile_mask(None)})")
 
-    def _loads(self) -> None:
+    def _operands(self) -> list[Var]:
+        """The inputs that the outputs, the logged values or the fold of a token need."""
         roots = {*self.plan.program.outputs, *(self.schedule.fold.needs if self.schedule.fold else ())}
         roots.update(self.plan.program.logged if self.plan.variant != "recurrent" else ())
         nodes = [n for stage in self.schedule.stages for n in (*stage.steps, *stage.reads)]
-        self.values.load_for(nodes, roots)
+        return self.values.operands(nodes, roots)
 
     def _outputs(self, zero: bool) -> None:
         """Store the outputs. What does not run along the tiles is stored by the first one."""
@@ -91,8 +96,8 @@ class Kernel:
     def _recurrent(self) -> None:
         assert self.schedule.fold is not None
         self._state_address()
-        self._load_state(None)
-        self._loads()
+        self.out.line(f"s = {self._state(None)}")
+        self.values.load(self._operands())
         for stage in self.schedule.stages:
             self.values.steps(stage.steps)
             for read in stage.reads:
@@ -120,13 +125,13 @@ class Kernel:
     def _logged(self) -> None:
         """Rows first, then the state: the one's registers are free when the other comes."""
         if not self.verify:
-            self._loads()
+            self.values.load(self._operands())
         self._cursor()
         self._state_address()
         self._flush()
         self.rows.load()
         fresh = self._before_state()
-        self._load_state("live")
+        self.out.line(f"s = {self._state('live')}")
         for group in self.tickets.fed_by(None):
             ticket = f"{self.tickets.ticket(group)}, {self.tickets.expected(group)}"
             self.out.line(f"last{_suffix(group)} = arrive({ticket})")
@@ -180,8 +185,8 @@ class Kernel:
         """The state is written and read again by the same program: rarely, and the registers it takes are then free."""
         self.out.line("kept = owed")
         with self.out.block("if flush"):
-            self._load_state("live")
             self.rows.fold()
+            self.out.line(f"s += {self._state('live')}{self.rows.fade_run()}")
             self._store_state()
             self.out.line("tl.debug_barrier()")
             self.out.line("kept = 0")
@@ -200,8 +205,10 @@ class Kernel:
 
     def _tokens(self, fresh: Fresh) -> None:
         fresh.start()
+        used = self._operands()
+        self.values.load_first(used)
         with self.out.block("for t in range(T)"):
-            self._loads()
+            self.values.load_next(used)
             for stage in self.schedule.stages:
                 self.values.steps(stage.steps)
                 for read in stage.reads:
@@ -234,7 +241,7 @@ class Kernel:
             return
         with self.out.block("for t in range(T)"):
             steps = steps_for(self.plan.program, group.shared)
-            self.values.load_for(steps, set(group.shared))
+            self.values.load(self.values.operands(steps, group.shared))
             self.values.steps(steps)
             for v in group.shared:
                 self.rows.store(v, "(kept + t)")

@@ -8,7 +8,7 @@ where it would be summed or stored.
 from __future__ import annotations
 
 import keyword
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -32,7 +32,8 @@ AXES: tuple[Kind, ...] = ("key", "value")
 # Names of the kernel that a value of the same name would hide, and how such names begin.
 TAKEN = frozenset(
     """tl torch triton libdevice step arrive state cursor tickets tile program lane sequence owed limit live flush kept
-    t s T TOKENS BLOCK TILES key value key_ok value_ok age used later dot token query part n float range""".split()
+    t s T TOKENS BLOCK TILES EVICT key value key_ok value_ok age used later dot token query part ahead n float
+    range""".split()
 )
 PREFIXES = ("in_", "row_", "out_", "at_", "size_", "state_", "left_", "right_", "later_", "after_", "fade_", "fresh_",
             "now_", "run_", "next_", "slot_", "cursor_", "tickets_", "weight_", "last_")  # fmt: skip
@@ -122,21 +123,36 @@ class Values:
 
     # ------------------------------------------------------------------------------------------- computing
 
-    def load(self, v: Var) -> None:
-        """An operand of this lane (and of token t in a verify step)."""
+    def operands(self, nodes: Iterable[Step | Old], roots: Iterable[Var]) -> list[Var]:
+        """The inputs that the nodes or the roots use."""
+        used = {*roots, *(v for node in nodes for v in uses(node))}
+        return [v for v in self.plan.program.inputs if v in used]
+
+    def load(self, inputs: Iterable[Var]) -> None:
+        """Operands of this lane (and of token t in a verify step)."""
+        for v in inputs:
+            self.out.line(f"{self.name(v)} = {self._operand(v, 't')}")
+
+    def load_first(self, inputs: Iterable[Var]) -> None:
+        """Before a loop over tokens: the operands of token 0."""
+        for v in inputs:
+            self.out.line(f"next_{v} = {self._operand(v, '0')}")
+
+    def load_next(self, inputs: Sequence[Var]) -> None:
+        """In the loop: the operands of token t are there; those of the next one are asked for in time."""
+        for v in inputs:
+            self.out.line(f"{self.name(v)} = next_{v}")
+        self.out.line("ahead = tl.minimum(t + 1, T - 1)")
+        for v in inputs:
+            self.out.line(f"next_{v} = {self._operand(v, 'ahead')}")
+
+    def _operand(self, v: Var, token: str) -> str:
         at = [f"at_{lane} * in_{v}_{lane}" for lane in self.plan.program.lanes if lane in v.lanes]
-        at += [f"t * in_{v}_t"] if self.plan.variant == "verify" else []
+        at += [f"{token} * in_{v}_t"] if self.plan.variant == "verify" else []
         at += [f"{v.kind} * in_{v}_last"] if v.kind != "scalar" else []
         masks = self.mask(v.kind) if v.kind != "scalar" else ""
         other = ", other=0.0" if masks else ""
-        self.out.line(f"{self.name(v)} = tl.load({' + '.join([f'in_{v}', *at])}{masks}{other}).to({self.real})")
-
-    def load_for(self, nodes: Iterable[Step | Old], roots: Iterable[Var]) -> None:
-        """The operands that the nodes or the roots use."""
-        used = {*roots, *(v for node in nodes for v in uses(node))}
-        for v in self.plan.program.inputs:
-            if v in used:
-                self.load(v)
+        return f"tl.load({' + '.join([f'in_{v}', *at])}{masks}{other}).to({self.real})"
 
     def steps(self, steps: Iterable[Step]) -> None:
         """Compute steps in order."""

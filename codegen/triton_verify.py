@@ -44,10 +44,12 @@ class Fresh:
             length = self.values.length(read.out.kind)
             self.out.line(f"{read.out}_rows = tl.zeros([TOKENS, {length}], {self.values.real})")
         self._start_fading()
+        roots = [*(v for v in self.factors.values() if v), *(r.x for r in first.reads)]
+        steps = needed([n for stage in self.stages for n in stage.steps], roots)
+        used = self.values.operands(steps, roots)
+        self.values.load_first(used)
         with self.out.block("for t in range(T)"):
-            factors = [v for v in self.factors.values() if v]
-            steps = needed([n for stage in self.stages for n in stage.steps], [*factors, *(r.x for r in first.reads)])
-            self.values.load_for(steps, [*factors, *(r.x for r in first.reads)])
+            self.values.load_next(used)
             self.values.steps(steps)
             for read in first.reads:
                 self.rows.read_rows("part", read, self._query(read))
