@@ -1,15 +1,18 @@
 """Generated C++ kernels on a CPU, op by op, against plain Inductor and against moving the state once.
 
-    python -m benchmarks.cpu_kernels [--out FILE.json] [--batches 1 32] [--only gdn ...] [--dtypes float32] [--rounds 15]
+    python -m benchmarks.cpu_kernels [--out FILE.json] [--batches 1 32] [--only gdn ...] [--dtypes float32]
 
-All sides take turns within one run, so that a busy machine slows all of them alike; a number is the best or the median of
-its turns. `buffered` is the mean over a whole flush period, the step that flushes included. Outputs of all sides
-are compared before anything is timed.
+All sides take turns within one run, so that a busy machine slows all of them alike; a number is the best or the
+median of its turns. `buffered` is the mean over a whole flush period, the step that flushes included. `read` and `copy`
+move the state once, without arithmetic to speak of, on all threads. Outputs of all sides are compared before anything
+is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import json
 import os
 import platform
@@ -66,6 +69,41 @@ def _cpuinfo() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
+# ------------------------------------------------------------------------------------------------- floor
+
+FLOOR = """\
+#include <cstdint>
+#include <cstdlib>
+typedef int Wide __attribute__((vector_size(64), aligned(4)));
+extern "C" int read_all(Wide* p, int64_t n) {
+  int sum = 0;
+#pragma omp parallel for schedule(static) reduction(+ : sum)
+  for (int64_t piece = 0; piece < n / 64; ++piece) {
+    Wide part[4] = {};
+    for (int i = 0; i < 64; ++i) part[i % 4] ^= p[piece * 64 + i];
+    part[0] ^= part[1] ^ part[2] ^ part[3];
+    for (int i = 0; i < 16; ++i) sum ^= part[0][i];
+  }
+  return sum;
+}
+extern "C" int copy_all(Wide* p, int64_t n) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < n; ++i) p[i] ^= 1;
+  return 0;
+}
+"""
+
+
+@functools.cache
+def _floor() -> ctypes.CDLL:
+    return ctypes.CDLL(str(build.library(FLOOR)))
+
+
+def move(name: str, state: Tensor) -> None:
+    """Read, or read and write, all bytes of a tensor once."""
+    getattr(_floor(), name)(ctypes.c_void_p(state.data_ptr()), ctypes.c_int64(state.nbytes // 64))
+
+
 # ------------------------------------------------------------------------------------------------- sides
 
 
@@ -110,8 +148,8 @@ def measure(case: Recurrence, batch: int, dtype: torch.dtype, rounds: int) -> di
     times: dict[str, list[list[float]]] = {}
     for _ in range(rounds):
         for _ in range(3):  # the first of the three finds a cold cache
-            turn(times, "read", 1, lambda: moved.sum())
-            turn(times, "copy", 1, lambda: moved.mul_(1.0))
+            turn(times, "read", 1, lambda: move("read_all", moved))
+            turn(times, "copy", 1, lambda: move("copy_all", moved))
             turn(times, "inductor", 1, lambda: compiled(plain, *inputs))
             turn(times, "recurrent", 1, lambda: recurrent(inputs))
         turn(times, "buffered", L, lambda: buffered(inputs))

@@ -22,7 +22,7 @@ FLOAT_LIMIT = 1e4  # random feedback may grow without end, and float16 ends at 6
 def layout(program: Program, inner: str = "value", merged: bool = False) -> Layout:
     """[b, h, ..., K, V] or [..., V, K]; merged: the last lane shares a dim with the key, [b, h K, V]."""
     count = len(program.lanes)
-    sizes: list[tuple[int | None, ...]] = [(None,)] + [(LANES[x],) for x in program.lanes[1:]]
+    sizes: list[tuple[int | None, ...]] = [(None,) if n == 0 else (LANES[x],) for n, x in enumerate(program.lanes)]
     if merged and count > 1 and inner == "value":
         dims = (*sizes[:-1], (LANES[program.lanes[-1]], None), (None,))
     else:

@@ -160,6 +160,43 @@ def test_a_state_without_a_sequence_lane_has_one_cursor():
     assert play(plan) == 11
 
 
+def test_a_state_without_lanes():
+    text = str(NAMED["kda"]).replace("over b h", "over -").replace("(b h)", "()")
+    plan = make_plan(parse(text))
+    assert play(plan) > 4 and play(plan, strided=True) > 4
+    assert play(make_plan(parse(text), "recurrent")) > 4
+
+
+def test_no_sequences():
+    plan = make_plan(NAMED["gdn"])
+    session = Session(plan, built(plan))
+    inputs = [x[:0] for x in session.draw().values()]
+    out = session.op(session.state[:0], session.cursor[:, :0], *(r[:0] for r in session.rows), *inputs)
+    assert out.shape == (0, 2, 19)
+
+
+@pytest.mark.nightly
+def test_states_beyond_two_to_the_31_elements():
+    """Lanes so far apart that a 32-bit offset would wrap; only the pages in use exist."""
+    plan = make_plan(NAMED["gdn"], state=torch.bfloat16)
+    session = Session(plan, built(plan))
+    room = torch.empty(2**31 + 2**20, dtype=torch.bfloat16)
+    far = room.as_strided(session.state.shape, (2**30, 2**18, *session.state.stride()[2:]))
+    session.state = far.copy_(session.state)
+    while session.step() and session.steps < 6:
+        pass
+    assert session.steps == 6
+
+
+@pytest.mark.parametrize("variant", ["recurrent", "buffered", "verify"])
+def test_opcheck(variant):
+    plan = make_plan(NAMED["mamba2"], variant)
+    session = Session(plan, built(plan), exact=False)
+    inputs = [torch.stack([x] * 2, dim=2) if variant == "verify" else x for x in session.draw().values()]
+    side = [] if variant == "recurrent" else [session.cursor, *(r.nan_to_num() for r in session.rows)]
+    torch.library.opcheck(session.op, (session.state, *side, *inputs))
+
+
 @pytest.mark.parametrize("outputs", ["", "o, y"])
 def test_any_number_of_outputs(outputs):
     plan = make_plan(parse(str(NAMED["gdn"]).replace("return o", f"return {outputs}")))
