@@ -65,9 +65,12 @@ def library(source: str) -> Path:
     """The shared library of a source text, compiled unless a whole one is in the cache."""
     command = _command()
     key = hashlib.sha256("\0".join([source, _fingerprint(command)]).encode()).hexdigest()[:32]
-    path = cache_folder() / f"{key}.so"
-    if not is_whole(path):
-        _compile(command, source, path)
+    try:
+        path = cache_folder() / f"{key}.so"
+        if not is_whole(path):
+            _compile(command, source, path)
+    except OSError as error:
+        raise EmitError(f"no folder for built kernels, set TORCHINDUCTOR_CACHE_DIR to one: {error}") from error
     return path
 
 

@@ -19,12 +19,14 @@ from importlib import resources
 import torch
 
 from kvbuffer_compile.codegen import cpp_entry
-from kvbuffer_compile.codegen.cpp_item import Item, updates
-from kvbuffer_compile.codegen.cpp_rows import row_types
+from kvbuffer_compile.codegen.cpp_item import Item
+from kvbuffer_compile.codegen.cpp_rows import axes, row_types, updates
+from kvbuffer_compile.codegen.cpp_values import FULL
 from kvbuffer_compile.codegen.cpp_verify import VerifyItem
 from kvbuffer_compile.codegen.schedule import Schedule, schedule
 from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.errors import EmitError
+from kvbuffer_compile.ir import Read
 from kvbuffer_compile.plan import Plan
 
 SCALARS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "Bf16", torch.float16: "F16"}
@@ -59,6 +61,9 @@ def _check(plan: Plan) -> None:
     for what, dtype in dtypes.items():
         if dtype not in SCALARS or (what == "compute" and dtype.itemsize < 4):
             raise EmitError(f"no C++ kernel for {what} of {dtype}\n{plan.program}")
+    for op in plan.program.ops:
+        if isinstance(op, Read) and set(op.out.lanes) != set(plan.program.lanes):
+            raise EmitError(f"{op.out} is a read of the state and runs along other lanes\n{plan.program}")
 
 
 def _head(out: Source, plan: Plan) -> None:
@@ -86,7 +91,9 @@ def _call(out: Source, plan: Plan, order: Schedule) -> None:
     buffered = plan.variant != "recurrent"
     logged = plan.program.logged if buffered else ()
     if buffered:
-        out.line(f"constexpr int64_t CAPACITY = {plan.capacity}, FLUSH = {plan.flush}, ROWS = {max(1, updates(plan))};")
+        out.line(
+            f"constexpr int64_t CAPACITY = {plan.capacity}, FLUSH = {plan.flush}, ROWS = {max(1, len(updates(plan)))};"
+        )
         for v, dtype in zip(logged, plan.row_dtypes, strict=True):
             out.line(f"using Row_{v} = {SCALARS[dtype]};")
         left, right = row_types(plan)
@@ -130,7 +137,7 @@ bool flushes(int64_t b) const { return owed(b) >= 0 && (owed(b) >= mark(1, b) ||
 
 
 def _room(out: Source, plan: Plan, order: Schedule) -> None:
-    inner, outer = ("K", "V") if plan.layout.order[-2] > plan.layout.order[-1] else ("V", "K")
+    outer, inner = (FULL[kind] for kind in axes(plan))
     out.comment("Owed rows of one item: pointers into the log where it can be read as it is, copies where not.")
     with out.block("struct Room", ";"):
         out.line("Real weight[CAPACITY * ROWS];")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from kvbuffer_compile import ir
-from kvbuffer_compile.codegen import cpp_rows
-from kvbuffer_compile.codegen.cpp_values import Values
+from kvbuffer_compile.codegen.cpp_rows import Rows, axes
+from kvbuffer_compile.codegen.cpp_values import FULL, Values
 from kvbuffer_compile.codegen.schedule import Fold, Old, Schedule
 from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.ir import Kind, Var
@@ -15,22 +14,15 @@ from kvbuffer_compile.plan import Plan
 HEAD = "void run_item(const Call& call, int64_t lane, int64_t first, int64_t size)"
 
 
-def inner_axis(plan: Plan) -> Kind:
-    """The canonical axis that is innermost in memory."""
-    key, value = plan.layout.order[-2:]
-    return "key" if key > value else "value"
-
-
 class Item:
     """Prints `run_item`. out: where to; the plan; the schedule of its program."""
 
     def __init__(self, out: Source, plan: Plan, schedule: Schedule) -> None:
         self.out, self.plan, self.schedule = out, plan, schedule
         self.values = Values(out, schedule.split, token=plan.variant == "verify")
-        self.inner: Kind = inner_axis(plan)
-        self.outer: Kind = "key" if self.inner == "value" else "value"
+        self.outer, self.inner = axes(plan)
         self.buffered = plan.variant != "recurrent"
-        self.rows = cpp_rows.Rows(out, plan, self.values)
+        self.rows = Rows(out, plan, self.values)
 
     def emit(self) -> None:
         tile = f", {self.schedule.split}s [first, first + size)" if self.schedule.split else ""
@@ -56,10 +48,13 @@ class Item:
         sequence = "at[0]" if self.plan.layout.sequence else "0"
         self.out.line(f"const int64_t sequence = {sequence}, count = call.owed(sequence);")
         with self.out.block("if (count < 0)"):
-            for v in self.plan.program.outputs:
-                self._output(v, None)
+            self._no_outputs()
             self.out.line("return;")
         self.out.line("const bool flush = call.flushes(sequence);")
+
+    def _no_outputs(self) -> None:
+        for v in self.plan.program.outputs:
+            self._output(v, None)
 
     def _operands(self) -> None:
         nodes = (node for stage in self.schedule.stages for node in (*stage.steps, *stage.reads))
@@ -169,7 +164,7 @@ class Item:
             if len(names) == 1:
                 self.out.line(f"fold.{side} = {names[0]};")
                 continue
-            full = "K" if kind == "key" else "V"
+            full = FULL[kind]
             self.out.line(f"alignas(64) Real {side}[{len(names)} * {full}];")
             for m, name in enumerate(names):
                 self.values.each(kind, f"{side}[{m} * {full} + i] = {name}[i];")
@@ -185,7 +180,7 @@ class Item:
             self._output(v, self.values.name(v))
         if self.buffered:
             self.out.line("const int64_t to = flush ? 0 : count;")
-            self.rows.append_all(self.schedule.split)
+            self.rows.append_all()
 
     def _output(self, v: Var, name: str | None) -> None:
         """Store an output, or zeros. What does not run along the split axis is stored by the first tile."""
@@ -194,15 +189,10 @@ class Item:
         if v.kind == "scalar":
             self.out.line(f"{guard}call.out_{v}[{place}] = {name or 'Real(0)'};")
             return
-        length, full = self.values.length(v.kind), "K" if v.kind == "key" else "V"
+        length, full = self.values.length(v.kind), FULL[v.kind]
         to = f"call.out_{v} + {place} * {full} + {self.values.start(v.kind)}"
         self.out.line(
             f"{guard}std::memcpy({to}, {name}, {length} * sizeof(Real));"
             if name
             else f"{guard}std::memset({to}, 0, {length} * sizeof(Real));"
         )
-
-
-def updates(plan: Plan) -> int:
-    """Rows a token adds."""
-    return sum(isinstance(op, ir.Update) for op in plan.program.events)

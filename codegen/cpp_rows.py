@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvbuffer_compile.codegen.cpp_values import Values
+from kvbuffer_compile.codegen.cpp_values import FULL, Values
 from kvbuffer_compile.codegen.schedule import Old, steps_for
 from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.ir import Decay, Kind, Update, Var
@@ -24,8 +24,7 @@ class Rows:
     def __init__(self, out: Source, plan: Plan, values: Values) -> None:
         self.out, self.plan, self.values = out, plan, values
         self.fades: list[Kind] = sorted({op.factor.kind for op in plan.program.events if isinstance(op, Decay)})
-        key, value = plan.layout.order[-2:]
-        self.outer: Kind = "value" if key > value else "key"
+        self.outer, self.inner = axes(plan)
 
     # ----------------------------------------------------------------------------------------- gathering
 
@@ -61,7 +60,7 @@ class Rows:
 
     def _side(self, side: str, v: Var, kind: Kind) -> None:
         """One side of a row: in place if it can be used as it is, else a copy in `room`."""
-        copy = f"room.{side}_copy + rows * {'K' if kind == 'key' else 'V'}"
+        copy = f"room.{side}_copy + rows * {FULL[kind]}"
         fade = f" * fade_{kind}[i]" if kind in self.fades else ""
         with self.out.block():
             if v.kind != "scalar" and not fade:
@@ -101,19 +100,19 @@ class Rows:
 
     def _fold(self) -> None:
         """On a flush all rows become one Fold, and from then on nothing is owed."""
-        inner: Kind = "key" if self.outer == "value" else "value"
         self.out.line("Fold fold;")
         if self.fades:
             self.values.array("keep_row", self.outer)
-        if inner in self.fades:
-            self.values.array("keep_column", inner)
+        if self.inner in self.fades:
+            self.values.array("keep_column", self.inner)
         with self.out.block("if (flush)"):
-            self._keep(inner)
-            self._pack(inner)
+            self._keep()
+            self._pack()
             self.out.line("rows = 0;")
             self._fades(declare=False)
 
-    def _keep(self, inner: Kind) -> None:
+    def _keep(self) -> None:
+        inner = self.inner
         parts = [fade_name(k) + ("" if k == "scalar" else "[i]") for k in self.fades if k != inner]
         if parts:
             self.values.each(self.outer, f"keep_row[i] = {' * '.join(parts)};")
@@ -122,15 +121,15 @@ class Rows:
             self.values.each(inner, f"keep_column[i] = {fade_name(inner)}[i];")
             self.out.line("fold.keep_column = keep_column;")
 
-    def _pack(self, inner: Kind) -> None:
-        sides = {"key": ("left", "K"), "value": ("right", "V")}
+    def _pack(self) -> None:
+        outer, inner = FULL[self.outer], FULL[self.inner]
         with self.out.block("for (int64_t m = 0; m < rows; ++m)"):
-            for kind, name in ((self.outer, "outer"), (inner, "inner")):
-                side, full = sides[kind]
-                self.out.line(f"convert(room.{name} + m * {full}, {side}[m], 1, {self.values.length(kind)});")
-            self.values.each(self.outer, f"room.outer[m * {sides[self.outer][1]} + i] *= weight[m];")
-        self.out.line(f"fold.count = rows, fold.left = room.outer, fold.left_stride = {sides[self.outer][1]};")
-        self.out.line(f"fold.right = room.inner, fold.right_stride = {sides[inner][1]};")
+            for kind, name in ((self.outer, "outer"), (self.inner, "inner")):
+                side, length = "left" if kind == "key" else "right", self.values.length(kind)
+                self.out.line(f"convert(room.{name} + m * {FULL[kind]}, {side}[m], 1, {length});")
+            self.values.each(self.outer, f"room.outer[m * {outer} + i] *= weight[m];")
+        self.out.line(f"fold.count = rows, fold.left = room.outer, fold.left_stride = {outer};")
+        self.out.line(f"fold.right = room.inner, fold.right_stride = {inner};")
 
     # ------------------------------------------------------------------------------------------ reading
 
@@ -170,11 +169,11 @@ class Rows:
 
     # ---------------------------------------------------------------------------------------- appending
 
-    def append_all(self, split: Kind | None) -> None:
+    def append_all(self) -> None:
         """Store the token's logged values in its slot. Rows that other items read wait until after a flush."""
         slot = "(to + t)" if self.values.token else "to"
         for v in self.plan.program.logged:
-            tests = [] if owned(self.plan, v, split) else ["!flush", *self._first(v)]
+            tests = [] if owned(self.plan, v, self.values.split) else ["!flush", *self._first(v)]
             self._append(v, tests, slot)
 
     def _first(self, v: Var) -> list[str]:
@@ -215,19 +214,29 @@ class Rows:
                     rows._append(v, rows._first(v), "t" if values.token else "0")
 
 
+def axes(plan: Plan) -> tuple[Kind, Kind]:
+    """The outer and the inner canonical axis of the state: the inner one is innermost in memory."""
+    key, value = plan.layout.order[-2:]
+    return ("value", "key") if key > value else ("key", "value")
+
+
 def owned(plan: Plan, v: Var, split: Kind | None) -> bool:
     """Whether the rows of a logged value are read by the item that writes them and by no other."""
     lanes = set(plan.program.lanes) - ({plan.program.lanes[0]} if plan.layout.sequence else set())
     return lanes <= set(v.lanes) and split in (None, v.kind)
 
 
+def updates(plan: Plan) -> list[Update]:
+    """The rows that a token adds."""
+    return [op for op in plan.program.events if isinstance(op, Update)]
+
+
 def row_types(plan: Plan) -> tuple[str, str]:
     """C++ types of the elements of left and right rows: what the log holds where rows are used in place, else Real."""
     fades = {op.factor.kind for op in plan.program.events if isinstance(op, Decay)}
-    updates = [op for op in plan.program.events if isinstance(op, Update)]
     dtypes = dict(zip(plan.program.logged, plan.row_dtypes, strict=True))
     types = []
-    for kind, side in (("key", [op.left for op in updates]), ("value", [op.right for op in updates])):
+    for kind, side in (("key", [op.left for op in updates(plan)]), ("value", [op.right for op in updates(plan)])):
         in_place = plan.variant == "buffered" and kind not in fades and all(v.kind == kind for v in side)
         alike = len({dtypes[v] for v in side}) == 1
         types.append(f"Row_{side[0]}" if in_place and alike else "Real")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
@@ -20,10 +21,11 @@ TAKEN = frozenset(
     Real Wide WideAny WIDTH LANES AXES INLINE UNROLL Bf16 F16 Dtype View Argument Block Fold Mode Pass Call Room State
     K V CAPACITY FLUSH ROWS widen narrow get put splat truth maximum minimum exponential sigmoid softplus gelu total
     sum mean largest smallest dots dot convert store fetch add_rows read_rows view load load_one fail check call
-    std c i j at lane sequence count slot flush first size rows room weight left right fade fade_key fade_value fold
-    later_key later_value tokens t to m x y copy Reads Left Right read_many append_shared run_item step each_item
-    keep_row keep_column block owed""".split()
+    std i at lane sequence count slot flush first size rows room weight left right fade fade_key fade_value fold
+    later_key later_value t to m Reads Left Right read_many append_shared run_item step each_item
+    keep_row keep_column block""".split()
 )
+FULL: dict[Kind, str] = {"key": "K", "value": "V"}
 
 
 class Values:
@@ -39,12 +41,15 @@ class Values:
         self.token = token
 
     def name(self, v: Var) -> str:
-        """The local that holds v."""
-        return f"{v.name}_" if v.name in TAKEN or v.name.endswith("_") else v.name
+        """The local that holds v: its own name, unless that means something else to a compiler."""
+        if v.name[0] in "_0123456789":
+            return f"v{v.name}"
+        odd = v.name in TAKEN or re.fullmatch(r".*_|.*_on_base|Row_.*|[A-Z][A-Z0-9_]+", v.name)
+        return f"{v.name}_" if odd else v.name
 
     def length(self, kind: Kind) -> str:
         """How many elements of an axis are held."""
-        return "size" if kind == self.split else _full(kind)
+        return "size" if kind == self.split else FULL[kind]
 
     def start(self, kind: Kind) -> str:
         """The first element that is held."""
@@ -52,7 +57,7 @@ class Values:
 
     def array(self, name: str, kind: Kind) -> None:
         """Declare an array along an axis."""
-        self.out.line(f"alignas(64) Real {name}[{_full(kind)}];")
+        self.out.line(f"alignas(64) Real {name}[{FULL[kind]}];")
 
     def each(self, kind: Kind, text: str) -> None:
         """One statement for each i along an axis."""
@@ -119,10 +124,6 @@ class Values:
 
     def _at(self, v: Var) -> str:
         return self.name(v) if v.kind == "scalar" else f"{self.name(v)}[i]"
-
-
-def _full(kind: Kind) -> str:
-    return "K" if kind == "key" else "V"
 
 
 def _loop(step: Step) -> Kind | None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvbuffer_compile.codegen.cpp_item import Item
+from kvbuffer_compile.codegen.cpp_item import HEAD, Item
 from kvbuffer_compile.codegen.cpp_rows import fade_name
+from kvbuffer_compile.codegen.cpp_values import FULL
 from kvbuffer_compile.codegen.schedule import Old, Schedule, steps_for
 from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.ir import Decay, Kind, Update, Var
 from kvbuffer_compile.plan import Plan
 
 EACH = "for (int64_t t = 0; t < call.tokens; ++t)"
-FULL: dict[Kind, str] = {"key": "K", "value": "V"}
 
 
 class VerifyItem(Item):
@@ -30,7 +30,7 @@ class VerifyItem(Item):
 
     def emit(self) -> None:
         self.out.comment("One lane, or one tile of it, for all tokens.")
-        with self.out.block("void run_item(const Call& call, int64_t lane, int64_t first, int64_t size)"):
+        with self.out.block(HEAD):
             self.out.line("int64_t at[AXES];")
             self.out.line("call.split_lane(lane, at);")
             self._sequence()
@@ -45,15 +45,9 @@ class VerifyItem(Item):
             with self.out.block(EACH):
                 self._token()
 
-    def _sequence(self) -> None:
-        sequence = "at[0]" if self.plan.layout.sequence else "0"
-        self.out.line(f"const int64_t sequence = {sequence}, count = call.owed(sequence);")
-        with self.out.block("if (count < 0)"):
-            with self.out.block(EACH):
-                for v in self.plan.program.outputs:
-                    self._output(v, None)
-            self.out.line("return;")
-        self.out.line("const bool flush = call.flushes(sequence);")
+    def _no_outputs(self) -> None:
+        with self.out.block(EACH):
+            super()._no_outputs()
 
     # --------------------------------------------------------------------------------------- before the pass
 
@@ -102,7 +96,7 @@ class VerifyItem(Item):
                 self._late_pass(stage.reads)
         for v in self.plan.program.outputs:
             self._output(v, self.values.name(v))
-        self.rows.append_all(self.schedule.split)
+        self.rows.append_all()
         with self.out.block("if (t + 1 < call.tokens)"):
             for event in self.plan.program.events:
                 self._push(event) if isinstance(event, Update) else self._fade(event.factor)

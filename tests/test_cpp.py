@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -257,10 +258,20 @@ def test_an_unknown_op_is_named():
 
 
 def test_reserved_words_may_be_names():
-    names = {"q": "float", "k": "block", "v": "at", "g": "std", "u": "K"}
+    names = {
+        "q": "float",
+        "k": "block",
+        "v": "at",
+        "g": "std",
+        "u": "K",
+        "beta": "m",
+        "d": "NAN",
+        "o": "Row_k",
+        "y": "_",
+    }
     text = str(NAMED["gdn"])
     for old, new in names.items():
-        text = __import__("re").sub(rf"\b{old}\b", new, text)
+        text = re.sub(rf"\b{old}\b", new, text)
     assert play(make_plan(parse(text))) > 4
 
 
@@ -338,6 +349,13 @@ def test_no_compiler_says_what_to_install(cache, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert build.compiler() is None
     with pytest.raises(EmitError, match="install a C"):
+        build.library(SOURCE)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(EmitError, match="TORCHINDUCTOR_CACHE_DIR"):
         build.library(SOURCE)
 
 
