@@ -120,11 +120,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         key = tuple(row[x] for x in ("case", "state", "variant", "L", "T", "block", "warps"))
         kernels.setdefault(key, {})[row["target"]] = row
+    spills = sum(row["spills"] > 0 for row in rows)
     lines = [
         "# Generated Triton kernels, compiled ahead of time",
         "",
         "`python -m benchmarks.triton_aot`: registers of a thread / spills / shared memory of a program in bytes, and",
-        f"the longest compilation in seconds. {len(rows)} compilations, {sum(r['spills'] > 0 for r in rows)} with spills.",
+        f"processor seconds of the longest compilation. {len(rows)} compilations, {spills} with spills.",
         "",
         f"| case | state | variant | L | T | block | warps | {' | '.join(targets)} | seconds |",
         "|" + "---|" * (8 + len(targets)),

@@ -35,6 +35,7 @@ def arguments(plan: Plan, split: Kind | None) -> list[Argument]:
         found += [Argument("T", "tokens"), Argument("TOKENS", "triton.next_power_of_2(tokens)", True)]
     if plan.variant != "recurrent":
         found += [Argument("EVICT", '"evict_first" if state.nbytes > 2**25 else ""', True)]
+        found += [Argument("FOLD", "min(fold, block)", True)]
     found += [Argument("TILES", "tiles", True), Argument("BLOCK", "block", True)]
     return found
 
@@ -85,7 +86,7 @@ CONTRACT = '''"""Run one {variant} step; returns its outputs: {outputs}.
 
 state    {state}, read and written in place
 {log}operands {operands}
-block, warps, stages: how much of an axis one program takes, and how it is compiled
+block, warps, fold, stages: how much of an axis one program takes, also at once in a flush, and how it is compiled
 
 One launch; nothing waits for the device.
 """'''
@@ -110,7 +111,8 @@ class Launcher:
         self.out.line()
         self.out.line()
         c = self.config
-        head = f"state, cursor, tickets, rows, operands, block={c.block}, warps={c.warps}, stages={c.stages}"
+        head = "state, cursor, tickets, rows, operands, "
+        head += f"block={c.block}, warps={c.warps}, fold={c.fold}, stages={c.stages}"
         with self.out.block(f"def launch({head})"):
             self._contract()
             self._canonical()

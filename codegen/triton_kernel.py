@@ -10,11 +10,13 @@ three times in a row cannot stream.
 
 from __future__ import annotations
 
-from kvbuffer_compile.codegen.schedule import Fold, Old, Schedule, steps_for
+from kvbuffer_compile.codegen.schedule import Fold as TokenFold
+from kvbuffer_compile.codegen.schedule import Old, Schedule, steps_for
 from kvbuffer_compile.codegen.triton_arguments import arguments
+from kvbuffer_compile.codegen.triton_fold import Fold
 from kvbuffer_compile.codegen.triton_rows import Rows
 from kvbuffer_compile.codegen.triton_tickets import Group, Tickets
-from kvbuffer_compile.codegen.triton_values import DTYPES, Python, Values
+from kvbuffer_compile.codegen.triton_values import Python, Values
 from kvbuffer_compile.codegen.triton_verify import Fresh
 from kvbuffer_compile.ir import Var
 from kvbuffer_compile.plan import Plan
@@ -27,9 +29,14 @@ class Kernel:
         self.out, self.plan, self.schedule, self.values = out, plan, schedule, values
         self.rows = Rows(out, plan, values)
         self.tickets = Tickets(plan, values)
+        self.fold = Fold(out, plan, values, self.rows)
         self.verify = plan.variant == "verify"
 
     def emit(self) -> None:
+        if self.plan.variant != "recurrent":
+            self.fold.define()
+            self.out.line()
+            self.out.line()
         self.out.line("@triton.jit")
         self.out.line("def step(")
         for a in arguments(self.plan, self.values.split):
@@ -57,19 +64,8 @@ class Kernel:
             self.out.line(f"at_{self.plan.program.lanes[0]} = {rest}")
 
     def _state_address(self) -> None:
-        at = [f"at_{lane} * state_{lane}" for lane in self.plan.program.lanes]
-        at += ["key[:, None] * STATE_KEY", "value[None, :] * STATE_VALUE"]
-        self.out.line(f"state += {' + '.join(at)}")
-
-    def _state(self, live: str | None) -> str:
-        """The tile of the state. When all of them do not fit into the L2 cache, they leave it to the rows."""
-        mask = self.values.tile_mask(live)
-        other = ", other=0.0" if mask else ""
-        policy = ", eviction_policy=EVICT" if live else ""
-        return f"tl.load(state{mask}{other}{policy}).to({self.values.real})"
-
-    def _store_state(self) -> None:
-        self.out.line(f"tl.store(state, s.to({DTYPES[self.plan.state_dtype]}){self.values.tile_mask(None)})")
+        if self.plan.program.lanes:
+            self.out.line(f"state += {' + '.join(f'at_{lane} * state_{lane}' for lane in self.plan.program.lanes)}")
 
     def _operands(self) -> list[Var]:
         """The inputs that the outputs, the logged values or the fold of a token need."""
@@ -96,7 +92,7 @@ class Kernel:
     def _recurrent(self) -> None:
         assert self.schedule.fold is not None
         self._state_address()
-        self.out.line(f"s = {self._state(None)}")
+        self.out.line(f"s = {self.values.load_state()}")
         self.values.load(self._operands())
         for stage in self.schedule.stages:
             self.values.steps(stage.steps)
@@ -104,7 +100,7 @@ class Kernel:
                 self._read_state(read)
         self._outputs(zero=False)
         self._fold_token(self.schedule.fold)
-        self._store_state()
+        self.values.store_state()
 
     def _read_state(self, read: Old) -> None:
         x = read.x
@@ -112,7 +108,7 @@ class Kernel:
         total = self.values.total(text, x.kind, 0 if x.kind == "key" else 1, 2)
         self.out.line(f"{self.values.name(read.out)} = {total}")
 
-    def _fold_token(self, fold: Fold) -> None:
+    def _fold_token(self, fold: TokenFold) -> None:
         for v in (fold.scalar, fold.key, fold.value):
             if v:
                 along = "" if v.kind == "scalar" else self.values.across(v.kind)
@@ -131,7 +127,7 @@ class Kernel:
         self._flush()
         self.rows.load()
         fresh = self._before_state()
-        self.out.line(f"s = {self._state('live')}")
+        self.out.line(f"s = {self.values.load_state('live', 'EVICT')}")
         for group in self.tickets.fed_by(None):
             ticket = f"{self.tickets.ticket(group)}, {self.tickets.expected(group)}"
             self.out.line(f"last{_suffix(group)} = arrive({ticket})")
@@ -182,12 +178,9 @@ class Kernel:
         self.out.line("tl.store(cursor + 2 * cursor_row, tl.load(cursor + 2 * cursor_row) + 1)")
 
     def _flush(self) -> None:
-        """The state is written and read again by the same program: rarely, and the registers it takes are then free."""
         self.out.line("kept = owed")
         with self.out.block("if flush"):
-            self.rows.fold()
-            self.out.line(f"s += {self._state('live')}{self.rows.fade_run()}")
-            self._store_state()
+            self.fold.call()
             self.out.line("tl.debug_barrier()")
             self.out.line("kept = 0")
             self.out.line("live = tl.full([1, 1], 1, tl.int1)")

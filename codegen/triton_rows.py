@@ -1,4 +1,4 @@
-"""Owed rows in Triton: loading them, reading through them, folding them into the state, storing new ones.
+"""Owed rows in Triton: loading them, reading through them, storing new ones. (triton_fold folds them.)
 
 A log keeps each token's decays as they were; what is left of an old row is the product of all later decays. Rows are
 therefore held newest first (age 0, 1, ...), and the products are running products over age of the gates one slot
@@ -135,55 +135,6 @@ class Rows:
         dot = self.values.total(f"{met} * {query}[None, :]", kind, 1, 2)
         self.out.line(f"dot = {dot}{weight}")
         self.out.line(f"{out} += tl.sum(dot[:, None] * {free}, 0)")
-
-    # ------------------------------------------------------------------------------------------- folding
-
-    def fold(self) -> None:
-        """s = what all owed rows add up to; run_<kind> = what is left of the state they are owed to.
-
-        A rank-1 update a row, newest first: matrix products would want s in a layout of their own, and a second copy of
-        it is more than there are registers. Each slot is loaded while the one before it is added.
-        """
-        logged = self.plan.program.logged
-        size = f"[{self.values.length('key')}, {self.values.length('value')}]"
-        self.out.line(f"s = tl.zeros({size}, {self.values.real})")
-        for kind in self.fades:
-            self.out.line(f"run_{kind} = {self.values.full(kind, '1.0')}")
-        for v in logged:
-            self.out.line(f"next_{v} = {self._slot(v, 'owed - 1')}")
-        with self.out.block("for n in range(owed)"):
-            for v in logged:
-                self.out.line(f"slot_{v} = next_{v}")
-            for v in logged:
-                self.out.line(f"next_{v} = {self._slot(v, 'owed - 2 - n')}")
-            for event in reversed(self.events):
-                self._fold_event(event)
-
-    def _slot(self, v: Var, slot: str) -> str:
-        """Slot `slot` of v if there is one."""
-        some = f"{slot} >= 0" if v.kind == "scalar" else f"(tl.full([1], {slot}, tl.int32) >= 0)"
-        mask = self.values.mask(some, *([v.kind] if v.kind != "scalar" else []))
-        return f"tl.load({self.address(v, f'({slot})', False)}{mask}, other=0.0).to({self.values.real})"
-
-    def _fold_event(self, event: Decay | Update) -> None:
-        if isinstance(event, Decay):
-            kind = event.factor.kind
-            self.out.line(f"run_{kind} = run_{kind} * slot_{event.factor}")
-            return
-        left = self._side(event.left, "key", [])
-        right = self._side(event.right, "value", ["run_scalar"] if "scalar" in self.fades else [])
-        self.out.line(f"s += {left} * {right}")
-
-    def _side(self, v: Var, kind: Kind, factors: list[str]) -> str:
-        """One side of a slot's row, decayed, laid along its axis of s."""
-        factors = [f"slot_{v}", *factors, *([f"run_{kind}"] if kind in self.fades else [])]
-        text = " * ".join(factors)
-        vector = v.kind != "scalar" or kind in self.fades
-        return (f"({text})" if len(factors) > 1 else text) + (self.values.across(kind) if vector else "")
-
-    def fade_run(self) -> str:
-        """What folding leaves of the old state, as factors behind it."""
-        return "".join(f" * run_{k}{'' if k == 'scalar' else self.values.across(k)}" for k in self.fades)
 
     # ------------------------------------------------------------------------------------------- storing
 

@@ -28,11 +28,12 @@ DTYPES = {
     torch.float16: "tl.float16",
 }
 AXES: tuple[Kind, ...] = ("key", "value")
+STATE = "state + key[:, None] * STATE_KEY + value[None, :] * STATE_VALUE"
 
 # Names of the kernel that a value of the same name would hide, and how such names begin.
 TAKEN = frozenset(
     """tl torch triton libdevice step arrive state cursor tickets tile program lane sequence owed limit live flush kept
-    t s T TOKENS BLOCK TILES EVICT key value key_ok value_ok age used later dot token query part ahead n float
+    t s T TOKENS BLOCK TILES EVICT key value key_ok value_ok age used later dot token query part ahead n fold FOLD float
     range""".split()
 )
 PREFIXES = ("in_", "row_", "out_", "at_", "size_", "state_", "left_", "right_", "later_", "after_", "fade_", "fresh_",
@@ -97,11 +98,18 @@ class Values:
         found = [f"{p}_ok" if p in AXES else p for p in parts if p not in AXES or self.padded(p)]  # type: ignore[arg-type]
         return f", mask={' & '.join(found)}" if found else ""
 
-    def tile_mask(self, live: str | None) -> str:
-        """The mask argument of a tile of the state, all false unless `live`."""
-        parts = [live] if live else []
-        parts += ["key_ok[:, None]"] if self.padded("key") else []
-        parts += ["value_ok[None, :]"] if self.padded("value") else []
+    def load_state(self, live: str | None = None, policy: str = "") -> str:
+        """The tile of the state, zeros unless `live`."""
+        masks = self._tile_mask([live] if live else [])
+        other = ", other=0.0" if masks else ""
+        policy = f", eviction_policy={policy}" if policy else ""
+        return f"tl.load({STATE}{masks}{other}{policy}).to({self.real})"
+
+    def store_state(self) -> None:
+        self.out.line(f"tl.store({STATE}, s.to({DTYPES[self.plan.state_dtype]}){self._tile_mask([])})")
+
+    def _tile_mask(self, parts: list[str]) -> str:
+        parts = [*parts, *(f"{k}_ok{self.across(k)}" for k in AXES if self.padded(k))]
         return f", mask={' & '.join(parts)}" if parts else ""
 
     def across(self, kind: Kind) -> str:

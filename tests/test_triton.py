@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 
+from benchmarks import triton_aot
 from kvbuffer_compile import composite
 from kvbuffer_compile.codegen import aot, triton
 from kvbuffer_compile.codegen.launch import configure
@@ -293,6 +294,16 @@ def test_any_strides():
         session.check(inputs)
 
 
+def test_addresses_beyond_two_billion_elements():
+    """Sequences that lie further apart than an int32 can say; the memory between them is never touched."""
+    program = NAMED["gdn"]
+    far = torch.empty(2**31 + 2**10, dtype=torch.bfloat16).as_strided((2, 2, K, V), (2**31 + 2**6, K * V, V, 1))
+    far.copy_(draw_numbers(2, 2, K, V))
+    session = Session(make_plan(program, "buffered", state_dtype=torch.bfloat16), [2, 1], state=far)
+    for _ in range(4):
+        session.check(draw(program))
+
+
 def test_a_state_without_a_sequence_lane_has_one_cursor():
     text = str(NAMED["gdn"]).replace("over b h", "over h").replace("(b h)", "(h)")
     program = parse(text)
@@ -342,12 +353,17 @@ def test_what_has_no_spelling_is_an_error():
         triton.emit(make_plan(NAMED["gdn"], "buffered", compute=torch.bfloat16))
 
 
-def test_blocks_are_powers_of_two():
-    for sizes in [(128, 128), (100, 96), (64, 48), (4, 5)]:
-        plan = make_plan(NAMED["gdn"], "buffered", flush=16, sizes=sizes)
-        config = configure(plan, schedule(plan.program, in_place=False).split)
-        assert config.block & (config.block - 1) == 0
-        assert config.warps >= 1
+@pytest.mark.parametrize("sizes", [(128, 128), (100, 96), (64, 48), (4, 5), (256, 512)])
+@pytest.mark.parametrize("name", ["gdn", "kda", "oja"])
+def test_launches_take_no_more_than_there_is(name, sizes):
+    """A tile of a power of two that is not longer than its axis, cut evenly for a flush."""
+    for variant in ("recurrent", "buffered", "verify"):
+        plan = make_plan(NAMED[name], variant, flush=16, sizes=sizes)
+        split = schedule(plan.program, in_place=variant != "buffered").split
+        config = configure(plan, split)
+        axis = max(sizes) if split is None else sizes[("key", "value").index(split)]
+        assert config.block & (config.block - 1) == 0 and config.block < 2 * axis
+        assert config.block % min(config.fold, config.block) == 0 and config.warps in (1, 2, 4, 8, 16)
 
 
 # ----------------------------------------------------------------------------------------- ahead of time
@@ -373,3 +389,11 @@ def test_nothing_spills(name, variant, target, elsewhere):
     found = elsewhere.submit(aot.usage, plan, target, (8, 32), 8).result()
     assert found.spills == 0, found
     assert found.shared <= 65536, found
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("target", list(aot.TARGETS))
+@pytest.mark.parametrize("name", [s.name for s in triton_aot.SHAPES])
+def test_nothing_spills_in_any_kernel_of_a_real_model(name, target):
+    for row in triton_aot.table([target], [name]):
+        assert row["spills"] == 0 and row["seconds"] < 10, row
