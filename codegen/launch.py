@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvbuffer_compile.codegen.triton_rows import CHUNK
 from kvbuffer_compile.codegen.triton_values import power_of_two
 from kvbuffer_compile.ir import Kind, Update
 from kvbuffer_compile.plan import Plan
@@ -58,7 +59,7 @@ def phases(plan: Plan, axis: int, block: int, fold: int) -> dict[str, int]:
     vectors = 2 * (sides + updates - 1) + (gates > 0)  # a slot and the next one, and what decays leave
     fresh = DRAFTS * updates * (whole + block) if plan.variant == "verify" else 0
     return {
-        "rows": power_of_two(plan.capacity) * (whole * (updates + gates) + block * updates),
+        "rows": min(CHUNK, power_of_two(plan.capacity)) * (whole * (updates + gates) + block * updates),
         "state": whole * block + fresh,
         "fold": whole * fold + whole * vectors * max(1, fold // VECTOR),
     }

@@ -125,7 +125,6 @@ class Kernel:
         self._cursor()
         self._state_address()
         self._flush()
-        self.rows.load()
         fresh = self._before_state()
         self.out.line(f"s = {self.values.load_state('live', 'EVICT')}")
         for group in self.tickets.fed_by(None):
@@ -140,15 +139,21 @@ class Kernel:
 
     def _before_state(self) -> Fresh | None:
         """What the owed rows add to the reads whose queries are known."""
+        if self.verify:
+            fresh = Fresh(self.out, self.plan, self.schedule, self.values, self.rows)
+            fresh.read_ahead()
+            return fresh
         first = self.schedule.stages[0]
-        if not self.verify:
-            self.values.steps(first.steps)
+        self.values.steps(first.steps)
+        for read in first.reads:
+            self.out.line(f"{self.values.name(read.out)} = {self.values.full(read.out.kind, '0.0')}")
+
+        def add() -> None:
             for read in first.reads:
-                self.rows.read_rows(self.values.name(read.out), read, self.values.name(read.x))
-            return None
-        fresh = Fresh(self.out, self.plan, self.schedule, self.values, self.rows)
-        fresh.read_ahead()
-        return fresh
+                self.rows.add_rows(self.values.name(read.out), read, self.values.name(read.x))
+
+        self.rows.through(add)
+        return None
 
     def _cursor(self) -> None:
         first = f"at_{self.plan.program.lanes[0]}" if self.plan.layout.sequence else "0"
@@ -188,7 +193,7 @@ class Kernel:
     def _token(self) -> None:
         first, *rest = self.schedule.stages
         for read in first.reads:
-            self.rows.read_base(read, self.values.name(read.x))
+            self.rows.add_base(read, self.values.name(read.x))
         for stage in rest:
             self.values.steps(stage.steps)
             for read in stage.reads:

@@ -1,17 +1,21 @@
 """Owed rows in Triton: loading them, reading through them, storing new ones. (triton_fold folds them.)
 
 A log keeps each token's decays as they were; what is left of an old row is the product of all later decays. Rows are
-therefore held newest first (age 0, 1, ...), and the products are running products over age of the gates one slot
-later: only products are formed, no ratio and no exp of a sum, so that gates of 0 and 1 and underflow are harmless.
-Slots that are not owed are never loaded: they may hold NaN.
+therefore held newest first (age 0, 1, ...), CHUNK at a time, and the products are running products over age of the
+gates one slot later: only products are formed, no ratio and no exp of a sum, so that gates of 0 and 1 and underflow are
+harmless. Slots that are not owed are never loaded: they may hold NaN.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from kvbuffer_compile.codegen.schedule import Old
 from kvbuffer_compile.codegen.triton_values import DTYPES, Python, Values, power_of_two
 from kvbuffer_compile.ir import Decay, Kind, Update, Var
 from kvbuffer_compile.plan import Plan
+
+CHUNK = 16  # rows held at once
 
 
 class Rows:
@@ -26,7 +30,7 @@ class Rows:
         self.events = plan.program.events
         self.fades: list[Kind] = sorted({e.factor.kind for e in self.events if isinstance(e, Decay)})
         self.updates = [n for n, e in enumerate(self.events) if isinstance(e, Update)]
-        self.slots = power_of_two(plan.capacity)
+        self.slots = min(CHUNK, power_of_two(plan.capacity))
 
     def address(self, v: Var, slot: str, tile: bool) -> str:
         """Where row `slot` of v is; `slot` is a tensor of slots for a tile [slots(, K or V)]."""
@@ -40,18 +44,40 @@ class Rows:
 
     # ------------------------------------------------------------------------------------------- loading
 
-    def load(self) -> None:
-        """S = diag(fade) s + the sum over rows of left right^T: load the kept rows, newest first, and decay them.
+    def through(self, body: Callable[[], None]) -> None:
+        """Go through the kept rows: `body` prints what is done with each chunk of them.
 
-        fade_scalar, fade_key, fade_value: the product of all kept decays, by kind. left_n, right_n: the rows of update
-        n; what scalar gates leave of them is weight_n. Zero for rows that hold nothing.
+        S = diag(fade) s + the sum over rows of left right^T, with the rows of update n in left_n and right_n, what
+        scalar gates leave of them in weight_n, and zeros for rows that hold nothing. Afterwards fade_scalar, fade_key
+        and fade_value are the product of all kept decays, by kind.
         """
-        self.out.line(f"age = tl.arange(0, {self.slots})")
+        if self.slots == power_of_two(self.plan.capacity):
+            self._chunk("0", first=True)
+            body()
+        else:
+            for kind in self.fades:
+                self.out.line(f"carry_{kind} = {self.values.full(kind, '1.0')}")
+            with self.out.block(f"for chunk in range((kept + {CHUNK - 1}) // {CHUNK})"):
+                self._chunk(f"chunk * {CHUNK}", first=False)
+                body()
+        for kind in self.fades:
+            oldest = " * ".join(self._oldest(v) for v in self._factors(kind))
+            self.out.line(f"fade_{kind} = carry_{kind} * {oldest}")
+
+    def once_more(self, body: Callable[[], None]) -> None:
+        """Go through the rows again, for queries that were not known before; a single chunk is still there."""
+        if self.slots == power_of_two(self.plan.capacity):
+            body()
+        else:
+            self.through(body)
+
+    def _chunk(self, start: str, first: bool) -> None:
+        self.out.line(f"age = {'' if first else f'{start} + '}tl.arange(0, {self.slots})")
         self.out.line("used = age < kept")
         if self.fades:
             self.out.line("later = (age > 0) & used")
         for kind in self.fades:
-            self._fade(kind)
+            self._fade(kind, first)
         after: dict[Kind, str] = {}
         for place, event in reversed(list(enumerate(self.events))):
             if isinstance(event, Update):
@@ -59,16 +85,17 @@ class Rows:
             elif any(n < place for n in self.updates):
                 self._within(place, event.factor, after)
 
-    def _fade(self, kind: Kind) -> None:
-        """later_<kind>: what the decays of all later slots leave of a row; fade_<kind>: of the state itself."""
-        factors = [e.factor for e in self.events if isinstance(e, Decay) and e.factor.kind == kind]
-        tiles = " * ".join(self._tile(v, "kept - age", "later", 1) for v in factors)
-        self.out.line(f"later_{kind} = tl.cumprod({tiles}, 0)")
-        oldest = " * ".join(self._oldest(v) for v in factors)
-        last = "age == kept - 1" if kind == "scalar" else "(age == kept - 1)[:, None]"
-        some = self._some(kind)
-        self.out.line(f"fade_{kind} = tl.where({some}, tl.sum(tl.where({last}, later_{kind}, 0.0), 0), 1.0)")
-        self.out.line(f"fade_{kind} = fade_{kind} * {oldest}")
+    def _factors(self, kind: Kind) -> list[Var]:
+        return [e.factor for e in self.events if isinstance(e, Decay) and e.factor.kind == kind]
+
+    def _fade(self, kind: Kind, first: bool) -> None:
+        """later_<kind>: what the decays of all later slots leave of a row; carry_<kind>: of the oldest row so far."""
+        tiles = " * ".join(self._tile(v, "kept - age", "later", 1) for v in self._factors(kind))
+        carry = "" if first else f" * carry_{kind}" + ("" if kind == "scalar" else "[None, :]")
+        self.out.line(f"later_{kind} = tl.cumprod({tiles}, 0){carry}")
+        last = f"age % {self.slots} == {self.slots - 1}"
+        last = last if kind == "scalar" else f"({last})[:, None]"
+        self.out.line(f"carry_{kind} = tl.sum(tl.where({last}, later_{kind}, 0.0), 0)")
 
     def _oldest(self, v: Var) -> str:
         """The gate of slot 0, the oldest one; 1 when nothing is owed."""
@@ -110,17 +137,18 @@ class Rows:
 
     def read(self, read: Old, query: str) -> None:
         """read.out = the state at the start of the step, read with the vector `query`."""
-        self.read_rows(self.values.name(read.out), read, query)
-        self.read_base(read, query)
-
-    def read_rows(self, out: str, read: Old, query: str) -> None:
-        """out = the part of a read that the kept rows make."""
+        out = self.values.name(read.out)
         self.out.line(f"{out} = {self.values.full(read.out.kind, '0.0')}")
+        self.once_more(lambda: self.add_rows(out, read, query))
+        self.add_base(read, query)
+
+    def add_rows(self, out: str, read: Old, query: str) -> None:
+        """out += the part of a read that a chunk of rows makes."""
         for n in range(len(self.updates)):
             weight = f" * weight_{n}" if "scalar" in self.fades else ""
             self.add(out, query, read.x.kind, f"left_{n}", f"right_{n}", weight)
 
-    def read_base(self, read: Old, query: str) -> None:
+    def add_base(self, read: Old, query: str) -> None:
         """read.out += the part that `s` makes."""
         x, values = read.x, self.values
         faded = f"({query} * fade_{x.kind})" if x.kind in self.fades else query

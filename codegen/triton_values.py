@@ -33,11 +33,13 @@ STATE = "state + key[:, None] * STATE_KEY + value[None, :] * STATE_VALUE"
 # Names of the kernel that a value of the same name would hide, and how such names begin.
 TAKEN = frozenset(
     """tl torch triton libdevice step arrive state cursor tickets tile program lane sequence owed limit live flush kept
-    t s T TOKENS BLOCK TILES EVICT key value key_ok value_ok age used later dot token query part ahead n fold FOLD float
-    range""".split()
+    t s T TOKENS BLOCK TILES EVICT FOLD key value key_ok value_ok age used later dot token query part ahead chunk n
+    fold float range""".split()
 )
-PREFIXES = ("in_", "row_", "out_", "at_", "size_", "state_", "left_", "right_", "later_", "after_", "fade_", "fresh_",
-            "now_", "run_", "next_", "slot_", "cursor_", "tickets_", "weight_", "last_")  # fmt: skip
+PREFIXES = tuple(
+    """in_ row_ out_ at_ size_ state_ left_ right_ later_ after_ fade_ fresh_ carry_ now_ run_ next_ slot_ cursor_
+    tickets_ weight_ last_""".split()
+)
 
 
 class Python(Source):

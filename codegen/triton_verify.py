@@ -27,6 +27,7 @@ class Fresh:
         assert schedule.fold is not None
         self.out, self.plan, self.values, self.rows = out, plan, values, rows
         self.stages = schedule.stages
+        self.first = schedule.stages[0].reads if self.rows.updates else ()
         self.fold: Fold = schedule.fold
         self.factors: dict[Kind, Var | None] = {
             "scalar": self.fold.scalar,
@@ -37,24 +38,28 @@ class Fresh:
     def read_ahead(self) -> None:
         """<out>_rows for the reads of the first pass."""
         self.out.line("token = tl.arange(0, TOKENS)")
-        first = self.stages[0]
-        if not first.reads or not self.rows.updates:
-            return
-        for read in first.reads:
+        for read in self.first:
             length = self.values.length(read.out.kind)
             self.out.line(f"{read.out}_rows = tl.zeros([TOKENS, {length}], {self.values.real})")
-        self._start_fading()
-        roots = [*(v for v in self.factors.values() if v), *(r.x for r in first.reads)]
+        self.rows.through(self._add_ahead)
+
+    def _add_ahead(self) -> None:
+        """What a chunk of rows adds to them, token by token."""
+        if not self.first:
+            return
+        roots = [*(v for v in self.factors.values() if v), *(r.x for r in self.first)]
         steps = needed([n for stage in self.stages for n in stage.steps], roots)
         used = self.values.operands(steps, roots)
+        self._start_fading()
         self.values.load_first(used)
         with self.out.block("for t in range(T)"):
             self.values.load_next(used)
             self.values.steps(steps)
-            for read in first.reads:
-                self.rows.read_rows("part", read, self._query(read))
+            for read in self.first:
+                self.out.line(f"part = {self.values.full(read.out.kind, '0.0')}")
+                self.rows.add_rows("part", read, self._query(read))
                 self._fade("part", read)
-                self.out.line(f"{read.out}_rows = tl.where((token == t)[:, None], part[None, :], {read.out}_rows)")
+                self.out.line(f"{read.out}_rows += tl.where((token == t)[:, None], part[None, :], 0.0)")
             self._fade_on()
 
     def start(self) -> None:
@@ -67,14 +72,14 @@ class Fresh:
     def read(self, read: Old) -> None:
         """One read of token t."""
         out, query = self.values.name(read.out), self._query(read)
-        ahead = read in self.stages[0].reads
+        ahead = read in self.first
         if ahead:
             self.out.line(f"{out} = {self.values.full(read.out.kind, '0.0')}")
-            self.rows.read_base(read, query)
+            self.rows.add_base(read, query)
         else:
             self.rows.read(read, query)
         self._fade(out, read)
-        if ahead and self.rows.updates:
+        if ahead:
             self.out.line(f"{out} += tl.sum(tl.where((token == t)[:, None], {read.out}_rows, 0.0), 0)")
         for n in range(len(self.fold.rows)):
             self.rows.add(out, self.values.name(read.x), read.x.kind, f"fresh_left_{n}", f"fresh_right_{n}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import triton_aot
 from kvbuffer_compile import composite
-from kvbuffer_compile.codegen import aot, triton
+from kvbuffer_compile.codegen import aot, triton, triton_rows
 from kvbuffer_compile.codegen.launch import configure
 from kvbuffer_compile.codegen.schedule import schedule
 from kvbuffer_compile.codegen.triton_load import load
@@ -155,6 +155,17 @@ def test_verify_is_exact_and_can_be_taken_back(name):
     for tokens, dropped in [(3, [0, 2]), (1, [1, 0]), (3, [3, 1])]:
         session.check(draw(EXACT[name], tokens))
         session.drop(torch.tensor(dropped))
+
+
+@pytest.mark.parametrize("variant", ["buffered", "verify"])
+@pytest.mark.parametrize("name", ["kda", "everything", "chained"])
+def test_rows_that_do_not_fit_at_once(name, variant, monkeypatch):
+    """Rows are gone through in chunks, here of 2; what decays leave is carried from one to the next."""
+    monkeypatch.setattr(triton_rows, "CHUNK", 2)
+    session = Session(make_plan(EXACT[name], variant, flush=5, capacity=6), [5, 4], block=8)
+    assert "for chunk in range" in triton.emit(session.plan)
+    for _ in range(7 if variant == "buffered" else 4):
+        session.check(draw(EXACT[name], *((2,) if variant == "verify" else ())))
 
 
 @pytest.mark.parametrize("name", EXACT)
