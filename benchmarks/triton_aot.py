@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,30 +86,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    rows = []
-    for row in table(args.targets, args.only):
-        rows.append(row)
-        print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
-        args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    for name in args.only:
+        for target in args.targets:
+            rows += measured(name, target)
+            args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     args.out.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
     spilled = sum(row["spills"] > 0 for row in rows)
     raise SystemExit(f"{spilled} kernels spill" if spilled else 0)
 
 
-def table(targets: list[str], names: list[str]) -> Iterator[dict[str, Any]]:
-    """One row a kernel and target."""
-    for shape in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            for variant, flush, tokens in STEPS:
-                plan = shape.plan(variant, flush, tokens, dtype)
-                config = configure(plan, schedule(plan.program, in_place=variant != "buffered").split)
-                for target in targets if shape.name in names else ():
-                    found = usage(plan, target, (8, shape.heads), tokens, config)
-                    yield {
-                        "case": shape.name, "state": str(dtype).removeprefix("torch."), "variant": variant,
-                        "L": flush, "T": tokens, "block": config.block, "warps": config.warps, "target": target,
-                        **asdict(found), "seconds": round(found.seconds, 2),
-                    }  # fmt: skip
+def measured(name: str, target: str) -> list[dict[str, Any]]:
+    """One row a kernel: what all steps of a recurrence take on a target."""
+    shape = next(s for s in SHAPES if s.name == name)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for variant, flush, tokens in STEPS:
+            plan = shape.plan(variant, flush, tokens, dtype)
+            config = configure(plan, schedule(plan.program, in_place=variant != "buffered").split)
+            found = usage(plan, target, (8, shape.heads), tokens, config)
+            rows.append({
+                "case": name, "state": str(dtype).removeprefix("torch."), "variant": variant, "L": flush, "T": tokens,
+                "block": config.block, "warps": config.warps, "target": target,
+                **asdict(found), "seconds": round(found.seconds, 2),
+            })  # fmt: skip
+            print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
+    return rows
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
