@@ -125,10 +125,6 @@ int64_t state_at(const int64_t* at) const {
   int64_t offset = 0;
   for (int i = 0; i < LANES; ++i) offset += at[i] * state_lane[i];
   return offset;
-}
-int64_t ahead(const int64_t* at) const {
-  if (LANES == 0) return 0;
-  return at[AXES - 1] + 1 < lanes[AXES - 1] ? state_lane[AXES - 1] : 0;
 }"""
 CURSOR_METHODS = """\
 int32_t& mark(int64_t row, int64_t b) const { return cursor[row * cursor_row + b * cursor_sequence]; }

@@ -70,7 +70,7 @@ class Item:
         bare = "call.mark(3, sequence) != 0" if self.buffered else "false"
         self.out.line(
             f"Block<State> block{{call.state + call.state_at(at){offset}, call.state_{self.outer}, "
-            f"call.state_{self.inner}, {sizes}, {bare}, call.ahead(at)}};"
+            f"call.state_{self.inner}, {sizes}, {bare}}};"
         )
 
     def _fold_alone(self) -> None:
@@ -117,20 +117,10 @@ class Item:
         across = [r for r in reads if r.x.kind == self.outer]
         along = [r for r in reads if r.x.kind == self.inner]
         self.out.line(
-            f"Pass<State, Mode::{mode}, {len(across)}, {len(along)}>{{block, {self._prefetch(mode)}, {fold or '{}'}, "
+            f"Pass<State, Mode::{mode}, {len(across)}, {len(along)}>{{block, {fold or '{}'}, "
             f"{{{names(r.x for r in across)}}}, {{{names(r.out for r in across)}}}, "
             f"{{{names(r.x for r in along)}}}, {{{names(r.out for r in along)}}}}}.run();"
         )
-
-    def _prefetch(self, mode: str) -> int:
-        """Bits of Pass.prefetch. A plain step that meets its state twice shares the work between the passes."""
-        if self.buffered:
-            return 0b1111 if mode == "fold_then_read" else 0
-        passes = len(self.schedule.stages) - 1
-        fused = self.schedule.fold_stage < passes
-        if fused and passes == 1:
-            return 0
-        return 0b1100 if mode == "read_then_fold" else 0b0011 if passes == 1 + fused else 0b0001
 
     def _fold_in_place(self, reads: Sequence[Old]) -> None:
         """The state is read as it was, and written as the token leaves it."""

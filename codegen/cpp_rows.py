@@ -36,11 +36,24 @@ class Rows:
         self.out.line("const Right** right = room.right;")
         self.out.line("int64_t rows = 0;")
         self._fades(declare=True)
+        self._ask_for_next()
         with self.out.block("for (int64_t slot = count - 1; slot >= 0; --slot)"):
             for event in reversed(self.plan.program.events):
                 self.out.comment(f"{type(event).__name__.lower()} {', '.join(map(str, uses_of(event)))}")
                 self._update(event) if isinstance(event, Update) else self._decay(event)
         self._fold()
+
+    def _ask_for_next(self) -> None:
+        """Prefetch the same slots of the next lane, most likely this thread's next item.
+
+        Rows are short, and the processor's own prefetcher finds no pattern in them: without this a read of 32 rows and
+        no base took twice as long, a step that owes 15 rows 9 % longer (state of 67 MB).
+        """
+        with self.out.block("for (int64_t slot = 0; slot < count; ++slot)"):
+            for v in self.plan.program.logged:
+                if v.kind != "scalar":
+                    next_row = f"{self._address(v)} + call.row_{v}.lane[AXES - 1]"
+                    self.out.line(f"ask_for({next_row}, call.row_{v}.last, {self.values.length(v.kind)});")
 
     def _fades(self, declare: bool) -> None:
         for kind in self.fades:

@@ -76,6 +76,10 @@ template <class T> inline void store(T* out, const Real* in, int64_t stride, int
     for (; i + WIDTH <= n; i += WIDTH) put<Wide>(out + i, get<Wide>(in + i));
   for (; i < n; ++i) out[i * stride] = narrow<T>(in[i]);
 }
+// Asks for memory that is needed soon.
+template <class T> INLINE void ask_for(const T* in, int64_t stride, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(in + i * stride, 0, 2);
+}
 // `in` itself where it can be used as it is, or a copy in `room`.
 template <class To, class T> INLINE const To* fetch(To* room, const T* in, int64_t stride, int64_t n) {
   if constexpr (std::is_same_v<T, To>)
