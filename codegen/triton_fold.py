@@ -22,7 +22,7 @@ class Fold:
         self.out, self.plan, self.values, self.rows = out, plan, values, rows
         lanes = [f"at_{lane}" for lane in plan.program.lanes]
         self.arguments = ["state", *lanes, *(["sequence"] if "at_sequence" not in lanes else []), "owed", "live"]
-        self.constants = []
+        self.constants: list[str] = []
         for a in arguments(plan, values.split):
             if a.name.startswith(NEEDS):
                 (self.constants if a.constant else self.arguments).append(a.name)

@@ -97,7 +97,7 @@ class Values:
 
     def mask(self, *parts: str | Kind) -> str:
         """A mask argument that is the conjunction of conditions; axes among them by name, where they need one."""
-        found = [f"{p}_ok" if p in AXES else p for p in parts if p not in AXES or self.padded(p)]  # type: ignore[arg-type]
+        found = [f"{p}_ok" if p in AXES else p for p in parts if p not in AXES or self.padded(p)]
         return f", mask={' & '.join(found)}" if found else ""
 
     def load_state(self, live: str | None = None, policy: str = "") -> str:
