@@ -29,7 +29,7 @@ def run(
     owing = iter(accounts)
     current: list[tuple[int, Callable[[], Tensor]]] = []  # each state's position, and its value at the time of asking
     for state in states:
-        if state.plan.variant == "buffered":
+        if state.plan.variant != "recurrent":
             account = next(owing)
             copies[state.index] = dense(account)
             current.append((state.index, functools.partial(dense, account)))

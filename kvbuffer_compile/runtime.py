@@ -84,7 +84,7 @@ class Account:
         self.cursor[0].clamp_(max=0)
         self.cursor[1].fill_(self.phase)
 
-    def take_back_unfinished(self, tokens: int = 1) -> None:
+    def take_back_unfinished(self, tokens: int) -> None:
         """After an exception in the middle of a step of so many tokens: if this state had stepped, undo it."""
         stepped = self.cursor[2] - self.steps
         self.cursor[0] -= torch.where(self.cursor[0] > 0, stepped * tokens, 0)

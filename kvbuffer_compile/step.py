@@ -68,11 +68,12 @@ class Step(SettleOnly):
 
     def run(self, args: list[Any], accounts: list[Account]) -> Any:
         """The compiled graph on prepared inputs; a step that fails half-way is taken back."""
+        counts = [s.tokens.of(args) for s in self.states if s.plan.variant != "recurrent"]
         try:
             out = self.compiled(args)
         except BaseException:
-            for account in accounts:
-                account.take_back_unfinished()
+            for account, tokens in zip(accounts, counts, strict=True):
+                account.take_back_unfinished(tokens)
             raise
         for account in accounts:
             account.steps += 1

@@ -58,15 +58,15 @@ class Assembled:
     operands: dict[Var, Node]
     reads: dict[Node, Var]
 
-    def output(self, node: Node, inserter: Inserter) -> Output:
-        """How the program's value of a read is brought into the dims of its node."""
+    def output(self, node: Node, inserter: Inserter, index: int, token: int | None) -> Output:
+        """How the program's value of a read (its output `index`, of one token) is brought into the dims of its node."""
         kind = self.reads[node].kind
         labels = resolved(self.walk.reads[node].labels)
         parts = [*self.place.lanes, self.place.axis(kind)]
         where = {atom: i for i, part in enumerate(parts) for atom in part}
         met = list(dict.fromkeys(where[a] for dim in labels for a in dim))
         empty = [i for i, part in enumerate(parts) if not part]
-        return Output(node, tuple(empty + met), tuple(inserter.size(n) for n in shape(node)))
+        return Output(node, tuple(empty + met), tuple(inserter.size(n) for n in shape(node)), index, token)
 
 
 def assemble(walk: Walk, axes: Axes, tainted: Tainted, inserter: Inserter) -> Assembled:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,10 +47,9 @@ def explain_choice(
     compute = torch.float64 if state_tensor(lifted).dtype == torch.float64 else torch.float32
     rows = row_dtypes(lifted, options, compute)
     wanted = () if isinstance(options.flush, str) else (options.flush,)
-    prediction = predict(
-        make_case(lifted, rows, compute, options.capacity, target), machine, (*_ladder(target), *wanted)
-    )
-    chosen = _asked(prediction, wanted[0]) if wanted else _fastest(prediction)
+    case = make_case(lifted, rows, compute, options.capacity, target)
+    prediction = predict(case, machine, (*_ladder(case), *wanted))
+    chosen = _asked(prediction, wanted[0]) if wanted else _fastest(prediction, case, machine)
     if chosen is None:
         return _no_gain(lifted, prediction), prediction
     prediction = replace(prediction, chosen=chosen)
@@ -59,7 +60,7 @@ def explain_choice(
         variant=best.variant,
         sizes=lifted.sizes,
         flush=best.flush,
-        capacity=max(best.flush, options.capacity or best.flush) if best.variant == "buffered" else 1,
+        capacity=max(best.flush, options.capacity or 0, case.tokens) if best.variant != "recurrent" else 1,
         state_dtype=state_tensor(lifted).dtype,
         row_dtypes=rows,
         compute=compute,
@@ -71,7 +72,7 @@ def explain_choice(
 
 def _too_wide(lifted: Lifted, plan: Plan) -> Declined | None:
     """torch refuses ops with too many arguments: state, cursor, rows and operands are one each."""
-    rows = len(plan.program.logged) + 1 if plan.variant == "buffered" else 0
+    rows = len(plan.program.logged) + 1 if plan.variant != "recurrent" else 0
     count = 1 + rows + len(plan.program.inputs)
     if count <= ARGUMENTS:
         return None
@@ -82,7 +83,7 @@ def _too_wide(lifted: Lifted, plan: Plan) -> Declined | None:
 def predict_plan(lifted: Lifted, plan: Plan, machine: Machine) -> Prediction:
     """What a plan made earlier is predicted to bring, beside the other candidates."""
     case = make_case(lifted, plan.row_dtypes, plan.compute, plan.capacity, plan.target)
-    prediction = predict(case, machine, (*_ladder(plan.target), plan.flush))
+    prediction = predict(case, machine, (*_ladder(case), plan.flush))
     return replace(prediction, chosen=_asked(prediction, plan.flush))
 
 
@@ -96,17 +97,24 @@ def state_tensor(lifted: Lifted) -> Tensor:
 # ------------------------------------------------------------------------------------------------ choosing
 
 
-def _ladder(target: str) -> tuple[int, ...]:
-    return FLUSHES_TRITON if target == "triton" else FLUSHES
+def _ladder(case: Case) -> tuple[int, ...]:
+    return FLUSHES_TRITON if case.target == "triton" and case.tokens == 1 else FLUSHES
 
 
 def _asked(prediction: Prediction, flush: int) -> int:
     return next(i for i, c in enumerate(prediction.candidates) if c.flush == flush)
 
 
-def _fastest(prediction: Prediction) -> int | None:
-    """The fastest candidate when it promises enough; of equals the shorter buffer."""
-    order = sorted(range(len(prediction.candidates)), key=lambda i: (prediction.candidates[i].seconds, i))
+def _fastest(prediction: Prediction, case: Case, machine: Machine) -> int | None:
+    """The fastest candidate when it promises enough; of equals the shorter buffer.
+
+    Several tokens at once take the flush length that one token would, so that both graphs share their rows.
+    """
+    alone = prediction if case.tokens == 1 else predict(replace(case, tokens=1), machine, _ladder(case))
+    order = sorted(range(len(alone.candidates)), key=lambda i: (alone.candidates[i].seconds, i))
+    if case.tokens > 1:
+        flush = next(c.flush for i in order if (c := alone.candidates[i]).variant == "buffered")
+        order = [_asked(prediction, flush)]
     needed = MIN_GAIN.get(prediction.target, MIN_GAIN_KERNEL)
     return order[0] if prediction.candidates[order[0]].gain >= needed else None
 
@@ -156,6 +164,7 @@ def make_case(
         strided=strided_reads(lifted.program, lifted.layout),
         capacity=capacity or 0,
         target=target,
+        tokens=_hint(lifted.tokens) if lifted.several else 1,
     )
 
 
@@ -217,6 +226,9 @@ def exact_dtype(node: Node, compute: torch.dtype) -> torch.dtype:
     dtype = _dtype(node)
     if dtype is None or not dtype.is_floating_point:
         return compute
+    if node.target is aten.cat.default:
+        parts: Any = node.args[0]
+        return functools.reduce(torch.promote_types, (exact_dtype(part, compute) for part in parts))
     while node.target in _SAME_VALUES or node.target in _CASTS:
         source = node.args[0]
         narrower = _dtype(source) if isinstance(source, Node) else None

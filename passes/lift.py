@@ -10,13 +10,13 @@ outputs   the reads that the rest of the graph still needs
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch.fx import GraphModule, Node
 
 from kvbuffer_compile.errors import Declined
-from kvbuffer_compile.ir import rename, verify
+from kvbuffer_compile.ir import Program, Var, verify
 from kvbuffer_compile.passes.assemble import Assembled, assemble, trimmed
 from kvbuffer_compile.passes.captured import candidates, copied, source, written
 from kvbuffer_compile.passes.composites import opened
@@ -27,8 +27,10 @@ from kvbuffer_compile.passes.queries import adopt, taken_apart
 from kvbuffer_compile.passes.reasons import refused, told
 from kvbuffer_compile.passes.stacked import apart, stacks
 from kvbuffer_compile.passes.terms import Refusal
-from kvbuffer_compile.passes.tokens import tokens
+from kvbuffer_compile.passes.tokens import Tokens, tokens
 from kvbuffer_compile.passes.walk import Walk
+
+aten = torch.ops.aten
 
 
 def lift(gm: GraphModule) -> LiftedGraph:
@@ -168,22 +170,54 @@ def _finish(graph: LiftedGraph, assembled: list[Assembled]) -> list[Lifted]:
 
 def _lifted(one: Assembled, live: set[Node], inserter: Inserter) -> Lifted:
     nodes = [n for n in one.reads if n in live]
-    program = trimmed(one.program, tuple(one.reads[n] for n in nodes))
-    program = replace(program, tokens=tokens(program))
+    parts = _tokens(one.program, [one.reads[n] for n in nodes])
     by_name = {v.name: node for v, node in one.operands.items()}
+    operands = [[by_name[v.name] for v in inputs] for inputs in parts.inputs]
     walk = one.walk
     assert walk.after is not None
     return Lifted(
         state=walk.state,
-        program=verify(rename(program)),
+        program=verify(parts.program),
         layout=one.place.layout,
         sizes=one.place.sizes,
-        operands=tuple(by_name[v.name] for v in program.inputs),
-        outputs=tuple(one.output(n, inserter) for n in nodes),
+        operands=tuple(_stacked(inserter, nodes, one.place.layout.lanes) for nodes in zip(*operands, strict=True)),
+        outputs=tuple(one.output(n, inserter, *_position(one.reads[n], parts)) for n in nodes),
         write=walk.write,
         returned=walk.returned,
         source=source(walk.after.version.node) or source(walk.write or walk.state),
+        several=parts.count > 1,
     )
+
+
+def _tokens(program: Program, live: list[Var]) -> Tokens:
+    """The tokens of a program with all its reads as outputs; one that is live in no token is none."""
+    parts = tokens(trimmed(program, tuple(live)))
+    whole = tokens(program)
+    if whole.count <= parts.count:
+        return parts
+    roles = {i for outputs in whole.outputs for i, v in enumerate(outputs) if v in live}
+    shown = tuple(v for outputs in whole.outputs for i, v in enumerate(outputs) if i in roles)
+    again = tokens(trimmed(program, shown))
+    return again if again.count == whole.count else parts
+
+
+def _stacked(inserter: Inserter, nodes: Sequence[Node], lanes: int) -> Node:
+    """One operand of all tokens, [*lanes, T(, K or V)]."""
+    if len(nodes) == 1:
+        return nodes[0]
+    if len(set(nodes)) == 1:
+        one = inserter.call(aten.unsqueeze.default, nodes[0], lanes)
+        sizes = [len(nodes) if dim == lanes else -1 for dim in range(one.meta["val"].dim())]
+        return inserter.call(aten.expand.default, one, sizes)
+    return inserter.call(aten.cat.default, [inserter.call(aten.unsqueeze.default, n, lanes) for n in nodes], lanes)
+
+
+def _position(read: Var, parts: Tokens) -> tuple[int, int | None]:
+    """Which output of which token a read of the whole program is."""
+    for token, outputs in enumerate(parts.outputs):
+        if read in outputs:
+            return outputs.index(read), token if parts.count > 1 else None
+    raise AssertionError(read)
 
 
 def _live(gm: GraphModule, assembled: Iterable[Assembled]) -> set[Node]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch.fx import GraphModule, Node
 
 from kvbuffer_compile.errors import Declined
@@ -13,23 +14,27 @@ from kvbuffer_compile.plan import Layout
 
 @dataclass(frozen=True)
 class Output:
-    """Where one program output goes: `node` is replaced by value.permute(perm).reshape(shape), cast to its dtype.
+    """Where a value of a step goes: `node` is replaced by value.permute(perm).reshape(shape), cast to its dtype.
 
-    value has the program's canonical shape [*lanes(, K or V)] at full lane sizes. shape: ints or size nodes.
+    value: output number `index` of the program in its canonical shape [*lanes(, K or V)] at full lane sizes; of a step
+    of several tokens that of token `token`, or [*lanes, T(, K or V)] when `token` is None. shape: ints or size nodes.
     """
 
     node: Node
     perm: tuple[int, ...]
     shape: tuple[int | Node, ...]
+    index: int = 0
+    token: int | None = None
 
 
 @dataclass(frozen=True)
 class Lifted:
     """One state's recurrence in a graph.
 
-    state: its placeholder. operands: one node for each of program.inputs, in canonical shape. outputs: one for each of
-    program.outputs. write: the copy_ node that stores the next state, or None when it is returned: then `returned`
-    is its position among the graph's outputs. source: "file:line" of the model code that updates the state.
+    state: its placeholder. operands: one node for each of program.inputs, in canonical shape. outputs: every node that
+    one of the program's outputs replaces. write: the copy_ node that stores the next state, or None when it is
+    returned: then `returned` is its position among the graph's outputs. source: "file:line" of the model code that
+    updates the state. several: the graph runs the program for several tokens; operands are [*lanes, T(, K or V)].
     """
 
     state: Node
@@ -41,6 +46,15 @@ class Lifted:
     write: Node | None
     returned: int | None = None
     source: str = ""
+    several: bool = False
+
+    @property
+    def tokens(self) -> int | torch.SymInt:
+        """How many tokens one run of the graph decodes."""
+        if not self.several:
+            return self.program.tokens
+        count: int | torch.SymInt = self.operands[0].meta["val"].shape[self.layout.lanes]
+        return count
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Case:
 
     lanes: sizes of program.lanes. sizes: (K, V). Widths are bytes of an element, row_widths one for each of
     program.logged. strided: reads that contract an axis of the state that is not its innermost one.
-    capacity: slots that the user wants at least, 0 for none. target: "aten", "cpp" or "triton".
+    capacity: slots that the user wants at least, 0 for none. target: "aten", "cpp" or "triton". tokens: of one step.
     """
 
     program: Program
@@ -70,6 +70,7 @@ class Case:
     strided: int
     capacity: int
     target: str
+    tokens: int = 1
 
     @property
     def state_bytes(self) -> int:
@@ -121,11 +122,17 @@ def predict(case: Case, machine: Machine, flushes: tuple[int, ...]) -> Predictio
         moved, seconds = serve(case, machine, counts, variant, flush)
         return Candidate(variant, flush, moved, seconds, plain_seconds / seconds)
 
-    ladder = sorted({flush for flush in flushes if flush > 1})
-    candidates = (candidate("recurrent", 1), *(candidate("buffered", flush) for flush in ladder))
+    ladder = sorted(set(flushes) | {1} if case.tokens == 1 else set(flushes))
+    candidates = tuple(candidate(_variant(case, flush), flush) for flush in ladder)
     plain = Candidate("recurrent", 1, plain_bytes, plain_seconds, 1.0)
     best, formula = _best_flush(case, counts)
     return Prediction(machine, case.target, case.state_bytes, round(counts.slot), best, formula, plain, candidates)
+
+
+def _variant(case: Case, flush: int) -> Variant:
+    if case.tokens > 1:
+        return "verify"
+    return "buffered" if flush > 1 else "recurrent"
 
 
 # --------------------------------------------------------------------------------------------- symbolic part
@@ -145,7 +152,7 @@ class _Counts:
 
 
 def _counts(case: Case) -> _Counts:
-    known = cost.numbers(case.program, case.lanes, case.sizes, s=case.state_width, a=case.operand_width, T=1)
+    known = cost.numbers(case.program, case.lanes, case.sizes, s=case.state_width, a=case.operand_width, T=case.tokens)
     plain = cost.recurrent(case.program).map(lambda e: e.subs(known))
     log = cost.buffered(case.program, case.sequence, case.row_widths).map(lambda e: e.subs(known))
     computed_widths = (case.compute_width,) * len(case.row_widths)
@@ -176,8 +183,8 @@ def _seconds(case: Case, machine: Machine, moved: float, operations: float, laun
 
 def _plain(case: Case, machine: Machine, counts: _Counts) -> tuple[float, float]:
     passes = PLAIN_PASSES + PLAIN_STRIDED_READ.get(machine.device, 0.0) * case.strided
-    moved = passes * case.state_bytes + counts.operands
-    launches = PLAIN_LAUNCHES.get(machine.device, 2.0)
+    moved = passes * case.tokens * case.state_bytes + counts.operands
+    launches = PLAIN_LAUNCHES.get(machine.device, 2.0) * case.tokens
     return moved, _seconds(case, machine, moved, counts.recurrent_operations, launches)
 
 
@@ -185,7 +192,8 @@ def _kernel(case: Case, machine: Machine, counts: _Counts, variant: Variant, flu
     if variant == "recurrent":
         moved, operations = counts.recurrent_bytes, counts.recurrent_operations
     else:
-        moved, operations = counts.buffered_bytes(flush), counts.buffered_operations(flush)
+        period = max(flush, case.tokens)
+        moved, operations = counts.buffered_bytes(period), counts.buffered_operations(period)
     launches, efficiency = KERNEL_LAUNCHES.get(machine.device, 1.0), KERNEL_EFFICIENCY.get(machine.device, 1.0)
     spent = _seconds(case, machine, moved / efficiency, operations / efficiency, launches)
     return moved, spent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, GraphModule, Node
 
 from kvbuffer_compile.errors import IRError
+from kvbuffer_compile.passes.graph import shape
+from kvbuffer_compile.passes.labels import size_of
 from kvbuffer_compile.passes.lifted import Lifted, Output
 from kvbuffer_compile.plan import Plan
 
@@ -22,15 +24,32 @@ _METADATA_USES = frozenset(
 
 
 @dataclass(frozen=True)
+class Count:
+    """A number that is known (size), or found at run time: the graph's input at `source`, or one of its dims."""
+
+    size: int | None = None
+    source: int = 0
+    dim: int | None = None
+
+    def of(self, args: Sequence[Any]) -> int:
+        """The number for these inputs."""
+        if self.size is not None:
+            return self.size
+        given = args[self.source]
+        return int(given) if self.dim is None else int(given.shape[self.dim])
+
+
+@dataclass(frozen=True)
 class Spliced:
     """One rewritten state: the position of its tensor among the graph's inputs, how many inputs were appended for it
-    (cursor and rows, in the op's order; none for the recurrent variant), and its position among the outputs when the
-    next state is returned instead of written."""
+    (cursor and rows, in the op's order; none for the recurrent variant), its position among the outputs when the
+    next state is returned instead of written, and how many tokens a step decodes."""
 
     index: int
     plan: Plan
     extra: int
     returned: int | None = None
+    tokens: Count = Count(1)
 
 
 def splice(gm: GraphModule, chosen: list[tuple[Lifted, Plan]], op_of: Callable[[Plan], Any]) -> list[Spliced]:
@@ -46,7 +65,8 @@ def splice(gm: GraphModule, chosen: list[tuple[Lifted, Plan]], op_of: Callable[[
     for lifted, plan in chosen:
         extra, last = _side_inputs(gm.graph, lifted, plan, last)
         _replace(gm.graph, lifted, op_of(plan), extra)
-        done.append(Spliced(placeholders.index(lifted.state), plan, len(extra), lifted.returned))
+        count = _count(lifted.tokens, placeholders)
+        done.append(Spliced(placeholders.index(lifted.state), plan, len(extra), lifted.returned, count))
     stable_topological_sort(gm.graph)
     _write_last(gm.graph)
     gm.graph.eliminate_dead_code()
@@ -56,6 +76,20 @@ def splice(gm: GraphModule, chosen: list[tuple[Lifted, Plan]], op_of: Callable[[
     gm.graph.lint()
     gm.recompile()
     return done
+
+
+def _count(tokens: int | torch.SymInt, inputs: list[Node]) -> Count:
+    size = size_of(tokens)
+    if isinstance(size, int):
+        return Count(size)
+    for i, node in enumerate(inputs):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and size_of(value) == size:
+            return Count(None, i)
+        for dim, found in enumerate(shape(node)):
+            if found == size:
+                return Count(None, i, dim)
+    raise IRError(f"no input of the graph has the {size} tokens of a step")
 
 
 def _lift_constants(graph: Graph) -> None:
@@ -89,10 +123,10 @@ def _side_inputs(graph: Graph, lifted: Lifted, plan: Plan, last: Node) -> tuple[
     for v, dtype in zip(plan.program.logged, plan.row_dtypes, strict=True):
         shapes.append((f"row_{v}", plan.row_shape(v, lanes), dtype))
     nodes = []
-    for name, shape, dtype in shapes:
+    for name, dims, dtype in shapes:
         with graph.inserting_after(last):
             last = graph.placeholder(f"{lifted.state.name}_{name}")
-        last.meta["val"] = state.new_empty(shape, dtype=dtype)
+        last.meta["val"] = state.new_empty(dims, dtype=dtype)
         nodes.append(last)
     return nodes, last
 
@@ -103,9 +137,11 @@ def _replace(graph: Graph, lifted: Lifted, op: Any, extra: list[Node]) -> None:
     with graph.inserting_before(end):
         step = graph.call_function(op, (lifted.state, *extra, *lifted.operands))
         step.meta["val"] = op(*(n.meta["val"] for n in step.args if isinstance(n, Node)))
-        many = len(lifted.outputs) != 1
-        for i, output in enumerate(lifted.outputs):
-            value = _call(graph, operator.getitem, (step, i)) if many else step
+        many = len(lifted.program.outputs) != 1
+        for output in lifted.outputs:
+            value = _call(graph, operator.getitem, (step, output.index)) if many else step
+            if output.token is not None:
+                value = _call(graph, aten.select.int, (value, lifted.layout.lanes, output.token))
             output.node.replace_all_uses_with(_restored(graph, value, output))
     if lifted.write is not None:
         graph.erase_node(lifted.write)

@@ -1,20 +1,55 @@
-"""How many tokens a program stands for: the number of equal periods its ops on the state fall into."""
+"""The tokens of a program: equal periods of its ops on the state become one program of one token, run several times."""
 
 from __future__ import annotations
 
-from kvbuffer_compile.ir import Map, Op, Program, Read, operands
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from kvbuffer_compile.ir import Map, Op, Program, Read, Var, operands, rename, result
 
 
-def tokens(program: Program) -> int:
-    """The largest number of periods alike in ops and kinds, each of which hands a read of its own to the outside."""
-    ops = [op for op in program.ops if not isinstance(op, Map)]
+@dataclass(frozen=True)
+class Tokens:
+    """program: of one token, canonical. inputs, outputs: for each token the variables of the whole program that its
+    inputs and outputs stand for."""
+
+    program: Program
+    inputs: tuple[tuple[Var, ...], ...]
+    outputs: tuple[tuple[Var, ...], ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.inputs)
+
+
+def tokens(program: Program) -> Tokens:
+    """The most tokens that a program can be taken apart into: 1 when it cannot.
+
+    Every period must be alike in all its calls, hand something to the outside, and use no read of another one.
+    Equal algebra gives equal programs: calls stand where they are first needed, inputs in order of use.
+    """
+    whole = _State(program)
+    for period in _periods(whole.ops, program):
+        found = [whole.token(range(i, i + period)) for i in range(0, len(whole.ops), period)]
+        programs = {rename(one.program) for one in found if one is not None}
+        if len(programs) == 1 and all(one is not None and one.program.outputs for one in found):
+            parts = [one.program for one in found if one is not None]
+            return Tokens(programs.pop(), tuple(p.inputs for p in parts), tuple(p.outputs for p in parts))
+    one = whole.token(range(len(whole.ops)))
+    assert one is not None, "a program uses no reads but its own"
+    entangled = next(_periods(whole.ops, program), len(whole.ops))  # several tokens, one feeding the next
+    count = len(whole.ops) // entangled if entangled else 1
+    return Tokens(replace(rename(one.program), tokens=count), (one.program.inputs,), (one.program.outputs,))
+
+
+def _periods(ops: Sequence[Op], program: Program) -> Iterator[int]:
+    """The lengths of periods alike in ops and kinds, each of which hands a read to the outside."""
     shapes = [_shape(op) for op in ops]
     for period in range(1, len(ops)):
         if len(ops) % period == 0 and shapes[period:] == shapes[:-period]:
             parts = [ops[i : i + period] for i in range(0, len(ops), period)]
             if all(any(_is_shown(op, program) for op in part) for part in parts):
-                return len(parts)
-    return 1
+                yield period
 
 
 def _shape(op: Op) -> tuple[str, ...]:
@@ -30,3 +65,63 @@ def _is_shown(op: Op, program: Program) -> bool:
         if isinstance(later, Map) and not made.isdisjoint(operands(later)):
             made.add(later.out)
     return not made.isdisjoint(program.outputs)
+
+
+class _State:
+    """A program as ops on its state and the calls that feed them."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.ops = [op for op in program.ops if not isinstance(op, Map)]
+        self.made = {v: op for op in program.ops if (v := result(op)) is not None}
+        self.position = {v: i for i, op in enumerate(self.ops) if (v := result(op)) is not None}
+        self.last = {v: self._last_read(v) for v in program.outputs}
+
+    def _last_read(self, v: Var) -> int:
+        """The position of the last read that a value depends on, 0 for none."""
+        op = self.made.get(v)
+        if op is None or not isinstance(op, Map):
+            return self.position.get(v, 0)
+        return max((self._last_read(x) for x in operands(op)), default=0)
+
+    def token(self, span: range) -> _Token | None:
+        """The program of some consecutive ops, and of the outputs that are complete with them."""
+        token = _Token(self, span)
+        for i in span:
+            if not all(token.need(v) for v in operands(self.ops[i])):
+                return None
+            token.ops.append(self.ops[i])
+            token.known |= {v for v in [result(self.ops[i])] if v is not None}
+        outputs = [v for v in self.program.outputs if self.last[v] in span]
+        return token if all(token.need(v) for v in sorted(outputs, key=self.last.__getitem__)) else None
+
+
+class _Token:
+    def __init__(self, state: _State, span: range) -> None:
+        self.state, self.span = state, span
+        self.inputs: list[Var] = []
+        self.ops: list[Op] = []
+        self.known: set[Var] = set()
+
+    def need(self, v: Var) -> bool:
+        """Define a value here; False when it depends on a read of another token."""
+        if v in self.known:
+            return True
+        op = self.state.made.get(v)
+        if isinstance(op, Read):
+            return False
+        if op is None:
+            self.inputs.append(v)
+        elif not all(self.need(x) for x in operands(op)):
+            return False
+        else:
+            self.ops.append(op)
+        self.known.add(v)
+        return True
+
+    @property
+    def program(self) -> Program:
+        state = self.state
+        outputs = [v for v in state.program.outputs if state.last[v] in self.span]
+        outputs.sort(key=state.last.__getitem__)
+        return Program(state.program.lanes, tuple(self.inputs), tuple(self.ops), tuple(outputs))

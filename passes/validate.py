@@ -35,7 +35,7 @@ SMALLEST_BATCH = 7  # smaller numbers could be the index of a dim
 _OPAQUE = frozenset(
     {
         aten.mm, aten.addmm, aten.convolution, aten.embedding, aten.index, aten.index_select, aten.gather,
-        aten.cumsum, aten.topk, aten.sort, aten.scatter, aten.index_put, aten._grouped_mm, aten.cat,
+        aten.cumsum, aten.topk, aten.sort, aten.scatter, aten.index_put, aten._grouped_mm,
         aten._scaled_dot_product_flash_attention_for_cpu, aten._softmax,
     }
 )  # fmt: skip
@@ -86,7 +86,7 @@ def _fingerprint(lifted: Lifted, below: set[Node]) -> str:
     """The program with the part of the graph it stands for, up to names: equal text, equal computation."""
     ends = [*lifted.operands, *(o.node for o in lifted.outputs), _next_state(lifted)]
     number: dict[Node, int] = {}
-    lines = [str(lifted.program), str(lifted.layout), str(lifted.sizes)]
+    lines = [str(lifted.program), str(lifted.layout), str(lifted.sizes), str(lifted.several)]
     for n in _slice([lifted.state, *ends], {}, below):
         number[n] = len(number)
         value = n.meta.get("val")
@@ -94,7 +94,9 @@ def _fingerprint(lifted: Lifted, below: set[Node]) -> str:
         call = "cut" if _is_cut(n, below) else f"{n.target} {_numbered(n.args, number)} {_numbered(n.kwargs, number)}"
         lines.append(f"{call} {what}")
     entangled = _entangled(lifted, below)
-    lines.append(f"{[number[n] for n in ends]} {[(o.perm, len(o.shape)) for o in lifted.outputs]} {entangled}")
+    lines.append(
+        f"{[number[n] for n in ends]} {[(o.perm, len(o.shape), o.index, o.token) for o in lifted.outputs]} {entangled}"
+    )
     return "\n".join(lines)
 
 
@@ -132,13 +134,27 @@ def _compare(lifted: Lifted, original: _Evaluator, positive: _Evaluator) -> str 
     state = original.value(lifted.state)
     layout = original.layout(lifted.layout)
     memory = Dense(layout.canonical(state))
-    env = run(lifted.program, memory, {v.name: x for v, x in zip(lifted.program.inputs, operands, strict=True)})
-    for var, output, want in zip(lifted.program.outputs, lifted.outputs, wanted, strict=True):
-        got = _full(env[var.name], memory.state, var.kind).permute(output.perm).reshape(want.shape)
+    outputs = _run(lifted, memory, operands)
+    for output, want in zip(lifted.outputs, wanted, strict=True):
+        value = outputs[output.index]
+        got = value if output.token is None else value.select(lifted.layout.lanes, output.token)
+        got = got.permute(output.perm).reshape(want.shape)
         if (error := _distance(got, want)) > TOLERANCE:
             return f"read {output.node} differs by {error:.1e}"
     error = _distance(memory.state, layout.canonical(after.contiguous()))
     return f"the next state differs by {error:.1e}" if error > TOLERANCE else None
+
+
+def _run(lifted: Lifted, memory: Dense, operands: list[Tensor]) -> list[Tensor]:
+    """The program's outputs on a dense memory, token after token; [*lanes, T(, K or V)] for several."""
+    program, lanes = lifted.program, lifted.layout.lanes
+    count = operands[0].shape[lanes] if lifted.several else 1
+    steps = [[x.select(lanes, t) for x in operands] if lifted.several else operands for t in range(count)]
+    runs = []
+    for values in steps:
+        env = run(program, memory, {v.name: x for v, x in zip(program.inputs, values, strict=True)})
+        runs.append([_full(env[v.name], memory.state, v.kind) for v in program.outputs])
+    return [torch.stack(one, lanes) if lifted.several else one[0] for one in zip(*runs, strict=True)]
 
 
 def _next_state(lifted: Lifted) -> Node:

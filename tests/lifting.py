@@ -117,20 +117,26 @@ def disagreement(graph: LiftedGraph, lifted: Lifted, values: dict[Node, Any], sc
     """
     memory = Dense(lifted.layout.canonical(values[lifted.state]).clone())
     lanes = list(memory.state.shape[:-2])
+    at = len(lanes)
     assert tuple(memory.state.shape[-2:]) == lifted.sizes
-    inputs = {}
+    count = values[lifted.operands[0]].shape[at] if lifted.several else 1
+    inputs: dict[str, Tensor] = {}
     for v, node in zip(lifted.program.inputs, lifted.operands, strict=True):
         inputs[v.name] = values[node] * (1.01 if v.name == scale else 1)
         own = [n if name in v.lanes else 1 for name, n in zip(lifted.program.lanes, lanes, strict=True)]
+        own += [count] if lifted.several else []
         assert list(values[node].shape) == full_shape(lifted, own, v.kind), f"{v} of {node}"
         assert node.meta["val"].dtype.is_floating_point
         assert lifted.state not in ancestors(node), f"{node} depends on the state"
-    env = run(verify(lifted.program), memory, inputs)
+    tokens = [{n: x.select(at, t) if lifted.several else x for n, x in inputs.items()} for t in range(count)]
+    runs = [run(verify(lifted.program), memory, token) for token in tokens]
     worst = 0.0
-    for v, output in zip(lifted.program.outputs, lifted.outputs, strict=True):
+    for output in lifted.outputs:
         shape = [n if isinstance(n, int) else values[n] for n in output.shape]
-        got = env[v.name].expand(full_shape(lifted, lanes, v.kind)).permute(output.perm).reshape(shape)
-        worst = max(worst, distance(got, values[output.node]))
+        v = lifted.program.outputs[output.index]
+        each = [env[v.name].expand(full_shape(lifted, lanes, v.kind)) for env in runs]
+        got = each[output.token or 0] if not lifted.several or output.token is not None else torch.stack(each, at)
+        worst = max(worst, distance(got.permute(output.perm).reshape(shape), values[output.node]))
     after = lifted.layout.canonical(values[next_state(graph, lifted)].contiguous())
     return max(worst, distance(memory.state, after))
 
