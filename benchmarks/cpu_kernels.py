@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.recurrences import RECURRENCES, Recurrence
 from kvbuffer_compile import ops
 from kvbuffer_compile.codegen import build
 from kvbuffer_compile.plan import Layout, Plan
+from kvbuffer_compile.recurrences import RECURRENCES, Recurrence
 
 CPU = torch.device("cpu")
 L = 16

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.recurrences import RECURRENCES, Recurrence
 from kvbuffer_compile import composite, ops
 from kvbuffer_compile.plan import Layout, Plan
+from kvbuffer_compile.recurrences import RECURRENCES, Recurrence
 
 DEVICE = torch.device("cuda")
 L = 16

@@ -1,41 +1,37 @@
 """Registers, spills and shared memory of the generated Triton kernels, compiled ahead of time; needs no GPU.
 
-    python -m benchmarks.triton_aot [--targets sm_90 ...] [--only gdn ...] [--out benchmarks/results/triton_aot]
+    python -m benchmarks.triton_aot [--targets sm_90 ...] [--only gdn ...] [--variants verify ...] [--seconds 170]
+                                    [--out benchmarks/results/triton_aot]
 
-Writes OUT.json and, as a table, OUT.md. Fails when a kernel spills.
+Writes OUT.json and, as a table, OUT.md. Kernels that OUT.json already knows by their text and launch are not compiled
+again, so a run that was cut short goes on where it stopped. Fails when a kernel spills.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
-from benchmarks.recurrences import RECURRENCES
 from kvbuffer_compile.codegen.aot import TARGETS, usage
-from kvbuffer_compile.codegen.launch import configure
+from kvbuffer_compile.codegen.launch import Config, configure
 from kvbuffer_compile.codegen.schedule import schedule
+from kvbuffer_compile.codegen.triton import emit
 from kvbuffer_compile.ir import Program
 from kvbuffer_compile.plan import Layout, Plan
-from kvbuffer_compile.text import parse
+from kvbuffer_compile.recurrences import RECURRENCES
 
 OUT = Path(__file__).parent / "results" / "triton_aot"
-MLSTM = parse("""program over b h tokens 1
-  input q: key(b h)
-  input k: key(b h)
-  input v: value(b h)
-  input f: scalar(b h)
-  input i: scalar(b h)
-  ki = aten.mul.Tensor(k, i)
-  decay f
-  update ki, v
-  o = read q
-  return o""")
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,9 @@ SHAPES = (
     Shape("mamba2-64x256", RECURRENCES["mamba2"].program, (256, 64), 64, "key"),
     Shape("gla", RECURRENCES["gla"].program, (256, 512), 4),
     Shape("rwkv7", RECURRENCES["rwkv7"].program, (64, 64), 64),
-    Shape("mlstm", MLSTM, (256, 512), 4),
+    Shape("mlstm", RECURRENCES["mlstm"].program, (256, 512), 4),
 )
+VARIANTS = ("recurrent", "buffered", "verify")
 # variant, flush length, tokens
 STEPS = (
     ("recurrent", 1, 1),
@@ -82,36 +79,83 @@ STEPS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--only", nargs="+", default=[s.name for s in SHAPES])
+    parser.add_argument("--only", nargs="+", default=[s.name for s in SHAPES], choices=[s.name for s in SHAPES])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no compilation after this time")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    rows: list[dict[str, Any]] = []
-    for name in args.only:
-        for target in args.targets:
-            rows += measured(name, target)
-            args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    end = time.monotonic() + args.seconds
+    file = args.out.with_suffix(".json")
+    known = {row["key"]: row for row in (json.loads(file.read_text(encoding="utf-8")) if file.exists() else [])}
+    missing = 0
+    for kernel in kernels(SHAPES):
+        if kernel.key in known or not _wanted(kernel, args):
+            continue
+        if time.monotonic() > end:
+            missing += 1
+            continue
+        known[kernel.key] = row = kernel.measured()
+        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        _write(file, [known[k.key] for k in kernels(SHAPES) if k.key in known])
+    rows = [known[k.key] for k in kernels(SHAPES) if k.key in known]
+    _write(file, rows)
     args.out.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
     spilled = sum(row["spills"] > 0 for row in rows)
-    raise SystemExit(f"{spilled} kernels spill" if spilled else 0)
+    print(f"{len(rows)} kernels in the table, {missing} of those asked for still missing, {spilled} spill")
+    raise SystemExit(1 if spilled else 0)
+
+
+def _wanted(kernel: Kernel, args: argparse.Namespace) -> bool:
+    chosen = kernel.shape.name in args.only and kernel.target in args.targets
+    return chosen and kernel.plan.variant in args.variants
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compilation."""
+
+    shape: Shape
+    plan: Plan
+    tokens: int
+    target: str
+
+    @cached_property
+    def config(self) -> Config:
+        return configure(self.plan, schedule(self.plan.program, in_place=self.plan.variant != "buffered").split)
+
+    @cached_property
+    def key(self) -> str:
+        """What decides the numbers: the text with its launch, the target, the compiler."""
+        parts = (emit(self.plan, self.config), self.target, str(self.tokens), triton.__version__)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    def measured(self) -> dict[str, Any]:
+        plan, config = self.plan, self.config
+        found = usage(plan, self.target, (8, self.shape.heads), self.tokens, config)
+        return {
+            "key": self.key, "case": self.shape.name, "state": str(plan.state_dtype).removeprefix("torch."),
+            "variant": plan.variant, "L": plan.flush, "T": self.tokens, "block": config.block, "warps": config.warps,
+            "target": self.target, **asdict(found), "seconds": round(found.seconds, 2),
+        }  # fmt: skip
+
+
+def kernels(shapes: Iterable[Shape], targets: Iterable[str] = tuple(TARGETS)) -> Iterator[Kernel]:
+    """All compilations of the table."""
+    for shape in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            for variant, flush, tokens in STEPS:
+                plan = shape.plan(variant, flush, tokens, dtype)
+                yield from (Kernel(shape, plan, tokens, target) for target in targets)
 
 
 def measured(name: str, target: str) -> list[dict[str, Any]]:
     """One row a kernel: what all steps of a recurrence take on a target."""
-    shape = next(s for s in SHAPES if s.name == name)
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for variant, flush, tokens in STEPS:
-            plan = shape.plan(variant, flush, tokens, dtype)
-            config = configure(plan, schedule(plan.program, in_place=variant != "buffered").split)
-            found = usage(plan, target, (8, shape.heads), tokens, config)
-            rows.append({
-                "case": name, "state": str(dtype).removeprefix("torch."), "variant": variant, "L": flush, "T": tokens,
-                "block": config.block, "warps": config.warps, "target": target,
-                **asdict(found), "seconds": round(found.seconds, 2),
-            })  # fmt: skip
-            print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
-    return rows
+    return [k.measured() for k in kernels([s for s in SHAPES if s.name == name], [target])]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

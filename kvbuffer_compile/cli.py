@@ -1,4 +1,4 @@
-"""python -m kvbuffer_compile: doctor, explain, bench. Exit codes: 0 well, 1 it does not work or agree, 2 bad input."""
+"""python -m kvbuffer_compile: doctor, explain, bench, emit. Exit codes: 0 well, 1 fails or disagrees, 2 bad input."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kvbuffer_compile import doctor, workload
+from kvbuffer_compile.emit import add_arguments as add_emit_arguments
+from kvbuffer_compile.emit import emit
 from kvbuffer_compile.options import TARGETS, Options
 
 PLOTS = (".png", ".svg", ".pdf")
@@ -44,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--steps", type=_count, default=64, help="timed steps (64)")
     bench.add_argument("--warmup", type=_count, default=16, help="steps before them (16)")
     bench.set_defaults(run=_bench)
+    emitter = commands.add_parser("emit", help="write the kernel of a named recurrence as a file of its own")
+    add_emit_arguments(emitter, _count)
+    emitter.set_defaults(run=_emit)
     return parser
 
 
@@ -110,6 +115,16 @@ def _bench(arguments: argparse.Namespace) -> int:
         return 1
     print(table(timings))
     _write_json(arguments.json, [t.to_dict() for t in timings])
+    return 0
+
+
+def _emit(arguments: argparse.Namespace) -> int:
+    _writable(arguments, "out")
+    text = emit(arguments)
+    if arguments.out is None:
+        print(text, end="")
+    else:
+        arguments.out.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The recurrences that benchmarks measure: program text, a plain torch step, inputs with decays that remember."""
+"""Recurrences of real models by name: program text, a plain torch step, inputs with decays that remember."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvbuffer_compile.codegen.standalone_check import draw
 from kvbuffer_compile.ir import Program
 from kvbuffer_compile.text import parse
 
@@ -18,7 +19,8 @@ _DELTA = "y = read k\nd = aten.sub.Tensor(v, y)\nu = aten.mul.Tensor(d, beta)\nu
 
 @dataclass(frozen=True)
 class Recurrence:
-    """sizes: (K, V). step(state, *inputs) -> out updates the state in place, inputs in the program's order."""
+    """sizes, heads: of a typical layer, (K, V) and how many. step(state, *inputs) -> out updates a state
+    [batch, heads, K, V] in place, inputs in the program's order."""
 
     name: str
     sizes: tuple[int, int]
@@ -34,20 +36,18 @@ class Recurrence:
         """One token: unit keys, decays in 0.7..0.999, beta in 0..1."""
         tails = {"scalar": (), "key": self.sizes[:1], "value": self.sizes[1:]}
         return [
-            _draw(v.name, (batch, self.heads, *tails[v.kind]), device).to(
+            draw(DRAWN[v.name], (batch, self.heads, *tails[v.kind]), device).to(
                 dtype if v.kind != "scalar" else torch.float32
             )
             for v in self.program.inputs
         ]
 
 
-def _draw(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    if name in ("g", "a"):
-        return 0.7 + 0.299 * torch.rand(shape, device=device)
-    if name == "beta":
-        return torch.rand(shape, device=device)
-    x = torch.randn(shape, device=device)
-    return torch.nn.functional.normalize(x, dim=-1) if name in ("k", "p", "c", "q") else x
+# What an input is like in a trained model, by its name.
+DRAWN = {
+    **dict.fromkeys(("q", "k", "p", "c"), "unit"), "v": "normal",
+    **dict.fromkeys(("g", "a", "f"), "gate"), **dict.fromkeys(("i", "beta"), "rate"),
+}  # fmt: skip
 
 
 def _gdn(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
@@ -78,6 +78,10 @@ def _scalar(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return (new * q.float()[..., None]).sum(-2)
 
 
+def _mlstm(S: Tensor, q: Tensor, k: Tensor, v: Tensor, f: Tensor, i: Tensor) -> Tensor:
+    return _scalar(S, q, k.float() * i[..., None], v, f)
+
+
 def _rwkv7(S: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, p: Tensor, c: Tensor) -> Tensor:
     old = S.float()
     y = (old * p.float()[..., None]).sum(-2)
@@ -99,6 +103,11 @@ RECURRENCES = {
         Recurrence(
             "rwkv7", (64, 64), 64,
             _QKV + _A + "input p: key(b h)\ninput c: key(b h)\ny = read p\ndecay a\nupdate c, y\n" + _PLAIN, _rwkv7,
+        ),
+        Recurrence(
+            "mlstm", (256, 512), 4,
+            _QKV + "input f: scalar(b h)\ninput i: scalar(b h)\nki = aten.mul.Tensor(k, i)\ndecay f\nupdate ki, v\n"
+            "o = read q\nreturn o", _mlstm,
         ),
     )
 }  # fmt: skip
