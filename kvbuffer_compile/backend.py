@@ -22,7 +22,7 @@ from kvbuffer_compile.machine import machine_for
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choose import choose
 from kvbuffer_compile.passes.lift import lift
-from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Refused
+from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Part, Refused
 from kvbuffer_compile.passes.rewrite import Spliced, splice
 from kvbuffer_compile.passes.validate import validate
 from kvbuffer_compile.plan import Plan
@@ -125,13 +125,17 @@ def _plain_name(match: re.Match[str]) -> str:
     return match[1] or f".{match[2]}"
 
 
-def _names(gm: GraphModule, sources: Sequence[str]) -> dict[str, str]:
+def _names(gm: GraphModule, sources: Sequence[str], parts: Sequence[Part]) -> dict[str, str]:
     """The user's name of each placeholder of the graph that AOTAutograd made of a captured one."""
     names = {}
-    for node in gm.graph.nodes:
+    inputs = gm.graph.find_nodes(op="placeholder")
+    for node in inputs:
         index = getattr(node.meta.get("desc"), "idx", None)
-        if node.op == "placeholder" and isinstance(index, int) and index < len(sources) and sources[index]:
+        if isinstance(index, int) and index < len(sources) and sources[index]:
             names[node.name] = sources[index]
+    for part in parts:
+        whole = inputs[part.index].name
+        names[part.name] = part.named(names.get(whole, whole))
     return names
 
 
@@ -141,7 +145,7 @@ def compile_graph(
     """Inductor's inner compile with our rewrite in front of it. sources: the user's names of the captured inputs."""
     compile_inner = _inner_compiler(ours)
     try:
-        record, rewritten, spliced = rewrite_graph(gm, ours, inference=bool(kwargs.get("is_inference")))
+        record, rewritten, spliced, parts = rewrite_graph(gm, ours, inference=bool(kwargs.get("is_inference")))
     except OptionError:
         raise
     except Exception as error:
@@ -149,29 +153,33 @@ def compile_graph(
             raise IRError(f"internal error while rewriting a graph: {error!r}") from error
         warnings.warn(f"kvbuffer left a graph to Inductor after an internal error: {error!r}", stacklevel=2)
         record, rewritten, spliced = GraphRecord(why_not=Declined("", "internal-error", str(error))), gm, []
-    record = replace(record, names=_names(gm, sources))
+        parts = ()
+    record = replace(record, names=_names(gm, sources, parts))
     observers.tell(record)
     _report_declines(record, ours)
     if not spliced:
         return SettleOnly(compile_inner(gm, example_inputs, **kwargs))
     inputs = [n.meta["val"] for n in rewritten.graph.nodes if n.op == "placeholder"]
-    extra = range(len(example_inputs), len(inputs))
-    kwargs["static_input_idxs"] = [*kwargs.get("static_input_idxs", ()), *extra]
+    static = list(kwargs.get("static_input_idxs", ()))
+    static += [len(example_inputs) + i for i, part in enumerate(parts) if part.index in static]
+    kwargs["static_input_idxs"] = [*static, *range(len(example_inputs) + len(parts), len(inputs))]
     compiled = compile_inner(rewritten, [*example_inputs, *inputs[len(example_inputs) :]], **kwargs)
-    return Step(compiled, spliced, original=gm if ours.check else None)
+    return Step(compiled, spliced, gm if ours.check else None, parts)
 
 
-def rewrite_graph(gm: GraphModule, ours: Options, inference: bool) -> tuple[GraphRecord, GraphModule, list[Spliced]]:
+def rewrite_graph(
+    gm: GraphModule, ours: Options, inference: bool
+) -> tuple[GraphRecord, GraphModule, list[Spliced], tuple[Part, ...]]:
     """The pipeline: what was decided, the rewritten copy of the graph, and what its step needs at run time."""
     if not inference:
-        return GraphRecord(why_not=Declined("", "gradients", "the graph needs gradients")), gm, []
+        return GraphRecord(why_not=Declined("", "gradients", "the graph needs gradients")), gm, [], ()
     lifted = lift(gm)
     states = tuple((found, _plan(lifted, found, ours)) for found in lifted.found)
     record = GraphRecord(states, tuple(lifted.refused))
     spliced = splice(lifted.gm, record.rewritten, targets.step_op)
     if ours.dump is not None:
         dump.write(ours.dump, gm, lifted.gm, record.rewritten)
-    return record, lifted.gm, spliced
+    return record, lifted.gm, spliced, lifted.parts
 
 
 def _plan(graph: LiftedGraph, found: Lifted, ours: Options) -> Plan | Declined:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,27 +11,33 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from kvbuffer_compile import composite
+from kvbuffer_compile.accounts import Account
 from kvbuffer_compile.errors import StateError
+from kvbuffer_compile.passes.lifted import Part
 from kvbuffer_compile.passes.rewrite import Spliced
-from kvbuffer_compile.runtime import Account
 
 
 def run(
     original: GraphModule,
     states: list[Spliced],
+    parts: Sequence[Part],
     run_step: Callable[[list[Any], list[Account]], Any],
     args: list[Any],
     accounts: list[Account],
 ) -> Any:
-    """One step both ways; StateError when an output or a state differs by more than the tolerance of its dtype."""
+    """One step both ways; StateError when an output or a state differs by more than the tolerance of its dtype.
+
+    args: of the rewritten graph; parts: which of them are slices of others.
+    """
     count = sum(n.op == "placeholder" for n in original.graph.nodes)
     copies = [a.clone() if isinstance(a, Tensor) else a for a in args[:count]]
+    values = [*copies, *(copies[part.index].select(*part.place) for part in parts)]  # in the order of args
     owing = iter(accounts)
     current: list[tuple[int, Callable[[], Tensor]]] = []  # each state's position, and its value at the time of asking
     for state in states:
         if state.plan.variant != "recurrent":
             account = next(owing)
-            copies[state.index] = dense(account)
+            values[state.index].copy_(dense(account))
             current.append((state.index, functools.partial(dense, account)))
         else:
             current.append((state.index, functools.partial(_itself, args[state.index])))
@@ -40,11 +46,11 @@ def run(
     returned = {state.returned for state in states}
     for i, (got, want) in enumerate(zip(out, expected, strict=True)):
         if i in returned:
-            copies[next(s.index for s in states if s.returned == i)] = want
+            values[next(s.index for s in states if s.returned == i)] = want
         else:
             _compare(f"output {i}", got, want)
     for index, value in current:
-        _compare(f"state {index}", value(), copies[index])
+        _compare(f"state {index}", value(), values[index])
     return out
 
 

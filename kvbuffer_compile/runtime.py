@@ -6,124 +6,44 @@ rows into the state. Everything that reads a state elsewhere settles first (guar
 
 from __future__ import annotations
 
-import os
 import sys
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch._functorch.config
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from kvbuffer_compile import composite, ops
+from kvbuffer_compile.accounts import Account, Key, Place
 from kvbuffer_compile.guard import GuardedState, on_touch, plain_calls
+from kvbuffer_compile.overlap import overlap
 from kvbuffer_compile.plan import Plan
 
-_accounts: dict[int, Account] = {}  # by id of the user's tensor
+_accounts: dict[Key, Account] = {}
 _on_storage: dict[int, list[Account]] = {}  # by storage address: several states may share one allocation
 
 
-class Account:
-    """The rows owed to one state.
+def open_account(owner: Tensor, plan: Plan, phase: int, place: Place | None = None) -> Account:
+    """The account of a state, made if there is none; rows of another plan or alias are settled first.
 
-    state: an ordinary alias of the user's tensor, what compiled code and flushes get. phase: the number of rows at
-    which the first flush after settling comes, so that the layers of a model do not all flush at one step.
-    aliased: the storage is visible through something that is not guarded: settle after every step. exposed: it always
-    will be, because its memory was handed out or its class cannot be guarded.
+    place: the slice of owner that is the state; None when it is all of it.
     """
-
-    def __init__(self, owner: Tensor, plan: Plan, phase: int) -> None:
-        self.plan = plan
-        self.phase = phase
-        self.state = _alias(owner)
-        key = id(owner)
-        self.owner = weakref.ref(owner, lambda _: _owner_died(key))
-        self.base = owner._base if owner._is_view() else None
-        self.address = self.state.data_ptr()
-        self.storage = self.state.untyped_storage().data_ptr()
-        self.aliased = False
-        self.exposed = False
-        self.dirty = False
-        self.steps = 0
-        with torch.inference_mode(False):
-            self.cursor, self.rows = _allocate(self.state, plan)
-        self.cursor[1].fill_(phase)
-
-    @property
-    def row_bytes(self) -> int:
-        """Memory the account holds besides the state."""
-        return sum(t.untyped_storage().nbytes() for t in (self.cursor, *self.rows))
-
-    def matches(self, owner: Tensor, plan: Plan) -> bool:
-        """Whether this account can go on serving `owner` under `plan`."""
-        return (
-            self.owner() is owner
-            and self.plan.shares_rows(plan)
-            and self.address == owner.data_ptr()
-            and self.state.shape == owner.shape
-            and self.state.stride() == owner.stride()
-        )
-
-    def settle(self) -> None:
-        """Fold every owed row into the state."""
-        if self.dirty:
-            # whoever looks may be a tracer: what is folded in are the real tensors
-            with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), plain_calls():
-                composite.flush(self.plan, self.state, self.cursor, self.rows, self.cursor[0] > 0)
-                self.cursor[1].fill_(self.phase)
-            self.dirty = False  # not before: a flush that ran out of memory is still owed
-
-    def drop(self) -> None:
-        """Forget the owed rows: the state is about to be overwritten as a whole."""
-        self.dirty = False
-        self.cursor[3].zero_()
-        self.cursor[0].clamp_(max=0)
-        self.cursor[1].fill_(self.phase)
-
-    def take_back_unfinished(self, tokens: int) -> None:
-        """After an exception in the middle of a step of so many tokens: if this state had stepped, undo it."""
-        stepped = self.cursor[2] - self.steps
-        self.cursor[0] -= torch.where(self.cursor[0] > 0, stepped * tokens, 0)
-        self.cursor[2] -= stepped
-
-
-def _alias(owner: Tensor) -> Tensor:
-    """An ordinary tensor on the same memory; not a view, which would keep its base, the owner, alive."""
-    with torch.inference_mode(False), torch.no_grad():
-        alias = torch.empty(0, dtype=owner.dtype, device=owner.device)
-        return alias.set_(owner.untyped_storage(), owner.storage_offset(), owner.shape, owner.stride())
-
-
-def _allocate(state: Tensor, plan: Plan) -> tuple[Tensor, list[Tensor]]:
-    lanes = tuple(plan.layout.canonical(state).shape[:-2])
-    cursor = ops.new_cursor(plan, lanes, state.device)
-    rows = [
-        torch.empty(plan.row_shape(v, lanes), dtype=dtype, device=state.device)
-        for v, dtype in zip(plan.program.logged, plan.row_dtypes, strict=True)
-    ]
-    if os.environ.get("KVBUFFER_STRICT") == "1":  # unused slots must never be read
-        for row in rows:
-            row.fill_(float("nan"))
-    return cursor, rows
-
-
-def open_account(owner: Tensor, plan: Plan, phase: int) -> Account:
-    """The account of a state tensor, made if there is none; rows of another plan or alias are settled first."""
-    account = _accounts.get(id(owner))
+    account = _accounts.get((id(owner), place))
     if account is not None and account.matches(owner, plan):
-        if len(_on_storage[account.storage]) > 1:
-            _settle_overlapping(account)
+        for rival in account.rivals:
+            rival.settle()
         return account
     if account is not None:
         close(account)
-    account = Account(owner, plan, phase)
-    _accounts[id(owner)] = account
+    account = Account(owner, plan, phase, place, _owner_died)
+    for rival in _overlapping(account.state):
+        rival.settle()
+        rival.rivals.append(account)
+        account.rivals.append(rival)
+    _accounts[account.key] = account
     _on_storage.setdefault(account.storage, []).append(account)
-    _settle_overlapping(account)
     account.exposed = not guard(owner) or (account.base is not None and not guard(account.base))
     return account
 
@@ -144,8 +64,9 @@ def check_aliases(accounts: Sequence[Account]) -> None:
     view that another compiled graph returned."""
     for storage in {a.storage for a in accounts}:
         holders = _on_storage[storage]
-        bases = {id(a.base) for a in holders if a.base is not None} - {id(a.owner()) for a in holders}
-        known = 2 * len(holders) + len(bases)
+        owners = {id(a.owner()) for a in holders}
+        bases = {id(a.base) for a in holders if a.base is not None} - owners
+        known = len(holders) + len(owners) + len(bases)
         handle = holders[0].state.untyped_storage()
         unknown = torch._C._storage_Use_Count(handle._cdata) - 1 - known
         for account in holders:
@@ -155,56 +76,41 @@ def check_aliases(accounts: Sequence[Account]) -> None:
 def close(account: Account) -> None:
     """Settle and forget an account."""
     account.settle()
-    for key, other in list(_accounts.items()):
-        if other is account:
-            del _accounts[key]
+    del _accounts[account.key]
     _forget_storage(account)
 
 
 def _forget_storage(account: Account) -> None:
-    holders = _on_storage.get(account.storage, [])
-    if account in holders:
-        holders.remove(account)
+    for rival in account.rivals:
+        rival.rivals.remove(account)
+    holders = _on_storage[account.storage]
+    holders.remove(account)
     if not holders:
-        _on_storage.pop(account.storage, None)
+        del _on_storage[account.storage]
 
 
-def _owner_died(key: int) -> None:
+def _owner_died(key: Key) -> None:
     """The user's tensor is going: free its rows, folding them in first if its storage lives on in another tensor."""
     account = _accounts.pop(key, None)
     if account is None or sys.is_finalizing():
         return
     handle = account.state.untyped_storage()
-    ours = 3  # the dying owner, our alias, this handle; a tensor that it was a view of may be the user's as well
+    # the dying owner, our aliases of it, this handle; a tensor that it was a view of may be the user's as well
+    ours = 2 + sum(a.owner() is None for a in _on_storage[account.storage])
     if torch._C._storage_Use_Count(handle._cdata) > ours:
         account.settle()
     _forget_storage(account)
 
 
-def _span(t: Tensor) -> tuple[int, int]:
-    """First and one past the last byte a tensor can touch within its storage."""
-    start = int(t.storage_offset()) * t.element_size()
-    if t.numel() == 0:
-        return start, start
-    reach = sum((n - 1) * int(s) for n, s in zip(t.shape, t.stride(), strict=True))
-    return start, start + (reach + 1) * t.element_size()
-
-
 def _overlapping(t: Tensor) -> Iterator[Account]:
-    holders = _on_storage.get(t.untyped_storage().data_ptr(), ())
-    if not holders:
-        return
-    low, high = _span(t)
-    for account in tuple(holders):
-        start, end = _span(account.state)
-        if start < high and low < end:
+    for account in tuple(_on_storage.get(t.untyped_storage().data_ptr(), ())):
+        if overlap(account.state, t):
             yield account
 
 
-def _settle_overlapping(account: Account) -> None:
-    for other in _overlapping(account.state):
-        if other is not account:
-            other.settle()
+def _reached(tensor: Tensor, exposed: bool) -> Iterable[Account]:
+    """The accounts that an access to a tensor is about; to its memory as such, all that lie there."""
+    return tuple(_on_storage.get(tensor.untyped_storage().data_ptr(), ())) if exposed else _overlapping(tensor)
 
 
 def touch(tensor: Tensor, overwritten: bool = False, exposed: bool = False) -> list[Callable[[], None]]:
@@ -214,7 +120,7 @@ def touch(tensor: Tensor, overwritten: bool = False, exposed: bool = False) -> l
     are dropped only then.
     """
     later: list[Callable[[], None]] = []
-    for account in _overlapping(tensor) if _on_storage else ():
+    for account in _reached(tensor, exposed) if _on_storage else ():
         account.exposed |= exposed
         if overwritten and account.owner() is tensor:
             later.append(account.drop)

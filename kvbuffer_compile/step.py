@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from kvbuffer_compile import check, runtime
+from kvbuffer_compile.accounts import Account, Place, alias
 from kvbuffer_compile.guard import GuardedState, plain_calls
+from kvbuffer_compile.passes.lifted import Part
 from kvbuffer_compile.passes.rewrite import Spliced
-from kvbuffer_compile.runtime import Account
 
 
 class SettleOnly:
@@ -42,28 +43,36 @@ class SettleOnly:
 
 
 class Step(SettleOnly):
-    """A rewritten graph. Its compiled form takes, behind the user's inputs, cursor and rows of each buffered state."""
+    """A rewritten graph. Its compiled form takes, behind the user's inputs, the slices that are states of their own,
+    then cursor and rows of each buffered state."""
 
-    def __init__(self, compiled: Callable[..., Any], states: list[Spliced], original: GraphModule | None) -> None:
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        states: list[Spliced],
+        original: GraphModule | None,
+        parts: Sequence[Part] = (),
+    ) -> None:
         super().__init__(compiled)
         self.states = states
-        self.indices = [s.index for s in states]
+        self.indices = [s.index for s in states] + [part.index for part in parts]
         self.phases = _phases(states)
         self.original = original
+        self.parts = parts
 
     def __call__(self, args: list[Any]) -> Any:
         with plain_calls():
             self.settle(args, self.indices)
             donated = [(s.returned, args[s.index]) for s in self.states if s.returned is not None]
-            accounts = [self._enter(args, s, phase) for s, phase in zip(self.states, self.phases, strict=True)]
-            open_accounts = [a for a in accounts if a is not None]
-            for account in open_accounts:
+            accounts = self._open(args)
+            for account in accounts:
                 account.dirty = True  # only now: opening one account settles others that overlap it
-            runtime.check_aliases(open_accounts)
+            runtime.check_aliases(accounts)
+            self._hand_over(args, accounts)
             if self.original is not None:
-                out = check.run(self.original, self.states, self.run, args, open_accounts)
+                out = check.run(self.original, self.states, self.parts, self.run, args, accounts)
             else:
-                out = self.run(args, open_accounts)
+                out = self.run(args, accounts)
             return _with_owners(out, donated) if donated else out
 
     def run(self, args: list[Any], accounts: list[Account]) -> Any:
@@ -81,18 +90,44 @@ class Step(SettleOnly):
                 account.settle()
         return out
 
-    def _enter(self, args: list[Any], state: Spliced, phase: int) -> Account | None:
-        owner = args[state.index]
-        if state.plan.variant == "recurrent":
-            if type(owner) is GuardedState:
-                runtime.touch(owner)
-                args[state.index] = owner.as_subclass(Tensor)
-            return None
-        account = runtime.open_account(owner, state.plan, phase)
-        args[state.index] = account.state
-        args.append(account.cursor)
-        args.extend(account.rows)
-        return account
+    def _open(self, args: list[Any]) -> list[Account]:
+        """The accounts of the buffered states; what else the graph uses of their tensors is settled."""
+        accounts = []
+        plain = set(range(len(args), len(args) + len(self.parts)))
+        for state, phase in zip(self.states, self.phases, strict=True):
+            if state.plan.variant == "recurrent":
+                plain.add(state.index)
+            else:
+                owner, place = self._where(args, state.index)
+                accounts.append(runtime.open_account(owner, state.plan, phase, place))
+                plain.discard(state.index)
+        for index in plain:
+            owner, place = self._where(args, index)
+            runtime.touch(owner if place is None else alias(owner, place))
+        return accounts
+
+    def _where(self, args: list[Any], index: int) -> tuple[Tensor, Place | None]:
+        """The user's tensor that an input of the rewritten graph lies in, and the slice of it."""
+        whole = len(args)
+        if index < whole:
+            return args[index], None
+        part = self.parts[index - whole]
+        return args[part.index], part.place
+
+    def _hand_over(self, args: list[Any], accounts: list[Account]) -> None:
+        """Append slices, cursors and rows; states become plain tensors."""
+        kept = {s.index for s in self.states if s.plan.variant != "recurrent"}
+        whole = len(args)
+        args += [None if whole + i in kept else alias(args[p.index], p.place) for i, p in enumerate(self.parts)]
+        opened = iter(accounts)
+        for state in self.states:
+            if state.plan.variant == "recurrent":
+                if type(args[state.index]) is GuardedState:
+                    args[state.index] = args[state.index].as_subclass(Tensor)
+            else:
+                account = next(opened)
+                args[state.index] = account.state
+                args += [account.cursor, *account.rows]
 
 
 def _with_owners(out: Any, donated: list[tuple[int, Tensor]]) -> Any:

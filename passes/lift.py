@@ -15,12 +15,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.fx import GraphModule, Node
 
-from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir import Program, Var, verify
 from kvbuffer_compile.passes.assemble import Assembled, assemble, trimmed
 from kvbuffer_compile.passes.captured import candidates, copied, source, written
 from kvbuffer_compile.passes.composites import opened
-from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Refused
+from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
 from kvbuffer_compile.passes.operands import Inserter
 from kvbuffer_compile.passes.order import choices
 from kvbuffer_compile.passes.queries import adopt, taken_apart
@@ -38,13 +37,30 @@ def lift(gm: GraphModule) -> LiftedGraph:
 
     gm: nodes carry fake tensors in meta["val"]; writes to inputs are copy_ calls at the end. It is not changed.
     """
-    graph = LiftedGraph(opened(copied(gm)))
+    graph = _lift(gm, frozenset())
+    used = {part.index for one in graph.found for part in graph.parts if part.name == one.state.name}
+    unused = frozenset(part.index for part in graph.parts) - used
+    if not unused:
+        return graph
+    kept = _lift(gm, unused)  # what holds no state stays whole; each of its slices has a reason of its own
+    slices = {part.name for part in graph.parts if part.index in unused}
+    wholes = {n.name for i, n in enumerate(gm.graph.find_nodes(op="placeholder")) if i in unused}
+    kept.refused = [r for r in kept.refused if r.state.name not in wholes]
+    kept.refused += [r for r in graph.refused if r.state.name in slices]
+    return kept
+
+
+def _lift(gm: GraphModule, whole: frozenset[int]) -> LiftedGraph:
+    """whole: positions of inputs that are not taken apart."""
+    copy = opened(copied(gm))
+    inputs = copy.graph.find_nodes(op="placeholder")
+    found = [stack for stack in stacks(copy) if inputs.index(stack.state) not in whole]
+    graph = LiftedGraph(copy, apart(copy, found))
     walks = _walks(graph)
     queries = taken_apart(walks, Inserter(graph.gm.graph))
     if queries:
         graph.refused.clear()
         walks = [adopt(walk, queries) for walk in _walks(graph)]
-    _name_parts(graph, gm)
     assembled = _assemble_all(graph, walks)
     graph.found = _finish(graph, _acyclic(graph, assembled))
     graph.gm.graph.lint()
@@ -64,22 +80,6 @@ def _walks(graph: LiftedGraph) -> list[Walk]:
         except Refusal as refusal:
             graph.refused.append(refused(walk, refusal, stored.get(state)))
     return walks
-
-
-def _name_parts(graph: LiftedGraph, gm: GraphModule) -> None:
-    """States kept as slices of one tensor are refused, each for a reason of its own."""
-    if not stacks(graph.gm):
-        return
-    found = stacks(copy := copied(gm))
-    states = {stack.state.name for stack in found}
-    parts = apart(copy, found)
-    alone = lift(copy)
-    refused = [Refused(r.state, r.why, r.hopeless) for r in alone.refused if r.state.name in parts]
-    reason = "the state is a slice of a tensor that holds several: give every state a tensor of its own"
-    for one in alone.found:
-        if one.state.name in parts:
-            refused.append(Refused(one.state, Declined(one.state.name, "stacked", reason, one.source)))
-    graph.refused = [r for r in graph.refused if r.state.name not in states] + refused
 
 
 # ------------------------------------------------------------------------------------------- assembling

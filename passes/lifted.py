@@ -58,6 +58,21 @@ class Lifted:
 
 
 @dataclass(frozen=True)
+class Part:
+    """An input that was appended to the graph: one slice of the input at `index`, at position place[1] of its dim
+    place[0]. name: of its placeholder."""
+
+    name: str
+    index: int
+    place: tuple[int, int]
+
+    def named(self, whole: str) -> str:
+        """What the slice is called in Python."""
+        dim, at = self.place
+        return f"{whole}[{':, ' * dim}{at}]"
+
+
+@dataclass(frozen=True)
 class Refused:
     """A candidate that is no recurrence we can serve. hopeless: it never met an addition or a contraction (a KV
     cache, a shift register, a plain operand), so reports do not show it."""
@@ -69,8 +84,12 @@ class Refused:
 
 @dataclass
 class LiftedGraph:
-    """A copy of the captured graph in which operand nodes have been inserted, and what was found in it."""
+    """A copy of the captured graph in which operand nodes have been inserted, and what was found in it.
+
+    parts: inputs appended to it, in order, in place of slices of its other inputs.
+    """
 
     gm: GraphModule
+    parts: tuple[Part, ...] = ()
     found: list[Lifted] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)

@@ -41,9 +41,10 @@ class Count:
 
 @dataclass(frozen=True)
 class Spliced:
-    """One rewritten state: the position of its tensor among the graph's inputs, how many inputs were appended for it
-    (cursor and rows, in the op's order; none for the recurrent variant), its position among the outputs when the
-    next state is returned instead of written, and how many tokens a step decodes."""
+    """One rewritten state: the position of its tensor among the graph's inputs (slices that became inputs of their own
+    included), how many inputs were appended for it (cursor and rows, in the op's order; none for the recurrent
+    variant), its position among the outputs when the next state is returned instead of written, and how many tokens a
+    step decodes."""
 
     index: int
     plan: Plan

@@ -1,0 +1,110 @@
+"""The rows that one state owes, and where that state is."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from kvbuffer_compile import composite, ops
+from kvbuffer_compile.guard import plain_calls
+from kvbuffer_compile.plan import Plan
+
+Place = tuple[int, int]  # a slice of a tensor: a dim, and the position in it
+Key = tuple[int, Place | None]  # of an account: id of the user's tensor, and the slice of it that is the state
+
+
+class Account:
+    """The rows owed to one state: a tensor of the user, or one slice of a tensor that holds several.
+
+    state: an ordinary alias of the user's memory, what compiled code and flushes get. phase: the number of rows at
+    which the first flush after settling comes, so that the layers of a model do not all flush at one step.
+    rivals: other accounts whose state shares memory with this one.
+    aliased: the storage is visible through something that is not guarded: settle after every step. exposed: it always
+    will be, because its memory was handed out or its class cannot be guarded.
+    """
+
+    def __init__(self, owner: Tensor, plan: Plan, phase: int, place: Place | None, died: Callable[[Key], None]) -> None:
+        self.plan = plan
+        self.phase = phase
+        self.place = place
+        self.state = alias(owner, place)
+        key = self.key = (id(owner), place)
+        self.owner = weakref.ref(owner, lambda _: died(key))
+        self.seen = _geometry(owner)
+        self.base = owner._base if owner._is_view() else None
+        self.storage = self.state.untyped_storage().data_ptr()
+        self.rivals: list[Account] = []
+        self.aliased = False
+        self.exposed = False
+        self.dirty = False
+        self.steps = 0
+        with torch.inference_mode(False):
+            self.cursor, self.rows = _allocate(self.state, plan)
+        self.cursor[1].fill_(phase)
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory the account holds besides the state."""
+        return sum(t.untyped_storage().nbytes() for t in (self.cursor, *self.rows))
+
+    def matches(self, owner: Tensor, plan: Plan) -> bool:
+        """Whether this account can go on serving `owner` under `plan`."""
+        return self.owner() is owner and self.plan.shares_rows(plan) and self.seen == _geometry(owner)
+
+    def settle(self) -> None:
+        """Fold every owed row into the state."""
+        if self.dirty:
+            # whoever looks may be a tracer: what is folded in are the real tensors
+            with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), plain_calls():
+                composite.flush(self.plan, self.state, self.cursor, self.rows, self.cursor[0] > 0)
+                self.cursor[1].fill_(self.phase)
+            self.dirty = False  # not before: a flush that ran out of memory is still owed
+
+    def drop(self) -> None:
+        """Forget the owed rows: the state is about to be overwritten as a whole."""
+        self.dirty = False
+        self.cursor[3].zero_()
+        self.cursor[0].clamp_(max=0)
+        self.cursor[1].fill_(self.phase)
+
+    def take_back_unfinished(self, tokens: int) -> None:
+        """After an exception in the middle of a step of so many tokens: if this state had stepped, undo it."""
+        stepped = self.cursor[2] - self.steps
+        self.cursor[0] -= torch.where(self.cursor[0] > 0, stepped * tokens, 0)
+        self.cursor[2] -= stepped
+
+
+def _geometry(t: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return t.data_ptr(), t.shape, t.stride()
+
+
+def alias(owner: Tensor, place: Place | None = None) -> Tensor:
+    """An ordinary tensor on the memory of a tensor or of a slice of it; not a view, which would keep its base, the
+    owner, alive."""
+    offset, sizes, strides = owner.storage_offset(), list(owner.shape), list(owner.stride())
+    if place is not None:
+        dim, at = place
+        offset += at * strides.pop(dim)
+        del sizes[dim]
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.empty(0, dtype=owner.dtype, device=owner.device).set_(
+            owner.untyped_storage(), offset, sizes, strides
+        )
+
+
+def _allocate(state: Tensor, plan: Plan) -> tuple[Tensor, list[Tensor]]:
+    lanes = tuple(plan.layout.canonical(state).shape[:-2])
+    cursor = ops.new_cursor(plan, lanes, state.device)
+    rows = [
+        torch.empty(plan.row_shape(v, lanes), dtype=dtype, device=state.device)
+        for v, dtype in zip(plan.program.logged, plan.row_dtypes, strict=True)
+    ]
+    if os.environ.get("KVBUFFER_STRICT") == "1":  # unused slots must never be read
+        for row in rows:
+            row.fill_(float("nan"))
+    return cursor, rows

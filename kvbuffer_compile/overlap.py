@@ -1,0 +1,57 @@
+"""Whether two tensors on one storage share memory, told from their strides alone."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+Reach = list[tuple[int, int, int]]  # by stride, largest first: the stride, the last index of one and of the other
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors on the same storage have an element in common.
+
+    Exact for slices of one tensor; True where sizes and strides are too odd to tell.
+    """
+    if a.numel() == 0 or b.numel() == 0:
+        return False
+    low, high = _span(a)
+    start, end = _span(b)
+    if high <= start or end <= low:
+        return False
+    reach = _reach(a, b)
+    if reach is None or a.element_size() != b.element_size():
+        return True
+    return _meet(int(b.storage_offset()) - int(a.storage_offset()), reach)
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """First and one past the last byte a tensor touches within its storage."""
+    start = int(t.storage_offset()) * t.element_size()
+    last = sum((n - 1) * int(s) for n, s in zip(t.shape, t.stride(), strict=True))
+    return start, start + (last + 1) * t.element_size()
+
+
+def _reach(a: Tensor, b: Tensor) -> Reach | None:
+    """None when a tensor has two dims of one stride."""
+    ends: dict[int, list[int]] = {}
+    for which, t in enumerate((a, b)):
+        for n, s in zip(t.shape, t.stride(), strict=True):
+            if n > 1:
+                end = ends.setdefault(int(s), [0, 0])
+                if s == 0 or end[which]:
+                    return None
+                end[which] = n - 1
+    return [(s, *ends[s]) for s in sorted(ends, reverse=True)]  # type: ignore[misc]
+
+
+def _meet(distance: int, reach: Reach) -> bool:
+    """Whether distance = sum of (i - j) * stride for some i within the one tensor and j within the other."""
+    if not reach:
+        return distance == 0
+    (stride, end, other), *inner = reach
+    forward, back = sum(s * m for s, m, _ in inner), sum(s * n for s, _, n in inner)
+    first = max(-other, -((forward - distance) // stride))
+    last = min(end, (distance + back) // stride)
+    if last - first > 2:
+        return True  # dims that interleave
+    return any(_meet(distance - m * stride, inner) for m in range(first, last + 1))
