@@ -11,8 +11,9 @@ and the correction is a small dot product of fresh operands, which is what a buf
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from torch.fx import Node
 
@@ -169,7 +170,7 @@ class Ordering:
             out += self._decay(step)
             out += [self._read(r, version, step.decays[0], 2 * i + 1) for r in late]
             out += self._updates(step)
-        return _joined(out)
+        return _joined(out, self._along)
 
     def _sees(self, read: ReadOut, version: Version, step: Step) -> bool:
         """Whether every path of the read to this version goes through the step's decay."""
@@ -245,20 +246,33 @@ class Ordering:
         return self.factoring.along(factor)
 
 
-def _joined(events: list[Event]) -> list[Event]:
-    """Neighbouring updates with one key are one."""
+def _joined(events: list[Event], axes_of: Callable[[Expr], frozenset[str]]) -> list[Event]:
+    """Neighbouring updates with one key are one, neighbouring decays along one axis too; those by 1 vanish."""
     out: list[Event] = []
-    for event in events:
-        last = out[-1] if out else None
-        if (
-            isinstance(event, UpdateEvent)
-            and isinstance(last, UpdateEvent)
-            and settled(last.left) == settled(event.left)
-        ):
-            out[-1] = UpdateEvent(last.left, add(last.right, event.right), last.node)
-        else:
-            out.append(event)
+    for kind, run in groupby(events, key=type):
+        if kind is DecayEvent:
+            out += _decays([e for e in run if isinstance(e, DecayEvent)], axes_of)
+            continue
+        for event in run:
+            last = out[-1] if out else None
+            if (
+                isinstance(event, UpdateEvent)
+                and isinstance(last, UpdateEvent)
+                and settled(last.left) == settled(event.left)
+            ):
+                out[-1] = UpdateEvent(last.left, add(last.right, event.right), last.node)
+            else:
+                out.append(event)
     return out
+
+
+def _decays(run: list[DecayEvent], axes_of: Callable[[Expr], frozenset[str]]) -> list[Event]:
+    """At most one decay of rows and one of columns; factors of whole heads go with either."""
+    rows, columns = ([e for e in run if axis in axes_of(e.factor)] for axis in ("key", "value"))
+    heads = [e for e in run if e not in rows and e not in columns]
+    parts = ([*heads, *rows], columns) if rows or not columns else (rows, [*heads, *columns])
+    merged = [(mul(*(e.factor for e in part)), part[0].node) for part in parts if part]
+    return [DecayEvent(factor, node) for factor, node in merged if factor != 1]
 
 
 def _without(term: Term, decay: Term) -> Term | None:

@@ -39,6 +39,7 @@ _OPAQUE = frozenset(
         aten._scaled_dot_product_flash_attention_for_cpu, aten._softmax,
     }
 )  # fmt: skip
+_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 _CASTS = frozenset({torch.ops.prims.convert_element_type.default, aten._to_copy.default})
 
 
@@ -205,7 +206,9 @@ class _Evaluator:
             kwargs = {**kwargs, "dtype": torch.float64}
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu")}
-        out = node.target(*self._sized(args), **self._sized(kwargs))  # type: ignore[operator]
+        # a cast that copies in the graph does not copy here, and leaves other strides: views may have to copy
+        target: Any = aten.reshape.default if node.target in _VIEWS else node.target
+        out = target(*self._sized(args), **self._sized(kwargs))
         return out.double() if isinstance(out, Tensor) and out.dtype.is_floating_point else out
 
     def layout(self, given: Layout) -> Layout:
