@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from kvbuffer_compile.codegen import triton as emitter
+from kvbuffer_compile.codegen.example import example
 from kvbuffer_compile.codegen.launch import Config
 from kvbuffer_compile.codegen.triton_load import load
 from kvbuffer_compile.errors import EmitError
-from kvbuffer_compile.ir import Var
 from kvbuffer_compile.plan import Plan
 
 TARGETS: dict[str, tuple[Any, ...]] = {
@@ -57,6 +57,8 @@ def usage(plan: Plan, target: str, lanes: tuple[int, ...], tokens: int = 1, conf
     kernel = module.step
     values, options = launched(module, plan, lanes, tokens)
     signature, constants, attributes = _signature(kernel.arg_names, values)
+    if "PRECISION" in kernel.arg_names and TARGETS[target][0] == "hip":
+        constants[(kernel.arg_names.index("PRECISION"),)] = "ieee"  # as the launcher has it there
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     before = triton.knobs.compilation.always_compile
     triton.knobs.compilation.always_compile = True
@@ -83,44 +85,10 @@ def launched(
 
     kernel, vars(module)["step"] = module.step, Recorder()
     try:
-        module.launch(*_example(plan, lanes, tokens))
+        module.launch(*example(plan, lanes, tokens, "meta"))
     finally:
         vars(module)["step"] = kernel
     return calls[0]
-
-
-def _example(plan: Plan, lanes: tuple[int, ...], tokens: int) -> tuple[Any, ...]:
-    """Tensors without memory in the shapes of the calling convention, all contiguous."""
-
-    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def operand(v: Var) -> torch.Tensor:
-        sizes = tuple(n if lane in v.lanes else 1 for lane, n in zip(plan.program.lanes, lanes, strict=True))
-        tail = {"scalar": (), "key": plan.sizes[:1], "value": plan.sizes[1:]}[v.kind]
-        return empty((*sizes, *((tokens,) if plan.variant == "verify" else ()), *tail), plan.compute)
-
-    sequences = plan.sequences(lanes)
-    logged = zip(plan.program.logged, plan.row_dtypes, strict=True)
-    return (
-        empty(_state_shape(plan, lanes), plan.state_dtype),
-        empty((4, sequences), torch.int32),
-        empty((sequences, 1024), torch.int32),
-        [empty(plan.row_shape(v, lanes), dtype) for v, dtype in logged],
-        [operand(v) for v in plan.program.inputs],
-    )
-
-
-def _state_shape(plan: Plan, lanes: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a state tensor whose lanes have these sizes."""
-    sizes = dict(zip(plan.layout.order, (*lanes, *plan.sizes), strict=True))
-    shape, part = [], 0
-    for parts in plan.layout.dims:
-        total = 1
-        for _ in parts:
-            total, part = total * sizes[part], part + 1
-        shape.append(total)
-    return tuple(shape)
 
 
 def _signature(names: list[str], values: tuple[Any, ...]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:

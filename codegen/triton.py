@@ -14,6 +14,7 @@ from kvbuffer_compile.codegen.launch import Config, configure
 from kvbuffer_compile.codegen.schedule import schedule
 from kvbuffer_compile.codegen.triton_arguments import Launcher
 from kvbuffer_compile.codegen.triton_kernel import Kernel
+from kvbuffer_compile.codegen.triton_matrix import queries
 from kvbuffer_compile.codegen.triton_tickets import ARRIVE
 from kvbuffer_compile.codegen.triton_values import DTYPES, Python, Values
 from kvbuffer_compile.errors import EmitError
@@ -35,7 +36,8 @@ def emit(plan: Plan, config: Config | None = None) -> str:
         _gap(body)
     kernel.emit()
     _gap(body)
-    Launcher(body, plan, values, config or configure(plan, order.split)).emit()
+    launch = config or configure(plan, order.split)
+    Launcher(body, plan, values, launch, queries(order.stages[0].reads)).emit()
     return _head(plan, "libdevice." in str(body)) + str(body)
 
 

@@ -33,6 +33,8 @@ def arguments(plan: Plan, split: Kind | None) -> list[Argument]:
     found += [Argument(f"out_{n}", f"outputs[{n}]") for n, _ in enumerate(plan.program.outputs)]
     if plan.variant == "verify":
         found += [Argument("T", "tokens"), Argument("TOKENS", "triton.next_power_of_2(tokens)", True)]
+        found += [Argument("QUERIES", "queries", True), Argument("MATRIX", "tokens >= matrix > 0", True)]
+        found += [Argument("PRECISION", "precision", True)]
     if plan.variant != "recurrent":
         found += [Argument("EVICT", '"evict_first" if state.nbytes > 2**25 else ""', True)]
         found += [Argument("FOLD", "min(fold, block)", True)]
@@ -87,9 +89,10 @@ CONTRACT = '''"""Run one {variant} step; returns its outputs: {outputs}.
 state    {state}, read and written in place
 {log}operands {operands}
 block, warps, fold, stages: how much of an axis one program takes, also at once in a flush, and how it is compiled
-
+{matrix}
 One launch; nothing waits for the device.
 """'''
+MATRIX = "matrix: with how many tokens reads become matrix products; 0: never\n"
 LOG = """cursor   int32 [4, sequences]: tokens owed (-1: padding), flush at, steps run, state known to be zero
 tickets  int32 [sequences, at least ticket_count(...)], zero; zero again when the launch is done
 rows     {rows}
@@ -97,10 +100,10 @@ rows     {rows}
 
 
 class Launcher:
-    """Prints `ticket_count` and `launch`."""
+    """Prints `ticket_count` and `launch`. width: rows that a token has in a tile of queries (triton_matrix)."""
 
-    def __init__(self, out: Python, plan: Plan, values: Values, config: Config) -> None:
-        self.out, self.plan, self.values, self.config = out, plan, values, config
+    def __init__(self, out: Python, plan: Plan, values: Values, config: Config, width: int) -> None:
+        self.out, self.plan, self.values, self.config, self.width = out, plan, values, config, width
 
     def emit(self) -> None:
         if self.plan.variant != "recurrent":
@@ -113,6 +116,7 @@ class Launcher:
         c = self.config
         head = "state, cursor, tickets, rows, operands, "
         head += f"block={c.block}, warps={c.warps}, fold={c.fold}, stages={c.stages}"
+        head += f", matrix={c.matrix}" if self.plan.variant == "verify" else ""
         with self.out.block(f"def launch({head})"):
             self._contract()
             self._canonical()
@@ -157,6 +161,7 @@ class Launcher:
             state=f"{_short(plan.state_dtype)}, {plan.layout}",
             log="" if plan.variant == "recurrent" else LOG.format(rows=rows),
             operands=", ".join(shape(v, lanes, *middle) for v in plan.program.inputs),
+            matrix=MATRIX if plan.variant == "verify" else "",
         )
         self.out.lines(text)
 
@@ -174,6 +179,8 @@ class Launcher:
         tokens = ""
         if self.plan.variant == "verify":
             self.out.line(f"tokens = max(x.shape[{self.plan.layout.lanes}] for x in operands)")
+            self.out.line(f"queries = max(16, {self.width} * triton.next_power_of_2(tokens))")
+            self.out.line('precision = "ieee" if torch.version.hip else "tf32x3"')
             tokens = " tokens,"
         real = _short(self.plan.compute)
         tails = {"scalar": "", "key": f" {self.plan.sizes[0]},", "value": f" {self.plan.sizes[1]},"}

@@ -33,12 +33,12 @@ STATE = "state + key[:, None] * STATE_KEY + value[None, :] * STATE_VALUE"
 # Names of the kernel that a value of the same name would hide, and how such names begin.
 TAKEN = frozenset(
     """tl torch triton libdevice step arrive state cursor tickets tile program lane sequence owed limit live flush kept
-    t s T TOKENS BLOCK TILES EVICT FOLD key value key_ok value_ok age used later dot token query part ahead chunk n
-    fold float range""".split()
+    t s T TOKENS BLOCK TILES EVICT FOLD QUERIES MATRIX PRECISION key value key_ok value_ok age used later dot token
+    query part ahead chunk n fold float range asked asked_token""".split()
 )
 PREFIXES = tuple(
     """in_ row_ out_ at_ size_ state_ left_ right_ later_ after_ fade_ fresh_ carry_ now_ run_ next_ slot_ cursor_
-    tickets_ weight_ last_""".split()
+    tickets_ weight_ last_ query_ result_ gram_ all_""".split()
 )
 
 
@@ -156,6 +156,16 @@ class Values:
         for v in inputs:
             self.out.line(f"next_{v} = {self._operand(v, 'ahead')}")
 
+    def operand_tile(self, v: Var, token: str) -> str:
+        """An operand of many tokens, a row for each of the tensor `token`; zero where there is no such token."""
+        vector = v.kind != "scalar"
+        at = [f"at_{lane} * in_{v}_{lane}" for lane in self.plan.program.lanes if lane in v.lanes]
+        at += [f"{token}{'[:, None]' if vector else ''} * in_{v}_t"]
+        at += [f"{v.kind}[None, :] * in_{v}_last"] if vector else []
+        mask = f"(({token} >= 0) & ({token} < T)){'[:, None]' if vector else ''}"
+        mask += f" & {v.kind}_ok[None, :]" if vector and self.padded(v.kind) else ""
+        return f"tl.load({' + '.join([f'in_{v}', *at])}, mask={mask}, other=0.0).to({self.real})"
+
     def _operand(self, v: Var, token: str) -> str:
         at = [f"at_{lane} * in_{v}_{lane}" for lane in self.plan.program.lanes if lane in v.lanes]
         at += [f"{token} * in_{v}_t"] if self.plan.variant == "verify" else []
@@ -176,17 +186,17 @@ class Values:
             case Widen(out, x):
                 return f"tl.full([{self.length(out.kind)}], 1.0, {self.real}) * {self.name(x)}"
             case Map(_, fn, _) if fn in REDUCTIONS:
-                return self._reduction(step)
+                (x,) = ir.operands(step)
+                return self.reduced(fn, self.name(x), x.kind, 0)
             case Map(_, fn, args):
                 return calls.triton(fn, [self.name(a) if isinstance(a, Var) else a for a in args])
 
-    def _reduction(self, step: Map) -> str:
-        (x,) = ir.operands(step)
-        text = self.name(x)
-        if self.padded(x.kind):
-            rest = {"aten.amax.default": 'float("-inf")', "aten.amin.default": 'float("inf")'}.get(step.fn, "0.0")
-            text = f"tl.where({x.kind}_ok, {text}, {rest})"
-        return calls.TRITON_REDUCTIONS[step.fn].format(text, 0, f"{self.size(x.kind)}.0")
+    def reduced(self, fn: str, text: str, kind: Kind, axis: int) -> str:
+        """A reduction over the last axis, which is `axis`."""
+        if self.padded(kind):
+            rest = {"aten.amax.default": 'float("-inf")', "aten.amin.default": 'float("inf")'}.get(fn, "0.0")
+            text = f"tl.where({kind}_ok{'[None, :]' if axis else ''}, {text}, {rest})"
+        return calls.TRITON_REDUCTIONS[fn].format(text, axis, f"{self.size(kind)}.0")
 
 
 def power_of_two(n: int) -> int:

@@ -11,13 +11,16 @@ fresh_left_n, fresh_right_n     the rows of the tokens so far, decayed to now
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
-from kvbuffer_compile.codegen.schedule import Fold, Old, Schedule, Step, uses
+from kvbuffer_compile.codegen.schedule import Fold, Old, Schedule
+from kvbuffer_compile.codegen.triton_matrix import Matrix, needed
 from kvbuffer_compile.codegen.triton_rows import Rows
-from kvbuffer_compile.codegen.triton_values import Python, Values
+from kvbuffer_compile.codegen.triton_values import AXES, Python, Values
 from kvbuffer_compile.ir import Kind, Var
 from kvbuffer_compile.plan import Plan
+
+SIDES: dict[Kind, str] = {"key": "left", "value": "right"}
 
 
 class Fresh:
@@ -27,26 +30,37 @@ class Fresh:
         assert schedule.fold is not None
         self.out, self.plan, self.values, self.rows = out, plan, values, rows
         self.stages = schedule.stages
-        self.first = schedule.stages[0].reads if self.rows.updates else ()
+        self.first = schedule.stages[0].reads
         self.fold: Fold = schedule.fold
         self.factors: dict[Kind, Var | None] = {
             "scalar": self.fold.scalar,
             "key": self.fold.key,
             "value": self.fold.value,
         }
+        self.matrix = Matrix(out, values, rows, schedule) if self.first else None
 
     def read_ahead(self) -> None:
-        """<out>_rows for the reads of the first pass."""
+        """What the owed rows add to the reads of the first pass: result_<kind> in matrix form, or else <out>_rows."""
         self.out.line("token = tl.arange(0, TOKENS)")
-        for read in self.first:
-            length = self.values.length(read.out.kind)
-            self.out.line(f"{read.out}_rows = tl.zeros([TOKENS, {length}], {self.values.real})")
-        self.rows.through(self._add_ahead)
+        if self.matrix:
+            with self.out.block("if MATRIX"):
+                self.matrix.lay()
+            with self.out.block("else"):
+                for read in self.first:
+                    length = self.values.length(read.out.kind)
+                    self.out.line(f"{read.out}_rows = tl.zeros([TOKENS, {length}], {self.values.real})")
+        self.rows.through(self._add_chunk)
 
-    def _add_ahead(self) -> None:
-        """What a chunk of rows adds to them, token by token."""
-        if not self.first:
+    def _add_chunk(self) -> None:
+        if not self.matrix or not self.rows.updates:
             return
+        with self.out.block("if MATRIX"):
+            self.matrix.add_rows()
+        with self.out.block("else"):
+            self._add_by_token()
+
+    def _add_by_token(self) -> None:
+        """What a chunk of rows adds to the reads, token by token."""
         roots = [*(v for v in self.factors.values() if v), *(r.x for r in self.first)]
         steps = needed([n for stage in self.stages for n in stage.steps], roots)
         used = self.values.operands(steps, roots)
@@ -63,25 +77,44 @@ class Fresh:
             self._fade_on()
 
     def start(self) -> None:
-        """What the loop carries."""
+        """What the state adds to the reads of the first pass in matrix form, and what the loop over tokens carries."""
+        if self.matrix:
+            with self.out.block("if MATRIX"):
+                self.matrix.add_base()
+                if self.matrix.weighs:
+                    self.out.line(f"fresh_weight = tl.zeros([TOKENS], {self.values.real})")
         for n, _ in enumerate(self.fold.rows):
-            self.out.line(f"fresh_left_{n} = tl.zeros([TOKENS, {self.values.length('key')}], {self.values.real})")
-            self.out.line(f"fresh_right_{n} = tl.zeros([TOKENS, {self.values.length('value')}], {self.values.real})")
+            for kind in AXES:
+                zeros = f"tl.zeros([TOKENS, {self.values.length(kind)}], {self.values.real})"
+                with self._where_needed(kind, n):
+                    self.out.line(f"fresh_{SIDES[kind]}_{n} = {zeros}")
         self._start_fading()
 
     def read(self, read: Old) -> None:
         """One read of token t."""
-        out, query = self.values.name(read.out), self._query(read)
-        ahead = read in self.first
-        if ahead:
-            self.out.line(f"{out} = {self.values.full(read.out.kind, '0.0')}")
-            self.rows.add_base(read, query)
+        out = self.values.name(read.out)
+        if self.matrix and read in self.first:
+            with self.out.block("if MATRIX"):
+                self.out.line(f"{out} = {self.matrix.pick(read)}")
+                self._fade(out, read)
+            with self.out.block("else"):
+                self.out.line(f"{out} = {self.values.full(read.out.kind, '0.0')}")
+                self.rows.add_base(read, self._query(read))
+                self._fade(out, read)
+                self.out.line(f"{out} += tl.sum(tl.where((token == t)[:, None], {read.out}_rows, 0.0), 0)")
         else:
-            self.rows.read(read, query)
-        self._fade(out, read)
-        if ahead:
-            self.out.line(f"{out} += tl.sum(tl.where((token == t)[:, None], {read.out}_rows, 0.0), 0)")
+            self.rows.read(read, self._query(read))
+            self._fade(out, read)
         for n in range(len(self.fold.rows)):
+            self._add_fresh(out, read, n)
+
+    def _add_fresh(self, out: str, read: Old, n: int) -> None:
+        """out += what the n-th rows of the tokens before add."""
+        through_gram = self.matrix and read in self.first and (read.x.kind, n) in self.matrix.grams
+        if self.matrix and through_gram:
+            with self.out.block("if MATRIX"):
+                self.matrix.add_fresh(out, read, n)
+        with self.out.block("else") if through_gram else nullcontext():
             self.rows.add(out, self.values.name(read.x), read.x.kind, f"fresh_left_{n}", f"fresh_right_{n}")
 
     def _query(self, read: Old) -> str:
@@ -114,19 +147,20 @@ class Fresh:
         for n, (left, right) in enumerate(fold.rows):
             gates = [name(fold.scalar)] if fold.scalar else []
             gates += [f"{name(fold.key)}[None, :]"] if fold.key else []
-            self._insert(f"fresh_left_{n}", gates, name(left))
-            self._insert(f"fresh_right_{n}", [f"{name(fold.value)}[None, :]"] if fold.value else [], name(right))
+            self._insert("key", n, gates, name(left))
+            self._insert("value", n, [f"{name(fold.value)}[None, :]"] if fold.value else [], name(right))
+        if self.matrix and self.matrix.weighs:
+            assert fold.scalar
+            with self.out.block("if MATRIX"):
+                self.out.line(f"fresh_weight = tl.where(token == t, 1.0, fresh_weight * {name(fold.scalar)})")
 
-    def _insert(self, tile: str, gates: list[str], row: str) -> None:
-        self.out.line(f"{tile} = tl.where((token == t)[:, None], {row}[None, :], {' * '.join([tile, *gates])})")
+    def _insert(self, kind: Kind, n: int, gates: list[str], row: str) -> None:
+        tile = f"fresh_{SIDES[kind]}_{n}"
+        with self._where_needed(kind, n):
+            self.out.line(f"{tile} = tl.where((token == t)[:, None], {row}[None, :], {' * '.join([tile, *gates])})")
 
-
-def needed(nodes: Iterable[Step], roots: Iterable[Var]) -> list[Step]:
-    """The steps that `roots` depend on, in order."""
-    wanted = set(roots)
-    kept = []
-    for node in reversed(list(nodes)):
-        if node.out in wanted:
-            wanted.update(uses(node))
-            kept.append(node)
-    return kept[::-1]
+    def _where_needed(self, kind: Kind, n: int) -> AbstractContextManager[None]:
+        """A block for what makes the fresh rows of one side, which matrix products may do without."""
+        if self.matrix and not self.matrix.needs(kind, n):
+            return self.out.block("if not MATRIX")
+        return nullcontext()

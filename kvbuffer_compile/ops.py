@@ -31,14 +31,16 @@ def step_op(plan: Plan) -> Any:
 
 @functools.cache
 def use_triton(plan: Plan, interpret: bool = False) -> None:
-    """Let a generated Triton kernel implement the plan's op on a GPU. EmitError when it cannot be said in Triton.
+    """Let a generated Triton kernel implement the plan's op on a GPU, launched as is best on this one (codegen/tune).
 
-    interpret: run it on CPU tensors in Triton's interpreter instead, for tests.
+    interpret: run it on CPU tensors in Triton's interpreter instead, for tests. EmitError when it cannot be said in
+    Triton.
     """
-    from kvbuffer_compile.codegen import triton, triton_load
+    from kvbuffer_compile.codegen import triton, triton_load, tune
 
     step_op(plan)
-    launch = triton_load.load(triton.emit(plan), interpret).launch
+    config = None if interpret else tune.tuned(plan, torch.cuda.get_device_name(), tune.on_gpu)
+    launch = triton_load.load(triton.emit(plan, config), interpret).launch
     split = len(plan.program.logged)
 
     def recurrent(state: Tensor, *operands: Tensor) -> Any:

@@ -1,0 +1,59 @@
+"""Arguments of a step in the shapes of the calling convention, to compile or to time a kernel with."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+
+from kvbuffer_compile.ir import Var
+from kvbuffer_compile.plan import Plan
+
+
+def example(plan: Plan, lanes: tuple[int, ...], tokens: int, device: str | torch.device) -> tuple[Any, ...]:
+    """(state, cursor, tickets, rows, operands) for a state whose lanes have these sizes: contiguous zeros, and a
+    cursor that flushes every plan.flush tokens. tokens: of a verify step."""
+
+    def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def operand(v: Var) -> torch.Tensor:
+        sizes = tuple(n if lane in v.lanes else 1 for lane, n in zip(plan.program.lanes, lanes, strict=True))
+        tail = {"scalar": (), "key": plan.sizes[:1], "value": plan.sizes[1:]}[v.kind]
+        return zeros((*sizes, *((tokens,) if plan.variant == "verify" else ()), *tail), plan.compute)
+
+    sequences = plan.sequences(lanes)
+    cursor = zeros((4, sequences), torch.int32)
+    cursor[1] = plan.flush
+    logged = zip(plan.program.logged, plan.row_dtypes, strict=True)
+    return (
+        zeros(state_shape(plan, lanes), plan.state_dtype),
+        cursor,
+        zeros((sequences, (1 + len(plan.program.logged)) * prod(lanes[1:]) * -(-max(plan.sizes) // 16)), torch.int32),
+        [zeros(plan.row_shape(v, lanes), dtype) for v, dtype in logged],
+        [operand(v) for v in plan.program.inputs],
+    )
+
+
+def state_shape(plan: Plan, lanes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a state tensor whose lanes have these sizes."""
+    sizes = dict(zip(plan.layout.order, (*lanes, *plan.sizes), strict=True))
+    shape, part = [], 0
+    for parts in plan.layout.dims:
+        total = 1
+        for _ in parts:
+            total, part = total * sizes[part], part + 1
+        shape.append(total)
+    return tuple(shape)
+
+
+def typical_lanes(plan: Plan, total: int) -> tuple[int, ...]:
+    """Sizes of the lanes that multiply to about `total`: those the layout knows, and the rest on the first free one."""
+    sizes = [n for parts in plan.layout.dims for n in parts]
+    lanes = [sizes[part] for part in plan.layout.order[: plan.layout.lanes]]
+    known = 1
+    for n in lanes:
+        known *= n or 1
+    free = next((i for i, n in enumerate(lanes) if n is None), None)
+    return tuple(max(1, total // known) if i == free else n or 1 for i, n in enumerate(lanes))
