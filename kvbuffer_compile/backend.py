@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from kvbuffer_compile import dump, guard, options, targets
 from kvbuffer_compile.errors import Declined, DeclinedError, IRError, OptionError
+from kvbuffer_compile.integrations import functions
 from kvbuffer_compile.machine import machine_for
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choose import choose
@@ -81,6 +82,7 @@ def kvbuffer(
     """
     from torch._inductor.compile_fx import compile_fx
 
+    functions.watch()
     ours, inductor = _split_options(options)
     patches = {**_mode_options(mode), **inductor}
     guard.erase_markers(gm)
@@ -94,6 +96,10 @@ def kvbuffer(
             config_patches=patches or None,
         )
     return cast(Callable[..., Any], compiled)
+
+
+kvbuffer.rewrites_recurrences = True  # type: ignore[attr-defined]
+functions.watch()
 
 
 def _mode_options(mode: str | None) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return kvbuffer(gm, inputs, options=given)  # a backend of its own: Dynamo does not reuse graphs compiled before
 
+    backend.rewrites_recurrences = True  # type: ignore[attr-defined]
     with _listening(findings.add), _restored((fn, call_args, call_kwargs)), torch.no_grad():
         torch.compile(_afresh(fn), backend=backend)(*call_args, **call_kwargs)
     return findings.report(dict(options or {}))

@@ -24,11 +24,12 @@ from kvbuffer_compile.ir import (
 from kvbuffer_compile.passes.coordinates import Coordinates, coordinates
 from kvbuffer_compile.passes.factor import Axes, Factoring
 from kvbuffer_compile.passes.graph import shape
-from kvbuffer_compile.passes.labels import resolved
+from kvbuffer_compile.passes.labels import TokenAtom, resolved
 from kvbuffer_compile.passes.lifted import Output
 from kvbuffer_compile.passes.maps import Opening
 from kvbuffer_compile.passes.operands import Inserter, Operands
 from kvbuffer_compile.passes.order import DecayEvent, Event, Ordering, ReadEvent, UpdateEvent
+from kvbuffer_compile.passes.sequences import all_tokens, tokens_of
 from kvbuffer_compile.passes.terms import (
     Call,
     Expr,
@@ -63,6 +64,12 @@ class Assembled:
         kind = self.reads[node].kind
         labels = resolved(self.walk.reads[node].labels)
         parts = [*self.place.lanes, self.place.axis(kind)]
+        if self.walk.sequence is not None:
+            node = all_tokens(node)
+        if (tokens := tokens_of(self.walk.sequence)) is not None:
+            counting = (TokenAtom(tokens),)
+            labels = (*labels[:-1], counting, labels[-1])
+            parts.insert(-1, counting)
         where = {atom: i for i, part in enumerate(parts) for atom in part}
         met = list(dict.fromkeys(where[a] for dim in labels for a in dim))
         empty = [i for i, part in enumerate(parts) if not part]
@@ -79,7 +86,7 @@ def assemble(walk: Walk, axes: Axes, tainted: Tainted, inserter: Inserter) -> As
     outside = [leaf for e in events for x in _exprs(e) for leaf in leaves(x) if leaf.node not in walk.reads]
     place = coordinates(walk.state, walk.home, axes, values, outside, walk.reads.values())
     _contiguous(walk, place)
-    lowering = Lowering(walk, Operands(inserter, place, values, walk.state))
+    lowering = Lowering(walk, Operands(inserter, place, values, walk.state, tokens_of(walk.sequence)))
     for event in events:
         lowering.event(event)
     inputs = tuple(lowering.inputs)

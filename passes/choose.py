@@ -47,9 +47,13 @@ def explain_choice(
     compute = torch.float64 if state_tensor(lifted).dtype == torch.float64 else torch.float32
     rows = row_dtypes(lifted, options, compute)
     wanted = () if isinstance(options.flush, str) else (options.flush,)
+    most = lifted.most_tokens if lifted.several else 1
     case = make_case(lifted, rows, compute, options.capacity, target)
     prediction = predict(case, machine, (*_ladder(case), *wanted))
     chosen = _asked(prediction, wanted[0]) if wanted else _fastest(prediction, case, machine)
+    if most is None:
+        reason = "nothing bounds the number of tokens of one call, and their rows must fit in the buffer"
+        return Declined(lifted.state.name, "dynamic-size", reason, lifted.source), prediction
     if chosen is None:
         return _no_gain(lifted, prediction), prediction
     prediction = replace(prediction, chosen=chosen)
@@ -60,7 +64,7 @@ def explain_choice(
         variant=best.variant,
         sizes=lifted.sizes,
         flush=best.flush,
-        capacity=max(best.flush, options.capacity or 0, case.tokens) if best.variant != "recurrent" else 1,
+        capacity=max(best.flush, options.capacity or 0, most) if best.variant != "recurrent" else 1,
         state_dtype=state_tensor(lifted).dtype,
         row_dtypes=rows,
         compute=compute,

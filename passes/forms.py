@@ -61,6 +61,14 @@ class Select:
 
 
 @dataclass(frozen=True)
+class Token:
+    """x at one of its tokens, whichever: the dim that counts them disappears."""
+
+    x: Node
+    dim: int
+
+
+@dataclass(frozen=True)
 class Slice:
     """A contiguous part of a dim of x."""
 
@@ -162,7 +170,7 @@ class Opaque:
 
 
 Form = (
-    Regroup | Permute | Same | Cast | Expand | Select | Slice | Product | Quotient | Sum | Choice | Contract
+    Regroup | Permute | Same | Cast | Expand | Select | Token | Slice | Product | Quotient | Sum | Choice | Contract
     | Reduce | Variance | Pointwise | Constant | Write | Metadata | Opaque
 )  # fmt: skip
 
@@ -185,4 +193,4 @@ def operands(form: Form) -> list[Node]:
 
 def is_view(form: Form) -> bool:
     """Whether the form only rearranges its operand, in its own dtype."""
-    return isinstance(form, Regroup | Permute | Same | Expand | Select | Slice)
+    return isinstance(form, Regroup | Permute | Same | Expand | Select | Token | Slice)

@@ -32,6 +32,7 @@ from kvbuffer_compile.passes.forms import (
     Select,
     Slice,
     Sum,
+    Token,
     Variance,
     Write,
 )
@@ -293,4 +294,7 @@ READERS: dict[str, Callable[[Node], Form]] = {
     **dict.fromkeys(("aten.ones", "aten.ones_like", "aten.new_ones"), _filled(-1, "", 1.0)),
     **dict.fromkeys(("aten.empty", "aten.empty_like", "aten.new_empty", "aten.empty_permuted"), _filled(-1, "")),
     "aten.copy_": lambda n: Write(_x(n), argument(n, 1, "src")),
+    "kvbuffer.sequence": lambda n: Metadata(),  # its one token, written out beside it, is what uses the state
+    "kvbuffer.stands_for": lambda n: Same(_x(n)),
+    "kvbuffer.token": lambda n: Token(_x(n), argument(n, 1, "dim")),
 }  # fmt: skip

@@ -33,6 +33,13 @@ class Atom:
         return f"<{self.size}>" if self.at is None else f"<{self.size}@{self.at}>"
 
 
+class TokenAtom(Atom):
+    """The index that counts the tokens of a sequence, held at whichever is studied."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__(size, 0)
+
+
 Dim = tuple[Atom, ...]
 Labels = tuple[Dim, ...]
 

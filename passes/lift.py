@@ -24,9 +24,10 @@ from kvbuffer_compile.passes.operands import Inserter
 from kvbuffer_compile.passes.order import choices
 from kvbuffer_compile.passes.queries import adopt, taken_apart
 from kvbuffer_compile.passes.reasons import refused, told
+from kvbuffer_compile.passes.sequences import opened_sequences, sequence_of, tokens_of
 from kvbuffer_compile.passes.stacked import apart, stacks
 from kvbuffer_compile.passes.terms import Refusal
-from kvbuffer_compile.passes.tokens import Tokens, tokens
+from kvbuffer_compile.passes.tokens import Tokens, tokens, whole
 from kvbuffer_compile.passes.walk import Walk
 
 aten = torch.ops.aten
@@ -55,7 +56,8 @@ def _lift(gm: GraphModule, whole: frozenset[int]) -> LiftedGraph:
     copy = opened(copied(gm))
     inputs = copy.graph.find_nodes(op="placeholder")
     found = [stack for stack in stacks(copy) if inputs.index(stack.state) not in whole]
-    graph = LiftedGraph(copy, apart(copy, found))
+    parts = apart(copy, found)
+    graph = LiftedGraph(opened_sequences(copy), parts)
     walks = _walks(graph)
     queries = taken_apart(walks, Inserter(graph.gm.graph))
     if queries:
@@ -77,6 +79,7 @@ def _walks(graph: LiftedGraph) -> list[Walk]:
         walk = Walk(state, order)
         try:
             walks.append(walk.run())
+            walk.sequence = sequence_of(walk)
         except Refusal as refusal:
             graph.refused.append(refused(walk, refusal, stored.get(state)))
     return walks
@@ -170,7 +173,8 @@ def _finish(graph: LiftedGraph, assembled: list[Assembled]) -> list[Lifted]:
 
 def _lifted(one: Assembled, live: set[Node], inserter: Inserter) -> Lifted:
     nodes = [n for n in one.reads if n in live]
-    parts = _tokens(one.program, [one.reads[n] for n in nodes])
+    shown = tuple(one.reads[n] for n in nodes)
+    parts = _tokens(one.program, shown) if one.walk.sequence is None else whole(trimmed(one.program, shown))
     by_name = {v.name: node for v, node in one.operands.items()}
     operands = [[by_name[v.name] for v in inputs] for inputs in parts.inputs]
     walk = one.walk
@@ -185,13 +189,13 @@ def _lifted(one: Assembled, live: set[Node], inserter: Inserter) -> Lifted:
         write=walk.write,
         returned=walk.returned,
         source=source(walk.after.version.node) or source(walk.write or walk.state),
-        several=parts.count > 1,
+        several=parts.count > 1 or tokens_of(walk.sequence) is not None,
     )
 
 
-def _tokens(program: Program, live: list[Var]) -> Tokens:
+def _tokens(program: Program, live: tuple[Var, ...]) -> Tokens:
     """The tokens of a program with all its reads as outputs; one that is live in no token is none."""
-    parts = tokens(trimmed(program, tuple(live)))
+    parts = tokens(trimmed(program, live))
     whole = tokens(program)
     if whole.count <= parts.count:
         return parts

@@ -56,6 +56,15 @@ class Lifted:
         count: int | torch.SymInt = self.operands[0].meta["val"].shape[self.layout.lanes]
         return count
 
+    @property
+    def most_tokens(self) -> int | None:
+        """The most that `tokens` can be, None when nothing bounds it."""
+        count = self.tokens
+        if isinstance(count, int):
+            return count
+        upper = count.node.shape_env.bound_sympy(count.node.expr).upper
+        return int(upper) if upper.is_Integer and upper < 2**31 else None
+
 
 @dataclass(frozen=True)
 class Part:

@@ -16,7 +16,7 @@ from kvbuffer_compile.memory import overload
 from kvbuffer_compile.passes.coordinates import Coordinates
 from kvbuffer_compile.passes.factor import Axes
 from kvbuffer_compile.passes.graph import shape, tensor
-from kvbuffer_compile.passes.labels import Atom, Dim, Labels, Size, resolved
+from kvbuffer_compile.passes.labels import Atom, Dim, Labels, Size, TokenAtom, resolved
 from kvbuffer_compile.passes.terms import Call, Expr, Leaf, Number, Ones, Refusal, leaves
 from kvbuffer_compile.passes.vary import Values
 
@@ -32,6 +32,7 @@ class Inserter:
         self._made: dict[Any, Node] = {}
         self._inputs: list[Node] = [n for n in graph.nodes if n.op == "placeholder"]
         self._mode = _fake_mode(self._inputs)
+        self.meta: dict[str, Any] = {}  # of every node inserted from now on
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """The node target(*args, **kwargs)."""
@@ -55,6 +56,7 @@ class Inserter:
         for name in ("stack_trace", "nn_module_stack"):
             if name in last.meta:
                 node.meta[name] = last.meta[name]
+        node.meta.update(self.meta)
         return node
 
     def _tail(self, last: Node, at: tuple[int, int]) -> Node:
@@ -120,9 +122,15 @@ def _fake_mode(inputs: list[Node]) -> Any:
 
 
 class Operands:
-    """Expressions without reads as nodes in state coordinates. compute: the dtype of arithmetic done for them."""
+    """Expressions without reads as nodes in state coordinates. compute: the dtype of arithmetic done for them.
 
-    def __init__(self, inserter: Inserter, place: Coordinates, values: Values, state: Node) -> None:
+    tokens: how many tokens each value has, in a dim of their own behind the lanes; None for no such dim.
+    """
+
+    def __init__(
+        self, inserter: Inserter, place: Coordinates, values: Values, state: Node, tokens: Size | None
+    ) -> None:
+        self.token = None if tokens is None else TokenAtom(tokens)
         self.inserter = inserter
         self.place = place
         self.values = values
@@ -170,7 +178,8 @@ class Operands:
         return self.inserter.call(torch.ops.prims.convert_element_type.default, node, self.compute)
 
     def _filled(self, number: Number, tail: list[int]) -> Node:
-        sizes = [1] * len(self.place.lanes) + tail
+        tokens = [] if self.token is None else [self.inserter.size(self.token.size)]
+        sizes = [1] * len(self.place.lanes) + tokens + tail
         return self.inserter.call(aten.full.default, sizes, number, dtype=self.compute, device=self.device)
 
     def _call(self, fn: str, args: tuple[Expr, ...], kind: Kind) -> Node:
@@ -191,7 +200,7 @@ class Operands:
         """Split merged dims, hold what is constant, bring the rest in order, and give it the canonical shape."""
         if tensor(node) is None:
             return self._filled_with(node)
-        labels = resolved(labels)
+        node, labels = self._of_all_tokens(node, resolved(labels))
         flat = [a for dim in labels for a in dim]
         varying = self.values.vary(node, labels)
         if len(set(flat)) < len(flat):
@@ -201,16 +210,31 @@ class Operands:
             labels = tuple((a,) for a in flat)
         axis = self.place.axis(kind)
         kept = varying.union(axis)
+        kept |= self._counting
         for i in reversed(range(len(labels))):
             if not labels[i] or labels[i][0] not in kept:
                 at = (labels[i][0].at or 0) if labels[i] else 0
                 node = self.inserter.call(aten.select.int, node, i, at)
         have = [dim[0] for dim in labels if dim and dim[0] in kept]
-        for atom in axis:
+        for atom in (*axis, *self._counting):
             if atom not in have:
                 node = self._repeated(node, atom)
                 have.append(atom)
         return self._placed(node, have, axis)
+
+    @property
+    def _counting(self) -> frozenset[Atom]:
+        return frozenset() if self.token is None else frozenset({self.token})
+
+    def _of_all_tokens(self, node: Node, labels: Labels) -> tuple[Node, Labels]:
+        """The value of every token behind that of one."""
+        if self.token is None:
+            return node, labels
+        node, labels = self.values.peel(node, labels)
+        if "sequence" in node.meta:
+            raise Refusal(node, "one-token", "an operand is computed for one token only")
+        token = (self.token,)
+        return node, tuple(token if any(isinstance(a, TokenAtom) for a in dim) else dim for dim in resolved(labels))
 
     def _repeated(self, node: Node, atom: Atom) -> Node:
         """The node with a last dim along which it is constant."""
@@ -220,11 +244,13 @@ class Operands:
 
     def _filled_with(self, node: Node) -> Node:
         scalar = self.inserter.call(aten.scalar_tensor.default, node, dtype=self.compute, device=self.device)
-        return self.inserter.call(aten.reshape.default, scalar, [1] * len(self.place.lanes))
+        one = self.inserter.call(aten.reshape.default, scalar, [1] * len(self.place.lanes))
+        return one if self.token is None else self._repeated(one, self.token)
 
     def _placed(self, node: Node, have: list[Atom], axis: Dim) -> Node:
         """A node whose dims are single atoms, in canonical order, with dims of size 1 for the lanes it lacks."""
         groups = [tuple(a for a in lane if a in have) for lane in self.place.lanes]
+        groups += [(atom,) for atom in self._counting]
         wanted = [a for g in groups for a in g] + list(axis)
         if set(wanted) != set(have):
             raise Refusal(node, "wider-operand", "an operand of an update has more indices than the state")

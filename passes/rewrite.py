@@ -15,6 +15,7 @@ from kvbuffer_compile.errors import IRError
 from kvbuffer_compile.passes.graph import shape
 from kvbuffer_compile.passes.labels import size_of
 from kvbuffer_compile.passes.lifted import Lifted, Output
+from kvbuffer_compile.passes.sequences import closed_sequences
 from kvbuffer_compile.plan import Plan
 
 aten = torch.ops.aten
@@ -68,6 +69,7 @@ def splice(gm: GraphModule, chosen: list[tuple[Lifted, Plan]], op_of: Callable[[
         _replace(gm.graph, lifted, op_of(plan), extra)
         count = _count(lifted.tokens, placeholders)
         done.append(Spliced(placeholders.index(lifted.state), plan, len(extra), lifted.returned, count))
+    closed_sequences(gm)
     stable_topological_sort(gm.graph)
     _write_last(gm.graph)
     gm.graph.eliminate_dead_code()

@@ -28,18 +28,24 @@ def tokens(program: Program) -> Tokens:
     Every period must be alike in all its calls, hand something to the outside, and use no read of another one.
     Equal algebra gives equal programs: calls stand where they are first needed, inputs in order of use.
     """
-    whole = _State(program)
-    for period in _periods(whole.ops, program):
-        found = [whole.token(range(i, i + period)) for i in range(0, len(whole.ops), period)]
+    state = _State(program)
+    for period in _periods(state.ops, program):
+        found = [state.token(range(i, i + period)) for i in range(0, len(state.ops), period)]
         programs = {rename(one.program) for one in found if one is not None}
         if len(programs) == 1 and all(one is not None and one.program.outputs for one in found):
             parts = [one.program for one in found if one is not None]
             return Tokens(programs.pop(), tuple(p.inputs for p in parts), tuple(p.outputs for p in parts))
-    one = whole.token(range(len(whole.ops)))
+    entangled = next(_periods(state.ops, program), len(state.ops))  # several tokens, one feeding the next
+    return whole(replace(program, tokens=len(state.ops) // entangled if entangled else 1))
+
+
+def whole(program: Program) -> Tokens:
+    """A program that is not taken apart, canonical."""
+    state = _State(program)
+    one = state.token(range(len(state.ops)))
     assert one is not None, "a program uses no reads but its own"
-    entangled = next(_periods(whole.ops, program), len(whole.ops))  # several tokens, one feeding the next
-    count = len(whole.ops) // entangled if entangled else 1
-    return Tokens(replace(rename(one.program), tokens=count), (one.program.inputs,), (one.program.outputs,))
+    canonical = replace(rename(one.program), tokens=program.tokens)
+    return Tokens(canonical, (one.program.inputs,), (one.program.outputs,))
 
 
 def _periods(ops: Sequence[Op], program: Program) -> Iterator[int]:

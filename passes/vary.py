@@ -22,12 +22,25 @@ from kvbuffer_compile.passes.forms import (
     Select,
     Slice,
     Sum,
+    Token,
     Variance,
     is_view,
     operands,
 )
 from kvbuffer_compile.passes.graph import read, shape
-from kvbuffer_compile.passes.labels import Atom, Dim, Labels, Size, aligned, atoms_of, fresh, regroup, resolve, resolved
+from kvbuffer_compile.passes.labels import (
+    Atom,
+    Dim,
+    Labels,
+    Size,
+    TokenAtom,
+    aligned,
+    atoms_of,
+    fresh,
+    regroup,
+    resolve,
+    resolved,
+)
 
 Use = tuple[Node, Labels]  # a node at one place where it is used
 WIDEST = 16  # contractions that are looked through when they may be products with weights; also the largest rank
@@ -44,12 +57,12 @@ def pull(node: Node, labels: Labels) -> list[Use] | None:
             return [(x, tuple(labels[order.index(i)] for i in range(len(order))))]
         case Same(x) | Cast(x, _):
             return [(x, labels)]
-        case Select(x, dim, index):
-            return [(x, (*labels[:dim], _position(shape(x)[dim], index), *labels[dim:]))]
-        case Slice(x, dim, start):
+        case Select(x, dim) | Token(x, dim):
+            return [(x, (*labels[:dim], _position(shape(x)[dim], form), *labels[dim:]))]
+        case Slice(x, dim):
             if shape(node)[dim] != 1:
                 return None
-            return [(x, (*labels[:dim], _position(shape(x)[dim], start), *labels[dim + 1 :]))]
+            return [(x, (*labels[:dim], _position(shape(x)[dim], form), *labels[dim + 1 :]))]
         case Contract():
             return pull_contract(form, labels)
         case Reduce(x, dims, keep, _) | Variance(x, dims, keep, _):
@@ -60,8 +73,14 @@ def pull(node: Node, labels: Labels) -> list[Use] | None:
             return None
 
 
-def _position(size: Size, index: int) -> Dim:
-    return () if size == 1 else (Atom(size, index),)
+def _position(size: Size, form: Select | Slice | Token) -> Dim:
+    if size == 1:
+        return ()
+    match form:
+        case Token():
+            return (TokenAtom(size),)
+        case Select(_, _, index) | Slice(_, _, index):
+            return (Atom(size, index),)
 
 
 def unreduced(sizes: Iterable[Size], dims: tuple[int, ...], keep: bool, labels: Labels) -> Labels:

@@ -31,6 +31,7 @@ from kvbuffer_compile.passes.forms import (
     Select,
     Slice,
     Sum,
+    Token,
     Variance,
     Write,
     operands,
@@ -58,7 +59,8 @@ class Walk:
     """All uses of one state. Raises Refusal at the first that is not algebra.
 
     reads: by node; write: the copy_ that stores the next state; after: the next state; returned: its position among
-    the outputs when it is not stored; active: an addition or a contraction was met.
+    the outputs when it is not stored; active: an addition or a contraction was met; sequence: the call that decodes
+    several tokens at once, of which one was walked through.
     """
 
     def __init__(self, state: Node, order: dict[Node, int]) -> None:
@@ -71,6 +73,7 @@ class Walk:
         self.after: Lin | None = None
         self.returned: int | None = None
         self.active = False
+        self.sequence: Node | None = None
         self.order = order
 
     def run(self) -> Walk:
@@ -147,7 +150,7 @@ class Walk:
                 labels = broadcast(lin.labels, shape(node))
             case Select(_, dim, index):
                 return self._select(node, lin, dim, index)
-            case Slice():
+            case Slice() | Token():
                 raise self._part(node)
             case Cast(_, exact) if not exact:
                 raise self._nonlinear(node)

@@ -14,7 +14,10 @@ torch.set_num_threads(1)  # two workers share two cores
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
     """No test sees graphs that another one compiled."""
+    from kvbuffer_compile.integrations import functions
+
     torch._dynamo.reset()
+    functions.watch()
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()

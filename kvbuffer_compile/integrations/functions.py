@@ -1,0 +1,71 @@
+"""Functions that hide a recurrence, replaced while Dynamo traces for this backend by the recurrence itself.
+
+Chunked functions of transformers pad a few tokens to a block of 64 and solve a triangular system; fused ones of other
+libraries are opaque. Where a state exists and at most `MOST_TOKENS` tokens follow, each becomes one
+`kvbuffer::sequence` (sequence.py), the same for every number of tokens. Long prefills, calls without a state, graphs
+that need gradients and every other backend get the function they asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._dynamo.eval_frame import innermost_backend
+from torch._dynamo.symbolic_convert import InstructionTranslator
+
+from kvbuffer_compile.integrations import adapters
+
+_seen: set[int] = set()  # functions that were substituted; Dynamo keeps them alive
+_searched: set[str] = set()  # modules
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def traced_for_us() -> bool:
+    """Whether the graph at hand goes to a backend that says so: it has an attribute `rewrites_recurrences`."""
+    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    backend = innermost_backend(backend)
+    backend = getattr(backend, "compiler_fn", backend)
+    return bool(getattr(backend, "rewrites_recurrences", False))
+
+
+def watch() -> None:
+    """Have `substitute_known` called before each tracing. torch._dynamo.reset() forgets that, and needs this again."""
+    callbacks = torch._dynamo.callback.callback_handler.start_callbacks
+    if substitute_known not in callbacks:
+        callbacks.append(substitute_known)
+    substitute_known()
+
+
+def substitute_known(*_: Any) -> None:
+    """Substitute the known functions of every module that was imported since the last time."""
+    for name in [n for n in sys.modules if n not in _searched]:
+        _searched.add(name)
+        root = name.partition(".")[0]
+        if root in adapters.LIBRARIES:
+            _substitute_in(sys.modules[name], adapters.LIBRARIES[root])
+
+
+def _substitute_in(module: types.ModuleType, known: dict[str, Callable[..., Any]]) -> None:
+    for name, adapter in known.items():
+        original = vars(module).get(name)
+        if isinstance(original, types.FunctionType) and id(original) not in _seen:
+            _seen.add(id(original))
+            substitute(original, adapter)
+
+
+def substitute(original: types.FunctionType, adapter: Callable[..., Any]) -> None:
+    """Trace `adapter` instead of `original` under our backends, where it gives a result; None leaves the original."""
+    untouched = types.FunctionType(
+        original.__code__, original.__globals__, original.__name__, original.__defaults__, original.__closure__
+    )
+    untouched.__kwdefaults__ = original.__kwdefaults__
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        result = adapter(*args, **kwargs) if traced_for_us() else None
+        return untouched(*args, **kwargs) if result is None else result
+
+    torch.compiler.substitute_in_graph(original, skip_signature_check=True)(traced)
