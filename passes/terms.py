@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from torch.fx import Node
 
 from kvbuffer_compile.ir import REDUCTIONS
-from kvbuffer_compile.passes.labels import Atom, Labels, fixed, resolved
+from kvbuffer_compile.passes.labels import Atom, Dim, Labels, fixed, resolved
 
 Number = float | int | bool
 
@@ -168,3 +169,11 @@ def product(term: Term) -> Expr:
 def is_reduction(expr: Expr) -> bool:
     """Whether the expression contains a reduction."""
     return isinstance(expr, Call) and (expr.fn in REDUCTIONS or any(map(is_reduction, expr.args)))
+
+
+def mean(node: Node, contracted: Dim) -> float:
+    """What a mean over these indices multiplies their sum by."""
+    sizes = [a.size for a in contracted if isinstance(a.size, int)]
+    if len(sizes) < len(contracted):
+        raise Refusal(node, "dynamic-size", "a mean over an axis whose size is not known")
+    return 1 / prod(sizes)

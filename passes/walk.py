@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from math import prod
 
 from torch.fx import Node
 
@@ -49,7 +48,7 @@ from kvbuffer_compile.passes.labels import (
     resolve,
     resolved,
 )
-from kvbuffer_compile.passes.terms import Call, Expr, Leaf, Mask, Refusal, Term, held
+from kvbuffer_compile.passes.terms import Call, Expr, Leaf, Mask, Refusal, Term, held, mean
 from kvbuffer_compile.passes.transition import applied
 from kvbuffer_compile.passes.vary import is_zero
 from kvbuffer_compile.passes.versions import Lin, ReadOut, Version
@@ -237,7 +236,7 @@ class Walk:
         contracted = tuple(a for i in form.dims for a in lin.labels[i])
         kept = [() if i in form.dims else dim for i, dim in enumerate(lin.labels)]
         labels = tuple(d for i, d in enumerate(kept) if form.keep or i not in form.dims)
-        factors = lin.factors if form.fn == "sum" else (*lin.factors, _mean(node, contracted))
+        factors = lin.factors if form.fn == "sum" else (*lin.factors, mean(node, contracted))
         return self._summed(node, lin, factors, contracted, labels)
 
     def _summed(self, node: Node, lin: Lin, factors: Term, contracted: Dim, labels: Labels) -> Lin | None:
@@ -294,10 +293,3 @@ def _plain(x: Operand, labels: Labels) -> Expr:
 
 def _zero(x: Operand) -> bool:
     return is_zero(x) if isinstance(x, Node) else x == 0
-
-
-def _mean(node: Node, contracted: Dim) -> float:
-    sizes = [a.size for a in contracted if isinstance(a.size, int)]
-    if len(sizes) < len(contracted):
-        raise Refusal(node, "dynamic-size", "a mean over an axis whose size is not known")
-    return 1 / prod(sizes)
