@@ -56,6 +56,8 @@ def emit(plan: Plan) -> str:
 
 
 def _check(plan: Plan) -> None:
+    if plan.slots:
+        raise EmitError(f"no C++ kernel for a pool of slots\n{plan.program}")
     dtypes = {"state": plan.state_dtype, "compute": plan.compute}
     dtypes |= {f"row {v}": d for v, d in zip(plan.program.logged, plan.row_dtypes, strict=True)}
     for what, dtype in dtypes.items():

@@ -42,7 +42,7 @@ class Account:
         self.aliased = False
         self.exposed = False
         self.dirty = False
-        self.steps = 0
+        self.steps: int | Tensor = 0  # of all sequences, or one by one
         with torch.inference_mode(False):
             self.cursor, self.rows = _allocate(self.state, plan)
         self.cursor[1].fill_(phase)
@@ -71,6 +71,10 @@ class Account:
         self.cursor[3].zero_()
         self.cursor[0].clamp_(max=0)
         self.cursor[1].fill_(self.phase)
+
+    def finished(self, plan: Plan) -> None:
+        """A step has gone through."""
+        self.steps = self.cursor[2].clone() if plan.slots else self.steps + 1
 
     def take_back_unfinished(self, tokens: int) -> None:
         """After an exception in the middle of a step of so many tokens: if this state had stepped, undo it."""

@@ -21,6 +21,7 @@ from kvbuffer_compile.errors import Declined, DeclinedError, IRError, OptionErro
 from kvbuffer_compile.integrations import functions
 from kvbuffer_compile.machine import machine_for
 from kvbuffer_compile.options import Options
+from kvbuffer_compile.passes import pools
 from kvbuffer_compile.passes.choose import choose
 from kvbuffer_compile.passes.lift import lift
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Part, Refused
@@ -131,8 +132,9 @@ def _plain_name(match: re.Match[str]) -> str:
     return match[1] or f".{match[2]}"
 
 
-def _names(gm: GraphModule, sources: Sequence[str], parts: Sequence[Part]) -> dict[str, str]:
-    """The user's name of each placeholder of the graph that AOTAutograd made of a captured one."""
+def _names(gm: GraphModule, sources: Sequence[str], parts: Sequence[Part], others: Mapping[str, str]) -> dict[str, str]:
+    """The user's name of each placeholder of the graph that AOTAutograd made of a captured one, and of those that stand
+    for slices or for others while it is lifted."""
     names = {}
     inputs = gm.graph.find_nodes(op="placeholder")
     for node in inputs:
@@ -142,7 +144,7 @@ def _names(gm: GraphModule, sources: Sequence[str], parts: Sequence[Part]) -> di
     for part in parts:
         whole = inputs[part.index].name
         names[part.name] = part.named(names.get(whole, whole))
-    return names
+    return names | {name: names.get(other, other) for name, other in others.items()}
 
 
 def compile_graph(
@@ -160,7 +162,7 @@ def compile_graph(
         warnings.warn(f"kvbuffer left a graph to Inductor after an internal error: {error!r}", stacklevel=2)
         record, rewritten, spliced = GraphRecord(why_not=Declined("", "internal-error", str(error))), gm, []
         parts = ()
-    record = replace(record, names=_names(gm, sources, parts))
+    record = replace(record, names=_names(gm, sources, parts, record.names))
     observers.tell(record)
     _report_declines(record, ours)
     if not spliced:
@@ -181,8 +183,9 @@ def rewrite_graph(
         return GraphRecord(why_not=Declined("", "gradients", "the graph needs gradients")), gm, [], ()
     lifted = lift(gm)
     states = tuple((found, _plan(lifted, found, ours)) for found in lifted.found)
-    record = GraphRecord(states, tuple(lifted.refused))
-    spliced = splice(lifted.gm, record.rewritten, targets.step_op)
+    whose = {pool.rows.name: pool.state.name for pool in lifted.pools}
+    record = GraphRecord(states, tuple(lifted.refused), names=whose)
+    spliced = splice(lifted.gm, pools.put_back(lifted.pools, record.rewritten), targets.step_op)
     if ours.dump is not None:
         dump.write(ours.dump, gm, lifted.gm, record.rewritten)
     return record, lifted.gm, spliced, lifted.parts
@@ -194,7 +197,12 @@ def _plan(graph: LiftedGraph, found: Lifted, ours: Options) -> Plan | Declined:
         reason = "the next state is returned, and the caller may still hold the old one: pass options={'donate': True}"
         return Declined(found.state.name, "not-donated", reason, found.source)
     device = found.state.meta["val"].device
-    plan = choose(found, ours, machine_for(device), targets.resolve(ours.target, device))
+    target = targets.resolve(ours.target, device)
+    if found.slots is not None:
+        target = targets.for_slots(target, ours.target)
+        if (elsewhere := pools.misplaced(found)) is not None:
+            return elsewhere
+    plan = choose(found, ours, machine_for(device), target)
     if isinstance(plan, Declined):
         return plan
     problem = validate(graph, found)

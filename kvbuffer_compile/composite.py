@@ -189,8 +189,15 @@ def _tokens(plan: Plan, operands: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     if plan.variant != "verify":
         return [inputs]
     axis = plan.layout.lanes
-    count = max(x.shape[axis] for x in inputs.values())
-    return [{n: x.select(axis, t if x.shape[axis] > 1 else 0) for n, x in inputs.items()} for t in range(count)]
+    return [
+        {n: x.select(axis, t if x.shape[axis] > 1 else 0) for n, x in inputs.items()}
+        for t in range(token_count(plan, operands))
+    ]
+
+
+def token_count(plan: Plan, operands: Sequence[Tensor]) -> int:
+    """How many tokens a step with these operands decodes."""
+    return max(x.shape[plan.layout.lanes] for x in operands) if plan.variant == "verify" else 1
 
 
 def _inputs(plan: Plan, operands: Sequence[Tensor]) -> dict[str, Tensor]:

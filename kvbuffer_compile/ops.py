@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbuffer_compile import composite
+from kvbuffer_compile import composite, slots
 from kvbuffer_compile.plan import Plan
 
 LIBRARY = torch.library.Library("kvbuffer", "FRAGMENT")
@@ -73,22 +73,27 @@ def _composite(plan: Plan) -> Callable[..., Any]:
     rows = len(plan.program.logged)
 
     def recurrent(state: Tensor, *operands: Tensor) -> Any:
+        if plan.slots:
+            return _returned(slots.recurrent_step(plan, state, operands[0], operands[1:]))
         return _returned(composite.recurrent_step(plan, state, operands))
 
     def buffered(state: Tensor, cursor: Tensor, *rest: Tensor) -> Any:
-        return _returned(composite.buffered_step(plan, state, cursor, rest[:rows], rest[rows:]))
+        log, operands = rest[:rows], rest[rows:]
+        if plan.slots:
+            return _returned(slots.buffered_step(plan, state, cursor, log, operands[0], operands[1:]))
+        return _returned(composite.buffered_step(plan, state, cursor, log, operands))
 
     return recurrent if plan.variant == "recurrent" else buffered
 
 
 def _fake(plan: Plan) -> Callable[..., Any]:
-    first = 2 + len(plan.program.logged)  # the operands of a verify op come behind state, cursor and rows
+    before = 1 if plan.variant == "recurrent" else 2 + len(plan.program.logged)  # state, cursor and rows
 
     def fake(*args: Tensor) -> Any:
         state = args[0]
         view = plan.layout.canonical(state)
-        lanes = view.shape[:-2]
-        tokens = (args[first].shape[len(lanes)],) if plan.variant == "verify" else ()
+        lanes = (args[before].shape[0], *view.shape[1:-2]) if plan.slots else view.shape[:-2]
+        tokens = (args[before + plan.slots].shape[len(lanes)],) if plan.variant == "verify" else ()
         tails = {"scalar": (), "key": view.shape[-2:-1], "value": view.shape[-1:]}
         shapes = [(*lanes, *tokens, *tails[v.kind]) for v in plan.program.outputs]
         return _returned(tuple(state.new_empty(s, dtype=plan.compute) for s in shapes))

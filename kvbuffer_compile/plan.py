@@ -5,6 +5,7 @@ The calling convention of every step op, whoever implements it (ATen, C++, Trito
     recurrent   step(state!, *operands)                         -> [outputs]
     buffered    step(state!, cursor!, *rows!, *operands)        -> [outputs]
     verify      the same for T tokens in one call, T >= 1 known at run time from the operands
+    slots       each of them with one more operand in front of the others: step(..., slots, *operands)
 
     state      the user's tensor, any strides; Layout.canonical(state) is [*lanes, K, V]
     cursor     int32 [4, N], N sequences (lane 0; 1 when the layout has no sequence lane).
@@ -18,11 +19,14 @@ The calling convention of every step op, whoever implements it (ATen, C++, Trito
                any strides and float dtype; for verify [*lanes, T(, K or V)]
     outputs    one contiguous tensor for each of program.outputs, [*lanes(, K or V)], in the plan's compute dtype;
                for verify [*lanes, T(, K or V)]
+    slots      int32 or int64 [B]: the state is a pool of N slots, of which the step takes these as its B sequences and
+               leaves all others alone. cursor and rows are those of all N slots, operands and outputs of the B.
+               Negative ones count from the end; of equal ones each sees the same state, and the last is stored
 
 A buffered step, for every sequence with cursor[0] >= 0: if cursor[0] >= cursor[1] or cursor[0] + T > capacity, fold
 the rows into the state and set cursor[0] = 0, cursor[1] = L, cursor[3] = 0; run the program T times on (state, rows);
 store the program's logged values in slots cursor[0], cursor[0] + 1, ...; add T to cursor[0]. cursor[2] grows by 1 for
-every sequence. Rolling back is subtracting from cursor[0].
+every sequence, with slots for those of the step. Rolling back is subtracting from cursor[0].
 """
 
 from __future__ import annotations
@@ -92,7 +96,7 @@ class Plan:
 
     sizes: (K, V). flush: the flush length L in tokens; capacity: slots a buffer has (>= L).
     row_dtypes: one for each of program.logged. compute: dtype of arithmetic and outputs (float32; float64 for
-    float64 states). target: who implements the op.
+    float64 states). target: who implements the op. slots: the state is a pool, an operand says which slots.
     why: one line of the cost model for people; does not take part in equality.
     """
 
@@ -106,13 +110,14 @@ class Plan:
     row_dtypes: tuple[torch.dtype, ...]
     compute: torch.dtype = torch.float32
     target: str = "aten"
+    slots: bool = False
     why: str = field(default="", compare=False)
 
     @property
     def key(self) -> str:
         """A content hash that names the op and the kernels of this plan, equal in every process."""
         parts = (self.program, self.layout, self.variant, self.sizes, self.flush, self.capacity,
-                 self.state_dtype, self.row_dtypes, self.compute, self.target)  # fmt: skip
+                 self.state_dtype, self.row_dtypes, self.compute, self.target, self.slots)  # fmt: skip
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
     def shares_rows(self, other: Plan) -> bool:
@@ -134,7 +139,7 @@ class Plan:
         if self.variant != "recurrent":
             written += ["cursor", *(f"row_{v}" for v in self.program.logged)]
         args = [f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(written)]
-        args += [f"Tensor {v}" for v in self.program.inputs]
+        args += ["Tensor slots"] * self.slots + [f"Tensor {v}" for v in self.program.inputs]
         count = len(self.program.outputs)
         returns = "Tensor" if count == 1 else "(" + ", ".join(["Tensor"] * count) + ")"
         return f"{self.op_name}({', '.join(args)}) -> {returns}"

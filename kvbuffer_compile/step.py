@@ -77,15 +77,16 @@ class Step(SettleOnly):
 
     def run(self, args: list[Any], accounts: list[Account]) -> Any:
         """The compiled graph on prepared inputs; a step that fails half-way is taken back."""
-        counts = [s.tokens.of(args) for s in self.states if s.plan.variant != "recurrent"]
+        states = [s for s in self.states if s.plan.variant != "recurrent"]
+        counts = [s.tokens.of(args) for s in states]
         try:
             out = self.compiled(args)
         except BaseException:
             for account, tokens in zip(accounts, counts, strict=True):
                 account.take_back_unfinished(tokens)
             raise
-        for account in accounts:
-            account.steps += 1
+        for state, account in zip(states, accounts, strict=True):
+            account.finished(state.plan)
             if account.aliased or account.exposed:
                 account.settle()
         return out

@@ -28,6 +28,11 @@ def resolve(wanted: str, device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "aten"
 
 
+def for_slots(target: str, wanted: str) -> str:
+    """The target of a step on slots of a pool, which generated kernels cannot do: "auto" does not try them."""
+    return "aten" if wanted == "auto" else target
+
+
 def _cpp_compiler() -> str | None:
     from kvbuffer_compile.codegen import build
 

@@ -69,6 +69,7 @@ def explain_choice(
         row_dtypes=rows,
         compute=compute,
         target=target,
+        slots=lifted.slots is not None,
         why=_why(prediction, best, asked=bool(wanted)),
     )
     return _too_wide(lifted, plan) or plan, prediction
@@ -77,7 +78,7 @@ def explain_choice(
 def _too_wide(lifted: Lifted, plan: Plan) -> Declined | None:
     """torch refuses ops with too many arguments: state, cursor, rows and operands are one each."""
     rows = len(plan.program.logged) + 1 if plan.variant != "recurrent" else 0
-    count = 1 + rows + len(plan.program.inputs)
+    count = 1 + rows + plan.slots + len(plan.program.inputs)
     if count <= ARGUMENTS:
         return None
     reason = f"one step takes {count} tensors, an op of torch at most {ARGUMENTS}: unroll fewer tokens in one graph"

@@ -11,6 +11,7 @@ outputs   the reads that the rest of the graph still needs
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch.fx import GraphModule, Node
@@ -22,6 +23,7 @@ from kvbuffer_compile.passes.composites import opened
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
 from kvbuffer_compile.passes.operands import Inserter
 from kvbuffer_compile.passes.order import choices
+from kvbuffer_compile.passes.pools import taken
 from kvbuffer_compile.passes.queries import adopt, taken_apart
 from kvbuffer_compile.passes.reasons import refused, told
 from kvbuffer_compile.passes.sequences import opened_sequences, sequence_of, tokens_of
@@ -39,7 +41,9 @@ def lift(gm: GraphModule) -> LiftedGraph:
     gm: nodes carry fake tensors in meta["val"]; writes to inputs are copy_ calls at the end. It is not changed.
     """
     graph = _lift(gm, frozenset())
-    used = {part.index for one in graph.found for part in graph.parts if part.name == one.state.name}
+    states = {pool.rows: pool.state for pool in graph.pools}
+    found = {states.get(one.state, one.state).name for one in graph.found}
+    used = {part.index for part in graph.parts if part.name in found}
     unused = frozenset(part.index for part in graph.parts) - used
     if not unused:
         return graph
@@ -47,7 +51,7 @@ def lift(gm: GraphModule) -> LiftedGraph:
     slices = {part.name for part in graph.parts if part.index in unused}
     wholes = {n.name for i, n in enumerate(gm.graph.find_nodes(op="placeholder")) if i in unused}
     kept.refused = [r for r in kept.refused if r.state.name not in wholes]
-    kept.refused += [r for r in graph.refused if r.state.name in slices]
+    kept.refused += [r for r in graph.refused if states.get(r.state, r.state).name in slices]
     return kept
 
 
@@ -56,8 +60,8 @@ def _lift(gm: GraphModule, whole: frozenset[int]) -> LiftedGraph:
     copy = opened(copied(gm))
     inputs = copy.graph.find_nodes(op="placeholder")
     found = [stack for stack in stacks(copy) if inputs.index(stack.state) not in whole]
-    parts = apart(copy, found)
-    graph = LiftedGraph(opened_sequences(copy), parts)
+    parts, pools = apart(copy, found), taken(copy)
+    graph = LiftedGraph(opened_sequences(copy), parts, pools)
     walks = _walks(graph)
     queries = taken_apart(walks, Inserter(graph.gm.graph))
     if queries:
@@ -134,7 +138,9 @@ def _acyclic(graph: LiftedGraph, assembled: list[Assembled]) -> list[Assembled]:
     """Each program becomes one node: those whose operands would need their own results through another are refused."""
     bits = _dependence(graph.gm, [a.walk for a in assembled])
     needs = [0] * len(assembled)
+    slots = {pool.rows: pool.slots for pool in graph.pools}
     for i, one in enumerate(assembled):
+        needs[i] |= bits.get(slots.get(one.walk.state, one.walk.state), 0)
         for node in one.operands.values():
             needs[i] |= bits[node]
     kept: list[int] = []
@@ -166,9 +172,10 @@ def _reaches(start: int, goal: int, needs: list[int], within: set[int]) -> bool:
 
 def _finish(graph: LiftedGraph, assembled: list[Assembled]) -> list[Lifted]:
     """Programs with the outputs that the rest of the graph needs."""
-    live = _live(graph.gm, assembled)
+    live = _live(graph, assembled)
     inserter = Inserter(graph.gm.graph)
-    return [_lifted(one, live, inserter) for one in assembled]
+    slots = {pool.rows: pool.slots for pool in graph.pools}
+    return [replace(_lifted(one, live, inserter), slots=slots.get(one.walk.state)) for one in assembled]
 
 
 def _lifted(one: Assembled, live: set[Node], inserter: Inserter) -> Lifted:
@@ -224,17 +231,18 @@ def _position(read: Var, parts: Tokens) -> tuple[int, int | None]:
     raise AssertionError(read)
 
 
-def _live(gm: GraphModule, assembled: Iterable[Assembled]) -> set[Node]:
+def _live(graph: LiftedGraph, assembled: Iterable[Assembled]) -> set[Node]:
     """What is still computed when every program stands in the graph: its reads end the search."""
     reads = {n for one in assembled for n in one.reads}
     writes = {one.walk.write for one in assembled}
-    end = gm.graph.output_node()
+    end = graph.gm.graph.output_node()
     dropped = {one.walk.returned for one in assembled if one.walk.write is None}
     returned = end.args[0]
     assert isinstance(returned, list | tuple)
     stack = [n for i, n in enumerate(returned) if isinstance(n, Node) and i not in dropped]
-    stack += [n for n in gm.graph.nodes if n.op == "call_function" and n.is_impure() and n not in writes]
+    stack += [n for n in graph.gm.graph.nodes if n.op == "call_function" and n.is_impure() and n not in writes]
     stack += [n for one in assembled for n in one.operands.values()]
+    stack += [pool.slots for pool in graph.pools]
     live: set[Node] = set()
     while stack:
         node = stack.pop()

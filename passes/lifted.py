@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -35,6 +36,7 @@ class Lifted:
     one of the program's outputs replaces. write: the copy_ node that stores the next state, or None when it is
     returned: then `returned` is its position among the graph's outputs. source: "file:line" of the model code that
     updates the state. several: the graph runs the program for several tokens; operands are [*lanes, T(, K or V)].
+    slots: which rows of a pool the sequences are, when the state is one (pools.py).
     """
 
     state: Node
@@ -47,6 +49,7 @@ class Lifted:
     returned: int | None = None
     source: str = ""
     several: bool = False
+    slots: Node | None = None
 
     @property
     def tokens(self) -> int | torch.SymInt:
@@ -82,6 +85,18 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """rows: the input that stands for the rows at `slots` of `state` while a graph is lifted; gather: the node that
+    took them; put: target and arguments of the call that stored them, value among them."""
+
+    rows: Node
+    state: Node
+    slots: Node
+    gather: Node
+    put: tuple[Any, tuple[Any, ...], Node]
+
+
+@dataclass(frozen=True)
 class Refused:
     """A candidate that is no recurrence we can serve. hopeless: it never met an addition or a contraction (a KV
     cache, a shift register, a plain operand), so reports do not show it."""
@@ -95,10 +110,12 @@ class Refused:
 class LiftedGraph:
     """A copy of the captured graph in which operand nodes have been inserted, and what was found in it.
 
-    parts: inputs appended to it, in order, in place of slices of its other inputs.
+    parts: inputs appended to it, in order, in place of slices of its other inputs. pools: inputs behind those, in place
+    of rows that are taken of pools.
     """
 
     gm: GraphModule
     parts: tuple[Part, ...] = ()
+    pools: tuple[Pool, ...] = ()
     found: list[Lifted] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)

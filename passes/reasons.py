@@ -14,6 +14,7 @@ from kvbuffer_compile.passes.forms import Opaque, Product, Quotient, operands
 from kvbuffer_compile.passes.graph import read
 from kvbuffer_compile.passes.labels import atoms_of, resolve
 from kvbuffer_compile.passes.lifted import Refused
+from kvbuffer_compile.passes.pools import GATHERS, SCATTERS
 from kvbuffer_compile.passes.terms import Refusal, Term, leaves
 from kvbuffer_compile.passes.vary import Values
 from kvbuffer_compile.passes.versions import ReadOut
@@ -30,6 +31,12 @@ def refused(walk: Walk, refusal: Refusal, write: Node | None) -> Refused:
 
     Hidden as hopeless: what is not stored and never read by a contraction, caches and shift registers.
     """
+    if refusal.rule == "nonlinear" and refusal.node.target in GATHERS | SCATTERS:
+        reason = (
+            "rows of the state are taken or stored by an index: they can be followed where they are taken once, whole, "
+            "by a one-dimensional integer index, and stored once by the same one"
+        )
+        refusal = Refusal(refusal.node, "partial", reason)
     if refusal.rule in _SYMPTOMS and _is_vector(walk):
         reason = "the state is used element by element, as a vector: a token's update would be as large as itself"
         refusal = Refusal(refusal.node, "vector", reason)

@@ -138,7 +138,8 @@ def _replace(graph: Graph, lifted: Lifted, op: Any, extra: list[Node]) -> None:
     """Insert the op at the end (sorting moves it), hand its outputs to the users of the reads, drop the write."""
     end = graph.output_node()
     with graph.inserting_before(end):
-        step = graph.call_function(op, (lifted.state, *extra, *lifted.operands))
+        slots = () if lifted.slots is None else (lifted.slots,)
+        step = graph.call_function(op, (lifted.state, *extra, *slots, *lifted.operands))
         step.meta["val"] = op(*(n.meta["val"] for n in step.args if isinstance(n, Node)))
         many = len(lifted.program.outputs) != 1
         for output in lifted.outputs:

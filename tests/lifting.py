@@ -92,7 +92,8 @@ def _random(value: Any, generator: torch.Generator) -> Any:
     shape = [n if isinstance(n, int) else n.node.hint for n in value.shape]
     if value.dtype == torch.bool:
         return torch.rand(shape, generator=generator) < 0.5
-    assert value.dtype.is_floating_point
+    if not value.dtype.is_floating_point:
+        return torch.arange(value.numel(), dtype=value.dtype).view(shape)  # distinct slots
     return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1
 
 

@@ -34,6 +34,7 @@ LEVELS = {
     "guard": 4,
     "accounts": 4,
     "ops": 4,
+    "slots": 4,
     "runtime": 4,
     "step": 4,
     "check": 4,

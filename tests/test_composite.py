@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -210,6 +212,17 @@ def test_opcheck(variant):
     state = torch.randn(*SIZES.values(), K, V)
     side = [cursor, *(r.nan_to_num() for r in rows)] if variant == "buffered" else []
     torch.library.opcheck(ops.step_op(plan), (state, *side, *inputs))
+
+
+@pytest.mark.parametrize("variant", ["recurrent", "buffered"])
+def test_opcheck_of_a_pool(variant):
+    program = parse(EVERYTHING)
+    plan = replace(make_plan(program, 3, torch.float32, variant=variant), slots=True)
+    cursor, rows = make_buffers(plan, [3, 3, 3])
+    inputs = [x[:2] if x.shape[0] > 1 else x for x in draw(program, torch.float32).values()]
+    state = torch.randn(*SIZES.values(), K, V)
+    side = [cursor, *(r.nan_to_num() for r in rows)] if variant == "buffered" else []
+    torch.library.opcheck(ops.step_op(plan), (state, *side, torch.tensor([2, 0]), *inputs))
 
 
 def test_a_layout_leaves_sizes_to_run_time():
