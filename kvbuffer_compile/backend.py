@@ -7,7 +7,8 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ import torch._functorch.config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.fx import GraphModule, Node
 
-from kvbuffer_compile import dump, guard, options, targets
+from kvbuffer_compile import dump, guard, loops, options, targets
 from kvbuffer_compile.errors import Declined, DeclinedError, IRError, OptionError
 from kvbuffer_compile.integrations import functions
 from kvbuffer_compile.machine import machine_for
@@ -61,6 +62,15 @@ class Observers:
 
     listeners: list[Callable[[GraphRecord], None]] = field(default_factory=list)
 
+    @contextmanager
+    def also(self, listener: Callable[[GraphRecord], None]) -> Iterator[None]:
+        """With one more listener."""
+        self.listeners.append(listener)
+        try:
+            yield
+        finally:
+            self.listeners.remove(listener)
+
     def tell(self, record: GraphRecord) -> None:
         for listener in self.listeners:
             listener(record)
@@ -81,13 +91,26 @@ def kvbuffer(
 
     ValueError for an unknown option, or a value that is not allowed.
     """
-    from torch._inductor.compile_fx import compile_fx
-
     functions.watch()
     ours, inductor = _split_options(options)
     patches = {**_mode_options(mode), **inductor}
     guard.erase_markers(gm)
     inner = functools.partial(compile_graph, ours=ours, sources=_sources(gm))
+    written_out = None if torch.is_grad_enabled() else loops.unrolled(gm)
+    if written_out is not None:
+        records: list[GraphRecord] = []
+        with observers.also(records.append):
+            compiled = _compile(written_out, example_inputs, inner, patches)
+        if any(record.rewritten for record in records):
+            return compiled
+    return _compile(gm, example_inputs, inner, patches)
+
+
+def _compile(
+    gm: GraphModule, example_inputs: Sequence[Any], inner: Callable[..., Any], patches: dict[str, Any]
+) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
     # AOTAutogradCache does not know of our inner compile: a hit would hand back a graph that was never rewritten.
     with functorch_config.patch(enable_autograd_cache=False):
         compiled: Any = compile_fx(

@@ -37,7 +37,7 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
         return kvbuffer(gm, inputs, options=given)  # a backend of its own: Dynamo does not reuse graphs compiled before
 
     backend.rewrites_recurrences = True  # type: ignore[attr-defined]
-    with _listening(findings.add), _restored((fn, call_args, call_kwargs)), torch.no_grad():
+    with observers.also(findings.add), _restored((fn, call_args, call_kwargs)), torch.no_grad():
         torch.compile(_afresh(fn), backend=backend)(*call_args, **call_kwargs)
     return findings.report(dict(options or {}))
 
@@ -81,15 +81,6 @@ def _copied(values: Any) -> Any:
 
     share(values)
     return copy.deepcopy(values, memo)
-
-
-@contextmanager
-def _listening(listener: Callable[[GraphRecord], None]) -> Iterator[None]:
-    observers.listeners.append(listener)
-    try:
-        yield
-    finally:
-        observers.listeners.remove(listener)
 
 
 def _afresh(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -37,6 +37,7 @@ LEVELS = {
     "slots": 4,
     "runtime": 4,
     "step": 4,
+    "loops": 4,
     "check": 4,
     "targets": 4,
     "dump": 4,

@@ -11,12 +11,17 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._dynamo.eval_frame import innermost_backend
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._higher_order_ops.associative_scan import associative_scan
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
+from torch.utils._pytree import tree_map_only
 
+from kvbuffer_compile.guard import GuardedState
 from kvbuffer_compile.integrations import adapters
 
 _seen: set[int] = set()  # functions that were substituted; Dynamo keeps them alive
@@ -59,13 +64,37 @@ def _substitute_in(module: types.ModuleType, known: dict[str, Callable[..., Any]
 
 def substitute(original: types.FunctionType, adapter: Callable[..., Any]) -> None:
     """Trace `adapter` instead of `original` under our backends, where it gives a result; None leaves the original."""
-    untouched = types.FunctionType(
-        original.__code__, original.__globals__, original.__name__, original.__defaults__, original.__closure__
-    )
-    untouched.__kwdefaults__ = original.__kwdefaults__
+    untouched = _twin(original)
 
     def traced(*args: Any, **kwargs: Any) -> Any:
         result = adapter(*args, **kwargs) if traced_for_us() else None
         return untouched(*args, **kwargs) if result is None else result
 
     torch.compiler.substitute_in_graph(original, skip_signature_check=True)(traced)
+
+
+def _twin(function: types.FunctionType) -> types.FunctionType:
+    """The same function as another object, which Dynamo traces as it is."""
+    twin = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
+
+
+def accept_guarded(loop: types.FunctionType) -> None:
+    """Loops as ops refuse tensors of any class but torch's own: give them plain ones, whatever the backend."""
+    if id(loop) in _seen:
+        return
+    _seen.add(id(loop))
+    untouched = _twin(loop)
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(GuardedState, torch.clone, (args, kwargs))
+        return untouched(*args, **kwargs)
+
+    torch.compiler.substitute_in_graph(loop, skip_signature_check=True)(traced)
+
+
+for _loop in (scan, while_loop, associative_scan):
+    accept_guarded(cast(types.FunctionType, _loop))
