@@ -1,194 +1,205 @@
-"""Generated Triton kernels on a GPU: correctness against float64, then bandwidth and ratios.
+"""Generated Triton kernels on a GPU: correctness against float64, then bandwidth and ratios, then a whole model.
 
-    python -m benchmarks.gpu [--out FILE.json] [--batches 1 8 32 128] [--only gdn ...] [--seconds 300]
+    python -m benchmarks.gpu [--out FILE.json] [--batches 1 8 32 128 512] [--only gdn ...] [--seconds 460] [--tune]
+    python -m benchmarks.gpu --dry-run      all of it in little on a CPU, kernels in Triton's interpreter
 
 Every side runs as CUDA graphs over several states in turn, so that none is in the L2 cache when its turn comes; the
-median of several replays counts. Outputs of all sides are compared before anything is timed.
+median of several replays counts. All sides are held against the reference before anything is timed. Cases that come
+first decide most: large batches and float32 states. What there was no time for is listed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from kvbuffer_compile import composite, ops
-from kvbuffer_compile.plan import Layout, Plan
+from benchmarks.gpu_sides import ROOM, Place, Side, error, fla, inductor, plan_of
 from kvbuffer_compile.recurrences import RECURRENCES, Recurrence
 
-DEVICE = torch.device("cuda")
-L = 16
+NAMES = ("gdn", "kda", "mamba2", "gla", "rwkv7")
+DRAFTS = (2, 4, 8)
+CONTEXTS = (16, 32, 64)
 COLD_BYTES = 400e6  # states that are walked through before one comes again: several times any L2
+MODEL_SHARE = 0.4  # of the time is kept for the whole model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])
-    parser.add_argument("--only", nargs="+", default=list(RECURRENCES))
-    parser.add_argument("--seconds", type=float, default=300.0, help="stop starting new cases after this time")
-    args = parser.parse_args()
-    results: dict[str, Any] = {"machine": machine(), "cases": []}
+    args = _arguments()
+    os.environ.setdefault("KVBUFFER_TUNE", "1" if args.tune else "0")
+    if args.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"
+    place = Place(args.dry_run, 4 if args.dry_run else 16)
+    results: dict[str, Any] = {
+        "dry_run": place.dry,
+        "machine": machine(place),
+        "cases": [],
+        "model": [],
+        "left_out": [],
+    }
     print(results["machine"], flush=True)
-    end = time.monotonic() + args.seconds
-    for case in cases(args.only, args.batches):
-        if time.monotonic() > end:
-            print("time is up")
-            break
-        row = measure(*case)
-        results["cases"].append(row)
+    if args.sanitize:
+        results["sanitizer"] = sanitize()
+    start = time.monotonic()
+    for kind, share, name, run in jobs(place, args, results["machine"]["copy_bytes_per_s"]):
+        if time.monotonic() - start > args.seconds * share:
+            kind, row = "left_out", name
+        else:
+            row = name | run()
+        results[kind].append(row)
         print(row, flush=True)
-        if args.out:
-            args.out.write_text(json.dumps(results, indent=1))
+        write(args.out, results)
+    results["targets"] = list(targets(results))
+    for row in results["targets"]:
+        print(row)
+    write(args.out, results)
 
 
-def cases(names: list[str], batches: list[int]) -> Iterator[tuple[Recurrence, int, torch.dtype]]:
+def jobs(
+    place: Place, args: argparse.Namespace, copy: float
+) -> Iterator[tuple[str, float, dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """(list of the results, share of the time after which it is left out, what it is, what measures it)."""
+    for r, batch, dtype in cases(place, args.only, args.batches):
+        name = {"case": r.name, "batch": batch, "dtype": str(dtype).split(".")[1]}
+        yield "cases", 1 - MODEL_SHARE, name, partial(measure, place, r, batch, dtype, copy)
+    for batch in args.model_batches:
+        from benchmarks.gpu_model import measure as measure_model
+
+        yield "model", 1.0, {"case": "model", "batch": batch}, partial(measure_model, place, batch, args.layers)
+
+
+def write(path: Path | None, results: dict[str, Any]) -> None:
+    if path:
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
+    dry = "--dry-run" in sys.argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--batches", type=int, nargs="*", default=[2] if dry else [1, 8, 32, 128, 512])
+    parser.add_argument("--only", nargs="+", default=list(NAMES), choices=list(RECURRENCES))
+    parser.add_argument("--model-batches", type=int, nargs="*", default=[2] if dry else [256, 1, 128, 32])
+    parser.add_argument("--layers", type=int, default=4, help="of the whole model; every fourth is full attention")
+    parser.add_argument("--seconds", type=float, default=460.0, help="begin nothing after this time")
+    parser.add_argument("--tune", action="store_true", help="measure first which launch of a kernel is best")
+    parser.add_argument("--sanitize", action="store_true", help="run compute-sanitizer on emitted kernels")
+    return parser.parse_args()
+
+
+def cases(place: Place, names: list[str], batches: list[int]) -> Iterator[tuple[Recurrence, int, torch.dtype]]:
     for dtype in (torch.float32, torch.bfloat16):
         for batch in sorted(batches, reverse=True):
             for name in names:
-                yield RECURRENCES[name], batch, dtype
+                r = RECURRENCES[name]
+                yield (replace(r, sizes=(8, 8), heads=1) if place.dry else r), batch, dtype
 
 
-def machine() -> dict[str, Any]:
+def machine(place: Place) -> dict[str, Any]:
     """Name, versions, measured copy bandwidth (read and written bytes) and the cost of one launch in a graph."""
     import triton
 
-    x = torch.empty(2**28, device=DEVICE)
+    x = torch.empty(2**16 if place.dry else 2**28, device=place.device)
     y = torch.empty_like(x)
-    copy = graph_seconds([lambda: y.copy_(x)])
-    small = torch.zeros(1, device=DEVICE)
-    launch = graph_seconds([lambda: small.add_(1)] * 100) / 100
+    small = torch.zeros(1, device=place.device)
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": "none" if place.dry else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "copy_bytes_per_s": 2 * x.nbytes / copy,
-        "launch_s": launch,
+        "copy_bytes_per_s": 2 * x.nbytes / place.seconds([lambda: y.copy_(x)]),
+        "launch_s": place.seconds([lambda: small.add_(1)] * 100) / 100,
     }
 
 
-def graph_seconds(calls: list[Callable[[], Any]], repeats: int = 11) -> float:
-    """Median seconds of a CUDA graph that makes all the calls once."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeats + 3):
-        start, stop = torch.cuda.Event(True), torch.cuda.Event(True)
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return statistics.median(times[3:])
-
-
-class Side:
-    """One way to step: a plan's op on several states."""
-
-    def __init__(
-        self, r: Recurrence, batch: int, dtype: torch.dtype, variant: str, copies: int, tokens: int = 1
-    ) -> None:
-        program = r.program
-        row = torch.bfloat16
-        rows = tuple(torch.float32 if v.kind == "scalar" or v.name in ("a",) else row for v in program.logged)
-        layout = Layout(((None,), (r.heads,), (r.sizes[0],), (r.sizes[1],)), (0, 1, 2, 3))
-        capacity = L + (tokens if variant == "verify" else 0)
-        self.plan = Plan(
-            program, layout, variant, r.sizes, 1 if variant == "recurrent" else L,  # type: ignore[arg-type]
-            1 if variant == "recurrent" else capacity, dtype, rows, target="triton",
-        )  # fmt: skip
-        self.op = ops.step_op(self.plan)
-        ops.use_triton(self.plan)
-        lanes = (batch, r.heads)
-        self.states = [torch.randn(*lanes, *r.sizes, device=DEVICE).mul_(0.1).to(dtype) for _ in range(copies)]
-        self.side = [self._buffers(lanes, i, copies) for i in range(copies)]
-        self.inputs = [r.inputs(batch, torch.bfloat16, DEVICE) for _ in range(4)]
-        if variant == "verify":
-            self.inputs = [[torch.stack([x] * tokens, 2) for x in xs] for xs in self.inputs]
-
-    def _buffers(self, lanes: tuple[int, int], i: int, copies: int) -> list[Tensor]:
-        if self.plan.variant == "recurrent":
-            return []
-        cursor = ops.new_cursor(self.plan, lanes, DEVICE)
-        cursor[1].fill_(L)
-        rows = [
-            torch.full(self.plan.row_shape(v, lanes), float("nan"), dtype=d, device=DEVICE)
-            for v, d in zip(self.plan.program.logged, self.plan.row_dtypes, strict=True)
-        ]
-        return [cursor, *rows]
-
-    def calls(self, rounds: int = 1) -> list[Callable[[], Any]]:
-        """One step on every state, `rounds` times."""
-        return [
-            (lambda i=i, t=t: self.op(self.states[i], *self.side[i], *self.inputs[t % 4]))
-            for t in range(rounds)
-            for i in range(len(self.states))
-        ]
-
-
-def check(r: Recurrence, batch: int, dtype: torch.dtype) -> float:
-    """Largest relative error of 3 L buffered and recurrent steps against float64; AssertionError when it is large."""
-    worst = 0.0
-    for variant in ("recurrent", "buffered"):
-        side = Side(r, batch, dtype, variant, 1)
-        exact = side.states[0].double()
-        for _ in range(3 * L):
-            inputs = r.inputs(batch, torch.bfloat16, DEVICE)
-            out = side.op(side.states[0], *side.side[0], *inputs)
-            want = _exact(r, exact, inputs)
-            error = ((out - want).abs().max() / want.abs().max()).item()
-            worst = max(worst, error)
-        if variant == "buffered":
-            cursor, *rows = side.side[0]
-            composite.flush(side.plan, side.states[0], cursor, rows, cursor[0] > 0)
-        worst = max(worst, ((side.states[0] - exact).abs().max() / exact.abs().max()).item())
-    limit = 0.03  # rows and, in the second half, states in bfloat16
-    assert worst < limit, f"{r.name} batch {batch} {dtype}: error {worst}"
-    return worst
-
-
-def _exact(r: Recurrence, state: Tensor, inputs: list[Tensor]) -> Tensor:
-    from kvbuffer_compile.ir import run
-    from kvbuffer_compile.memory import Dense
-
-    memory = Dense(state)
-    env = run(r.program, memory, {v.name: x.double() for v, x in zip(r.program.inputs, inputs, strict=True)})
-    state.copy_(memory.state)
-    return env[r.program.outputs[0].name]
-
-
-def measure(r: Recurrence, batch: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Seconds a step of every variant, and of plain Inductor, with equal outputs asserted before."""
-    state_bytes = batch * r.heads * r.sizes[0] * r.sizes[1] * dtype.itemsize
-    copies = int(min(64, max(2, -(-COLD_BYTES // state_bytes))))
-    row: dict[str, Any] = {"case": r.name, "batch": batch, "dtype": str(dtype), "state_bytes": state_bytes}
-    row["error"] = check(r, min(batch, 8), dtype)
-    for name, variant, tokens in (("recurrent", "recurrent", 1), ("buffered", "buffered", 1), ("verify4", "verify", 4)):
-        side = Side(r, batch, dtype, variant, copies, tokens)
-        rounds = L if variant == "buffered" else 4
-        row[name] = graph_seconds(side.calls(rounds)) / rounds / copies
-    states = [torch.randn(batch, r.heads, *r.sizes, device=DEVICE).to(dtype) for _ in range(copies)]
-    inputs = r.inputs(batch, torch.bfloat16, DEVICE)
-    plain = torch.compile(r.step, dynamic=False)
-    with torch.no_grad():
-        row["inductor"] = graph_seconds([lambda s=s: plain(s, *inputs) for s in states]) / copies
-    row["buffered_x_recurrent"] = row["recurrent"] / row["buffered"]
-    row["buffered_x_inductor"] = row["inductor"] / row["buffered"]
-    row["verify4_x_recurrent"] = 4 * row["recurrent"] / row["verify4"]
-    row["recurrent_bytes_per_s"] = 2 * state_bytes / row["recurrent"]
+def measure(place: Place, r: Recurrence, batch: int, dtype: torch.dtype, copy: float) -> dict[str, Any]:
+    """Seconds a step takes on every side, after all generated kernels were found right."""
+    L, state_bytes = place.flush, batch * r.heads * r.sizes[0] * r.sizes[1] * dtype.itemsize
+    copies = 2 if place.dry else int(min(64, max(2, -(-COLD_BYTES // state_bytes))))
+    recurrent = plan_of(r, "recurrent", dtype, 1, 1)
+    buffered = plan_of(r, "buffered", dtype, L, L)
+    verify = plan_of(r, "verify", dtype, L, L + max(DRAFTS))
+    bare = plan_of(r, "buffered", dtype, max(CONTEXTS) + ROOM, max(CONTEXTS) + ROOM)
+    few = 2 if place.dry else 3
+    row: dict[str, Any] = {"state_bytes": state_bytes}
+    row["error"] = max(error(place, r, recurrent, few), error(place, r, buffered, few), error(place, r, verify, few, 4))
+    row["recurrent"] = Side(place, r, recurrent, batch, copies).seconds(place, 1 if place.dry else 4)
+    row["buffered"] = Side(place, r, buffered, batch, copies).seconds(place, L)
+    for tokens in DRAFTS:
+        side = Side(place, r, verify, batch, copies, tokens)
+        row[f"verify_{tokens}"] = side.seconds(place, 1 if place.dry else 4)
+        row[f"snapshots_{tokens}"] = (1 + tokens) * state_bytes / copy
+    bare_side = Side(place, r, bare, batch, copies)
+    for context in CONTEXTS:
+        bare_side.owe(context - ROOM // 4, empty=True)
+        row[f"bare_{context}"] = bare_side.seconds(place, 1)
+    row["inductor"] = inductor(place, r, batch, dtype, copies)
+    row["fla"] = fla(place, r, batch, dtype, copies)
+    row["recurrent_of_copy"] = 2 * state_bytes / row["recurrent"] / copy
+    rows = sum(x.nbytes for x in Side(place, r, buffered, batch, 1).logs[0][1:])
+    row["buffered_of_copy"] = (state_bytes * (1 + 1 / L) + rows / 2) / row["buffered"] / copy
     return row
+
+
+def sanitize() -> dict[str, str]:
+    """compute-sanitizer's verdict on the emitted GDN steps, or why there is none."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or not torch.cuda.is_available():
+        return {"skipped": "there is no compute-sanitizer" if tool is None else "there is no GPU"}
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for variant in ("buffered", "verify"):
+            file = Path(folder, f"{variant}.py")
+            emit = [sys.executable, "-m", "kvbuffer_compile", "emit", "--recurrence", "gdn", "--variant", variant]
+            subprocess.run([*emit, "--target", "triton", "--out", str(file)], check=True)
+            for check in ("memcheck", "racecheck"):
+                run = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, str(file), "--steps", "20"]
+                done = subprocess.run(run, capture_output=True, text=True)
+                found[f"{variant} {check}"] = "clean" if done.returncode == 0 else done.stdout[-500:]
+    return found
+
+
+def targets(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the project set out to reach, with the worst case of each."""
+    rows = results["cases"]
+    large = [r for r in rows if r["batch"] >= 128]
+    full = [r for r in large if r["dtype"] == "float32"]
+    small = [r for r in rows if r["batch"] <= 8]
+
+    def best_other(r: dict[str, Any]) -> float:
+        return min(x for x in (r["inductor"], r["fla"]) if isinstance(x, float))
+
+    ratios = {
+        ("recurrent / copy bandwidth, B >= 128 float32", 0.9): [r["recurrent_of_copy"] for r in full],
+        ("buffered / copy bandwidth, B >= 128 float32", 0.9): [r["buffered_of_copy"] for r in full],
+        ("buffered over recurrent, B >= 128 float32", 1.7): [r["recurrent"] / r["buffered"] for r in full],
+        ("buffered over recurrent, B >= 128 bfloat16", 1.6): [
+            r["recurrent"] / r["buffered"] for r in large if r["dtype"] == "bfloat16"
+        ],
+        ("the better of recurrent and buffered over the others, B <= 8", 0.98): [
+            best_other(r) / min(r["recurrent"], r["buffered"]) for r in small
+        ],
+        ("verify of 4 over 4 recurrent steps, B >= 128", 3.2): [4 * r["recurrent"] / r["verify_4"] for r in large],
+        ("verify of 4 over snapshots of every draft", 2.0): [r["snapshots_4"] / r["verify_4"] for r in large],
+        ("buffer-only over recurrent at context 32", 3.0): [r["recurrent"] / r["bare_32"] for r in large],
+        ("whole model over Inductor, B = 256", 1.25): [r["gain"] for r in results["model"] if r["batch"] == 256],
+        ("whole model over Inductor, B = 1", 0.98): [r["gain"] for r in results["model"] if r["batch"] == 1],
+    }
+    for (name, wanted), found in ratios.items():
+        if found:
+            yield {"target": name, "value": min(found), "wanted": wanted, "met": min(found) >= wanted}
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16"
 
 @dataclass(frozen=True)
 class Usage:
-    """registers: of a thread. spills: bytes (NVIDIA) or registers (AMD) that did not fit. shared: bytes of a program.
+    """registers: of a thread. spills: bytes of a thread that went to memory. shared: bytes of a program.
 
     seconds: processor time of the compilation, that of other programs it ran included.
     """
@@ -131,4 +131,5 @@ def _amd(compiled: Any, arch: str) -> tuple[int, int]:
         found = re.search(rf"\.{name}:\s+(\d+)", text)
         return int(found[1]) if found else 0
 
-    return number("vgpr_count"), number("vgpr_spill_count") + number("sgpr_spill_count")
+    # Spilled scalar registers lie in lanes of vector registers: they cost no memory as long as there is no scratch.
+    return number("vgpr_count"), 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
