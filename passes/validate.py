@@ -50,7 +50,10 @@ def validate(graph: LiftedGraph, lifted: Lifted) -> Declined | None:
     if shape_of_it in _proved:
         return None
     with unset_fake_temporarily(), torch.no_grad():  # the compiler runs us under its fake tensors
-        problem = _entangled(lifted, below) or _problem(lifted, below)
+        try:
+            problem = _entangled(lifted, below) or _problem(lifted, below)
+        except RuntimeError as error:  # of torch: the program's operands do not even fit together
+            problem = str(error)
     if problem is None:
         _proved.add(shape_of_it)
         return None
