@@ -66,6 +66,15 @@ Factor = Expr | Mask
 Term = tuple[Factor, ...]  # a product; () is 1
 
 
+def times(term: Term, factor: Factor) -> Term:
+    """The product with one more factor; numbers next to each other are one, and none when that is 1."""
+    if isinstance(factor, int | float):
+        if term and isinstance(term[-1], int | float):
+            return times(term[:-1], term[-1] * factor)
+        return term if factor == 1 else (*term, factor)
+    return (*term, factor)
+
+
 def settled(expr: Expr) -> Expr:
     """The expression with resolved labels: equal values of equal spelling compare equal."""
     match expr:

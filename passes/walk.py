@@ -48,7 +48,7 @@ from kvbuffer_compile.passes.labels import (
     resolve,
     resolved,
 )
-from kvbuffer_compile.passes.terms import Call, Expr, Leaf, Mask, Refusal, Term, held, mean
+from kvbuffer_compile.passes.terms import Call, Expr, Leaf, Mask, Refusal, Term, held, mean, times
 from kvbuffer_compile.passes.transition import applied
 from kvbuffer_compile.passes.vary import is_zero
 from kvbuffer_compile.passes.versions import Lin, ReadOut, Version
@@ -187,7 +187,7 @@ class Walk:
         labels = broadcast(lin.labels, shape(node))
         factor = _plain(y, labels)
         factor = Call("aten.reciprocal.default", (factor,)) if reciprocal else factor
-        return Lin(lin.version, labels, (*lin.factors, factor))
+        return Lin(lin.version, labels, times(lin.factors, factor))
 
     def _sum(self, node: Node, parts: list[tuple[Operand, Term]]) -> Lin:
         """A new version, unless only zeros are added to the state."""

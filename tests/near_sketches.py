@@ -55,9 +55,10 @@ WITH_A_PRODUCT = {  # o runs along both axes
         "torch.linalg.matrix_exp(-({o} @ {o}.mT)) @ {S}",
     ),
 }  # fmt: skip
-SHOWN = (  # the state, or something about it, seen from outside
-    "{S} * 2", "{S}", "{S}.norm()", "{S}[..., 0]", "{S}.mT", "{S}.amax(-1)", "{S}.sum()", "{S}.square().mean(-1)",
-    "{S}[:1]", "{S}.diagonal(0, -2, -1)", "({S} > 0).any()", "{S}.sum(0)", "{S}.std((-1, -2))",
+SHOWN = (  # the state, or something about it, seen from outside; views of it are in test_spellings
+    "{S} * 2", "{S}.clone()", "{S}.norm()", "{S}[..., 0].clone()", "{S}.mT + 0", "{S}.amax(-1)", "{S}.sum()",
+    "{S}.square().mean(-1)", "{S}[:1] + 0", "{S}.diagonal(0, -2, -1).clone()", "({S} > 0).any()", "{S}.sum(0)",
+    "{S}.std((-1, -2))",
 )  # fmt: skip
 TO_VALUE = (  # of a read y and the matrix, in place of a value
     "torch.tanh({y}) + {S}.mean((-1, -2), keepdim=True)[..., 0]", "{y} * {S}.amax((-1, -2))[..., None]",

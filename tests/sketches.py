@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvbuffer_compile.ir import Decay, Map, Program, Read, Update
+from kvbuffer_compile.ir import Decay, Map, Read, Update
+from kvbuffer_compile.passes.lifted import Lifted
 from tests import spellings as say
 from tests.spellings import Value, Writer
 
@@ -78,11 +79,8 @@ class Recurrence:
 
     @property
     def is_plain(self) -> bool:
-        """Whether its ops on the state are known in advance, whatever the spelling.
-
-        A read between two decays may stand before both, or between them."""
-        steps = "".join("ru" if e.how in ("delta", "apart", "oja") else e.op[0] for e in self.events)
-        return not self.mask and all(e.how != "transition" for e in self.events) and not re.search("dr+d", steps)
+        """Whether its ops on the state are known in advance, whatever the spelling."""
+        return not self.mask and all(e.how != "transition" for e in self.events)
 
 
 @st.composite
@@ -110,9 +108,10 @@ def recurrences(draw: st.DrawFn) -> Recurrence:
 # --------------------------------------------------------------------------------------------- what it is
 
 
-def ops_of(program: Program) -> str:
-    """The ops on the state and the axes of their operands; neighbouring reads, and decays, in no order."""
-    return _ordered([_op(op) for op in program.ops if not isinstance(op, Map)])
+def ops_of(lifted: Lifted) -> str:
+    """The ops on the state in all tokens, and the axes of their operands."""
+    ops = [_op(op) for op in lifted.program.ops if not isinstance(op, Map)]
+    return _ordered(ops * int(lifted.tokens) if lifted.several else ops)
 
 
 def _op(op: Any) -> str:
@@ -127,13 +126,15 @@ def _op(op: Any) -> str:
 
 
 def _ordered(ops: list[str]) -> str:
-    out: list[list[str]] = []
-    for op in ops:
-        if out and op[0] != "U" and out[-1][0][0] == op[0]:
-            out[-1].append(op)
-        else:
-            out.append([op])
-    return " ".join(x for run in out for x in sorted(run))
+    """Between two updates first the decays, one an axis (a read of the undecayed state is one of the decayed, with
+    another key), then the reads."""
+    out: list[str] = []
+    for is_update, run in groupby(ops, lambda op: op[0] == "U"):
+        found = list(run)
+        decays = sorted({op for op in found if op[0] == "D"})
+        out += found if is_update else [d for d in decays if d != "Ds" or len(decays) == 1]
+        out += [] if is_update else sorted(op for op in found if op[0] == "R")
+    return " ".join(out)
 
 
 def swapped(ops: str) -> str:
@@ -143,31 +144,17 @@ def swapped(ops: str) -> str:
 
 
 def expected(recurrence: Recurrence) -> str:
-    """The ops that a plain recurrence must lift to: within a step the reads before its decays, one decay an axis."""
+    """The ops that a plain recurrence must lift to."""
     ops: list[str] = []
-    decays: list[str] = []
-    reads: list[tuple[int, str]] = []
-
-    def close() -> None:
-        ops.extend("R" + r for seen, r in reads if seen < len(decays))
-        axes = [axis for axis in ("key", "value") if axis in decays] or (["scalar"] if decays else [])
-        ops.extend("D" + axis[0] for axis in axes)
-        ops.extend("R" + r for seen, r in reads if seen == len(decays))
-        decays.clear()
-        reads.clear()
-
     for event in recurrence.events:
         match event:
             case Event("decay", how):
-                decays.append(how)
+                ops.append("D" + how[0] if how in ("key", "value") else "Ds")
             case Event("read", how):
-                reads.append((len(decays), how[0]))
-            case Event("update", how):
-                if how != "plain":
-                    reads.append((len(decays), "v" if how == "oja" else "k"))
-                close()
+                ops.append("R" + how[0])
+            case Event(_, how):
+                ops += [] if how == "plain" else ["Rv" if how == "oja" else "Rk"]
                 ops.append("Ukv")
-    close()
     return _ordered(ops)
 
 

@@ -228,7 +228,7 @@ MUTANTS = (
     Mutant("choice of one branch", walk, "Mask", lambda f: lambda condition, keep: Mask(condition, True)),
     Mutant("quotient as product", walk.Walk, "_scaled",
            lambda f: lambda self, node, x, y, reciprocal=False: f(self, node, x, y)),
-    Mutant("mean as sum", walk, "_mean", _constant(1.0)),
+    Mutant("mean as sum", walk, "mean", _constant(1.0)),
     Mutant("all is zero", walk, "_zero", _constant(True)),
     # versions
     Mutant("no factors on addends", order, "relative",
