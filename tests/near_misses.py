@@ -144,7 +144,7 @@ NEAR_MISSES: dict[str, tuple[Step, set[str]]] = {
     "read of abs": (read_of_abs, {"nonlinear"}),
     "full rank": (full_rank_update, {"full-rank"}),
     "shift register": (shift_register, {"partial"}),
-    "roll": (rolled_state, {"nonlinear"}),
+    "roll": (rolled_state, {"nonlinear", "partial"}),
     "square": (product_of_reads, {"nonlinear"}),
     "overwritten": (overwritten, {"overwritten"}),
     "heads mixed": (heads_mixed, {"both-axes", "full-rank", "layout", "opaque-map", "read-order", "three-axes"}),
