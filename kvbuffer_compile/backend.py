@@ -27,6 +27,7 @@ from kvbuffer_compile.passes.choose import choose
 from kvbuffer_compile.passes.lift import lift
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Part, Refused
 from kvbuffer_compile.passes.rewrite import Spliced, splice
+from kvbuffer_compile.passes.sequences import spelled_out
 from kvbuffer_compile.passes.validate import validate
 from kvbuffer_compile.plan import Plan
 from kvbuffer_compile.step import SettleOnly, Step
@@ -189,7 +190,7 @@ def compile_graph(
     observers.tell(record)
     _report_declines(record, ours)
     if not spliced:
-        return SettleOnly(compile_inner(gm, example_inputs, **kwargs))
+        return SettleOnly(compile_inner(spelled_out(gm), example_inputs, **kwargs))
     inputs = [n.meta["val"] for n in rewritten.graph.nodes if n.op == "placeholder"]
     static = list(kwargs.get("static_input_idxs", ()))
     static += [len(example_inputs) + i for i, part in enumerate(parts) if part.index in static]

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from kvbuffer_compile.ir import REDUCTIONS, Kind, Map, Var, run
 from kvbuffer_compile.memory import overload
+from kvbuffer_compile.passes.captured import copied
 from kvbuffer_compile.passes.forms import Cast, is_view
 from kvbuffer_compile.passes.graph import aten, read, shape
 from kvbuffer_compile.passes.labels import Size
@@ -126,10 +127,34 @@ def all_tokens(read_out: Node) -> Node:
     return next(u for u in read_out.users if u.target is STANDS_FOR)
 
 
+def spelled_out(gm: GraphModule) -> GraphModule:
+    """The graph with every sequence of a single token in ordinary calls, for whoever compiles what is left alone."""
+    if not any(n.target is SEQUENCE for n in gm.graph.nodes):
+        return gm
+    plain = opened_sequences(copied(gm))
+    closed_sequences(plain)
+    plain.graph.eliminate_dead_code()
+    plain.recompile()
+    return plain
+
+
 def closed_sequences(gm: GraphModule) -> None:
-    """Drop what was written out and not used: what remains of sequences runs as it is."""
+    """What remains of sequences runs as it is, a single token as it was written out."""
     for node in gm.graph.find_nodes(op="call_function", target=STANDS_FOR):
-        whole = node.args[1]
-        assert isinstance(whole, Node)
-        node.replace_all_uses_with(whole)
+        one, whole = node.args
+        assert isinstance(one, Node) and isinstance(whole, Node) and isinstance(whole.args[0], Node)
+        single = tokens_of(whole.args[0]) is None and one.meta["val"].dtype == whole.meta["val"].dtype
+        node.replace_all_uses_with(_single(one, whole) if single else whole)
         gm.graph.erase_node(node)
+
+
+def _single(one: Node, whole: Node) -> Node:
+    """The result of one token with the dims of that of a sequence."""
+    if one.meta["val"].dim() == whole.meta["val"].dim():
+        return one
+    sequence: Any = whole.args[0]
+    lanes = sequence.args[0].meta["val"].dim() - 2
+    with one.graph.inserting_after(one):
+        new = one.graph.call_function(aten.unsqueeze.default, (one, lanes))
+    new.meta = dict(whole.meta)
+    return new

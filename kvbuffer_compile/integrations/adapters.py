@@ -6,7 +6,6 @@ does not serve. Operands are brought to [B, H, T(, K or V)]; gates are formed in
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,17 +39,19 @@ STATE_SPACE = """program over b h tokens 1
   return o"""
 
 
-def _serves(state: Tensor | None, tokens: int, packed: Any) -> bool:
+def serves(state: Tensor | None, tokens: int, packed: Any) -> bool:
+    """Whether a call is one that a sequence can stand for. packed: boundaries of sequences packed into one."""
     return state is not None and not torch.is_grad_enabled() and packed is None and tokens <= MOST_TOKENS
 
 
-def _heads_first(x: Tensor, heads: int) -> Tensor:
+def heads_first(x: Tensor, heads: int) -> Tensor:
     """[B, T, G, ...] in float32 as [B, heads, T, ...], each of G groups serving consecutive heads."""
     x = x.transpose(1, 2).float()
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _normalised(x: Tensor) -> Tensor:
+def normalised(x: Tensor) -> Tensor:
+    """Unit vectors along the last dim, as fla makes them."""
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
@@ -70,12 +71,12 @@ def gated_delta_rule(
 
     query, key: [B, T, G, K]; value: [B, T, H, V]; g: [B, T, H] or [B, T, H, K], log-decay; beta: [B, T, H].
     """
-    if not _serves(initial_state, query.shape[1], kwargs.get("cu_seqlens")):
+    if not serves(initial_state, query.shape[1], kwargs.get("cu_seqlens")):
         return None
     heads, dtype = value.shape[2], query.dtype
-    q, k, v, a, b = (_heads_first(x, heads) for x in (query, key, value, g, beta))
+    q, k, v, a, b = (heads_first(x, heads) for x in (query, key, value, g, beta))
     if use_qk_l2norm_in_kernel:
-        q, k = _normalised(q), _normalised(k)
+        q, k = normalised(q), normalised(k)
     program = GATED_DELTA_RULE if g.dim() == 3 else KIMI_DELTA_ATTENTION
     operands = [a.exp(), k, v, b, q * q.shape[-1] ** -0.5]
     state, out = torch.ops.kvbuffer.sequence(initial_state, operands, program)
@@ -101,7 +102,7 @@ def state_space_scan(
 
     hidden_states: [B, T, H, P]; dt: [B, T, H]; A, D, dt_bias: [H]; B, C: [B, T, G, N]; state [B, H, P, N].
     """
-    if not _serves(initial_states, hidden_states.shape[1], kwargs.get("seq_idx")) or kwargs.get("z") is not None:
+    if not serves(initial_states, hidden_states.shape[1], kwargs.get("seq_idx")) or kwargs.get("z") is not None:
         return None
     assert initial_states is not None
     heads = hidden_states.shape[2]
@@ -113,19 +114,9 @@ def state_space_scan(
     x = hidden_states.float()
     step = dt.float()
     decay = (A.float() * step).exp().transpose(1, 2)
-    operands = [decay, _heads_first(B, heads), (x * step[..., None]).transpose(1, 2), _heads_first(C, heads)]
+    operands = [decay, heads_first(B, heads), (x * step[..., None]).transpose(1, 2), heads_first(C, heads)]
     state, out = torch.ops.kvbuffer.sequence(initial_states.transpose(-1, -2), operands, STATE_SPACE)
     out = out.transpose(1, 2).contiguous()
     if D is not None:
         out = out + D[..., None] * x
     return (out, state.transpose(-1, -2)) if return_final_states else out
-
-
-# By the library that a module belongs to: the functions that modules of it hold under these names.
-LIBRARIES: dict[str, dict[str, Callable[..., Any]]] = {
-    "transformers": {
-        "torch_chunk_gated_delta_rule": gated_delta_rule,
-        "chunk_kimi_delta_attention": gated_delta_rule,
-        "mamba2_chunk_scan": state_space_scan,
-    },
-}

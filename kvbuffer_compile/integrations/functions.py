@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch._dynamo.eval_frame import innermost_backend
+from torch._dynamo.eval_frame import innermost_backend, innermost_fn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._higher_order_ops.associative_scan import associative_scan
 from torch._higher_order_ops.scan import scan
@@ -22,7 +22,37 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.utils._pytree import tree_map_only
 
 from kvbuffer_compile.guard import GuardedState
-from kvbuffer_compile.integrations import adapters
+from kvbuffer_compile.integrations import adapters, fused
+
+Adapter = Callable[..., Any]
+# By the library that a module belongs to: the functions that modules of it hold under these names.
+LIBRARIES: dict[str, dict[str, Adapter]] = {
+    "transformers": {
+        "torch_chunk_gated_delta_rule": adapters.gated_delta_rule,
+        "chunk_kimi_delta_attention": adapters.gated_delta_rule,
+        "mamba2_chunk_scan": adapters.state_space_scan,
+    },
+    "fla": {
+        **dict.fromkeys(("fused_recurrent_simple_gla", "chunk_simple_gla"), fused.simple_gla),
+        **dict.fromkeys(("fused_recurrent_retention", "chunk_retention"), fused.retention),
+        **dict.fromkeys(("fused_recurrent_delta_rule", "chunk_delta_rule"), fused.delta_rule),
+        **dict.fromkeys(("fused_recurrent_rwkv6", "chunk_rwkv6"), fused.rwkv6),
+        **dict.fromkeys(("chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_kda"), fused.chunk_gated_delta_rule),
+        "fused_recurrent_gla": fused.gated_linear_attention,
+        "chunk_gla": fused.chunk_gla,
+        "fused_recurrent_gated_delta_rule": fused.gated_delta_rule,
+        "fused_recurrent_comba": fused.fused_comba,
+        "chunk_comba": fused.comba,
+        "fused_recurrent_rwkv7": fused.rwkv7,
+        "chunk_rwkv7": fused.rwkv7,
+    },
+    "mamba_ssm": {
+        "selective_state_update": fused.selective_state_update,
+        "mamba_chunk_scan_combined": adapters.state_space_scan,
+    },
+}
+# Where transformers hands one token to a fused function of a library, its own plain function is traced instead.
+ONE_TOKEN = ("torch_recurrent_gated_delta_rule", "recurrent_kimi_delta_attention", "mamba2_selective_state_update")
 
 _seen: set[int] = set()  # functions that were substituted; Dynamo keeps them alive
 _searched: set[str] = set()  # modules
@@ -50,19 +80,20 @@ def substitute_known(*_: Any) -> None:
     for name in [n for n in sys.modules if n not in _searched]:
         _searched.add(name)
         root = name.partition(".")[0]
-        if root in adapters.LIBRARIES:
-            _substitute_in(sys.modules[name], adapters.LIBRARIES[root])
+        if root in LIBRARIES:
+            _substitute_in(sys.modules[name], LIBRARIES[root])
 
 
-def _substitute_in(module: types.ModuleType, known: dict[str, Callable[..., Any]]) -> None:
-    for name, adapter in known.items():
+def _substitute_in(module: types.ModuleType, known: dict[str, Adapter]) -> None:
+    plain = {n: vars(module)[n].__wrapped__ for n in ONE_TOKEN if hasattr(vars(module).get(n), "__wrapped__")}
+    for name, adapter in (known | plain).items():
         original = vars(module).get(name)
         if isinstance(original, types.FunctionType) and id(original) not in _seen:
             _seen.add(id(original))
             substitute(original, adapter)
 
 
-def substitute(original: types.FunctionType, adapter: Callable[..., Any]) -> None:
+def substitute(original: types.FunctionType, adapter: Adapter) -> None:
     """Trace `adapter` instead of `original` under our backends, where it gives a result; None leaves the original."""
     untouched = _twin(original)
 
@@ -74,7 +105,9 @@ def substitute(original: types.FunctionType, adapter: Callable[..., Any]) -> Non
 
 
 def _twin(function: types.FunctionType) -> types.FunctionType:
-    """The same function as another object, which Dynamo traces as it is."""
+    """The same function as another object, which Dynamo traces, or leaves to Python, as it is."""
+    if getattr(function, "_torchdynamo_disable", False):
+        return cast(types.FunctionType, torch.compiler.disable(innermost_fn(function)))
     twin = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
