@@ -23,13 +23,13 @@ from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir import run
 from kvbuffer_compile.memory import Dense
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
+from kvbuffer_compile.passes.reduced import Sizes, small_batch
 from kvbuffer_compile.plan import Layout
 
 aten = torch.ops.aten
 TOLERANCE = 1e-9  # of float64 arithmetic on a few hundred terms; a wrong factor is off by 1e-2 and more
 DRAWS = 2
-LARGE, TOO_LARGE = 32e6, 2e9  # bytes of a state in float64; evaluating makes about six temporaries of its size
-SMALLEST_BATCH = 7  # smaller numbers could be the index of a dim
+LARGE, TOO_LARGE = 8e6, 64e6  # bytes of a state in float64; evaluating holds about four times as much at once
 
 # Where the slice is cut: what these compute is an operand, whatever it was made from.
 _OPAQUE = frozenset(
@@ -63,21 +63,23 @@ def validate(graph: LiftedGraph, lifted: Lifted) -> Declined | None:
 
 def _problem(lifted: Lifted, below: set[Node]) -> str | None:
     """What differs between program and graph; large states are tried with a batch of two first."""
-    batch, size = int(_hint(lifted.state.meta["val"].shape[0])), 8 * int(_hint(lifted.state.meta["val"].numel()))
-    if size > LARGE and batch > SMALLEST_BATCH:
+    size = 8 * int(Sizes().of(lifted.state.meta["val"].numel()))
+    given = (n.meta.get("val") for n in lifted.state.graph.find_nodes(op="placeholder"))
+    smaller = small_batch(lifted.state.meta["val"], lifted.layout, given) if size > LARGE else None
+    if smaller is not None:
         try:
-            if _differs(lifted, below, batch) is None:
+            if _differs(lifted, below, smaller) is None:
                 return None
         except (RuntimeError, ValueError):
-            pass  # a size that only looked like the batch, or one merged from it: the true sizes decide
+            pass  # a size that only looked like the batch: the true sizes decide
     if size > TOO_LARGE:
-        return f"its {size / 1e9:.1f} GB in float64 are too much to check"
-    return _differs(lifted, below, None)
+        return f"its {size / 1e6:.0f} MB in float64 are too much to check"
+    return _differs(lifted, below, Sizes())
 
 
-def _differs(lifted: Lifted, below: set[Node], batch: int | None) -> str | None:
+def _differs(lifted: Lifted, below: set[Node], sizes: Sizes) -> str | None:
     for seed in range(DRAWS):
-        pair = (_Evaluator(draw, seed, below, batch) for draw in (torch.randn, torch.rand))
+        pair = (_Evaluator(draw, seed, below, sizes) for draw in (torch.randn, torch.rand))
         if (problem := _compare(lifted, *pair)) is not None:
             return problem
     return None
@@ -94,7 +96,7 @@ def _fingerprint(lifted: Lifted, below: set[Node]) -> str:
     for n in _slice([lifted.state, *ends], {}, below):
         number[n] = len(number)
         value = n.meta.get("val")
-        what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else str(_hint(value))
+        what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else str(Sizes().of(value))
         call = "cut" if _is_cut(n, below) else f"{n.target} {_numbered(n.args, number)} {_numbered(n.kwargs, number)}"
         lines.append(f"{call} {what}")
     entangled = _entangled(lifted, below)
@@ -186,12 +188,11 @@ def _distance(got: Tensor, want: Tensor) -> float:
 class _Evaluator:
     """Evaluates nodes in float64 on random values for everything opaque. One value a node, made once.
 
-    below: what depends on the state, and is evaluated whatever it is. batch: a size that is replaced by two wherever a
-    shape has it, to check a large state in small; None for none.
+    below: what depends on the state, and is evaluated whatever it is.
     """
 
-    def __init__(self, draw: Callable[..., Tensor], seed: int, below: set[Node], batch: int | None) -> None:
-        self.draw, self.below, self.batch = draw, below, batch
+    def __init__(self, draw: Callable[..., Tensor], seed: int, below: set[Node], sizes: Sizes) -> None:
+        self.draw, self.below, self.sizes = draw, below, sizes
         self.generator = torch.Generator().manual_seed(seed)
         self.values: dict[Node, Any] = {}
 
@@ -216,19 +217,21 @@ class _Evaluator:
 
     def layout(self, given: Layout) -> Layout:
         """The layout of a state whose batch was replaced."""
-        return replace(given, dims=tuple(tuple(2 if n == self.batch and n else n for n in part) for part in given.dims))
+        return replace(given, dims=tuple(tuple(self.sizes.of(n) for n in part) for part in given.dims))
 
     def _sized(self, x: Any) -> Any:
-        """Arguments with concrete sizes, the batch replaced within lists of sizes."""
+        """Arguments with concrete sizes; numbers outside of lists are none."""
         if isinstance(x, list | tuple):
-            return [2 if self.batch and isinstance(y, int) and y == self.batch else self._sized(y) for y in x]
-        return {n: self._sized(y) for n, y in x.items()} if isinstance(x, dict) else _hint(x)
+            return [self.sizes.of(y) if isinstance(y, int | torch.SymInt) else self._sized(y) for y in x]
+        if isinstance(x, dict):
+            return {n: self._sized(y) for n, y in x.items()}
+        return x if isinstance(x, int) else self.sizes.of(x)
 
     def _random(self, node: Node) -> Any:
         val = node.meta.get("val")
         if not isinstance(val, Tensor):
-            return _hint(val)
-        shape = self._sized([int(_hint(s)) for s in val.shape])
+            return self.sizes.of(val)
+        shape = self._sized(val.shape)
         if val.dtype.is_floating_point:
             return self.draw(shape, generator=self.generator, dtype=torch.float64)
         if val.dtype == torch.bool:
@@ -265,10 +268,3 @@ def _slice(ends: Iterable[Node], known: dict[Node, Any], below: set[Node]) -> li
             if not _is_cut(node, below):
                 stack.extend((n, False) for n in node.all_input_nodes)
     return order
-
-
-def _hint(x: Any) -> Any:
-    """A concrete size for a symbolic one."""
-    if isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool):
-        return x.node.hint
-    return x
