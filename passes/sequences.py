@@ -146,6 +146,8 @@ def closed_sequences(gm: GraphModule) -> None:
         single = tokens_of(whole.args[0]) is None and one.meta["val"].dtype == whole.meta["val"].dtype
         node.replace_all_uses_with(_single(one, whole) if single else whole)
         gm.graph.erase_node(node)
+    for node in gm.graph.find_nodes(op="call_function", target=TOKEN):
+        node.target, node.args = aten.select.int, (*node.args, 0)
 
 
 def _single(one: Node, whole: Node) -> Node:

@@ -275,3 +275,28 @@ def test_options_that_are_not_known_leave_the_call(libraries: dict[str, Any], re
         )
     torch.testing.assert_close(state, expected)
     assert not any(r.rewritten for r in records)
+
+
+def test_a_single_token_that_is_left_alone_is_spelled_out(libraries: dict[str, Any]) -> None:
+    """Nothing to gain on a small state: the inner compiler gets ordinary calls, not an opaque one."""
+    seen: list[str] = []
+
+    def inner(gm: torch.fx.GraphModule, inputs: object) -> object:
+        seen.extend(str(n.target) for n in gm.graph.nodes)
+        return gm.forward
+
+    g = torch.Generator().manual_seed(0)
+    given = [Draws(1, g)[k] for k in ("k", "k", "v", "gate-k")]
+
+    def step(S: Tensor, *given: Tensor) -> Tensor:
+        out, new = libraries["fused_recurrent_gla"](*given, initial_state=S, output_final_state=True)
+        S.copy_(new)
+        return out
+
+    state = torch.randn(B, H, K, V, generator=g)
+    expected = state.clone()
+    with torch.no_grad():
+        out = torch.compile(step, backend="kvbuffer", options={"inner": inner})(state, *given)
+        torch.testing.assert_close(out, step(expected, *given))
+    torch.testing.assert_close(state, expected)
+    assert seen and not any("kvbuffer" in target for target in seen)
