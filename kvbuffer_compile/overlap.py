@@ -24,6 +24,13 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     return _meet(int(b.storage_offset()) - int(a.storage_offset()), reach)
 
 
+def covers(a: Tensor, b: Tensor) -> bool:
+    """Whether a tensor without gaps has all the memory of another one on the same storage."""
+    low, high = _span(a)
+    start, end = _span(b)
+    return low <= start and end <= high and a.numel() * a.element_size() == high - low
+
+
 def _span(t: Tensor) -> tuple[int, int]:
     """First and one past the last byte a tensor touches within its storage."""
     start = int(t.storage_offset()) * t.element_size()

@@ -7,6 +7,7 @@ rows into the state. Everything that reads a state elsewhere settles first (guar
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from kvbuffer_compile.accounts import Account, Key, Place
 from kvbuffer_compile.guard import GuardedState, on_touch, plain_calls
-from kvbuffer_compile.overlap import overlap
+from kvbuffer_compile.overlap import covers, overlap
 from kvbuffer_compile.plan import Plan
+from kvbuffer_compile.rollback import Counts, take_back
 
 _accounts: dict[Key, Account] = {}
 _on_storage: dict[int, list[Account]] = {}  # by storage address: several states may share one allocation
@@ -171,34 +173,43 @@ def accounts_of(obj: Any) -> list[Account]:
     return list(dict.fromkeys(found))
 
 
-def rollback(obj: Any, n: int | Sequence[int] | Tensor) -> None:
+def rollback(obj: Any, n: Counts) -> None:
     """Take back the last n tokens of every buffered state in obj, as if they had never been.
 
-    obj: a tensor, a cache, a module or a container. n: one count, or one per sequence; a tensor on the state's device
-    is not copied to the host and not checked. ValueError when a count is negative or more than can be taken back, or
-    when obj holds no buffered state.
+    obj: a tensor, a cache, a module or a container. n: one count, or one per sequence. ValueError, with everything as
+    it was, when a count is negative or more than can be taken back from one of the states, or when obj holds no
+    buffered state, a part of one, or a state that is stepped without rows. A tensor n on a state's own device is not
+    brought to the host: a wrong one fails on the device.
     """
-    accounts = accounts_of(obj)
+    with plain_calls():
+        tensors = list(tensors_in(obj))
+        take_back(_whole_accounts(tensors, "rollback(obj, n)"), n)
+
+
+def _whole_accounts(tensors: Sequence[Tensor], call: str) -> list[Account]:
+    """The accounts of the states in a list of tensors; ValueError when a state is there in part, or has no rows."""
+    accounts = list(dict.fromkeys(a for t in tensors for a in _overlapping(t)))
+    for account in accounts:
+        if not any(t is account.owner() or _covers(t, account) for t in tensors):
+            raise ValueError(f"{call}: obj holds a part of a state, of which no tokens can be taken back by themselves")
     if not accounts:
-        raise ValueError("rollback(obj, n): obj holds no state with buffered tokens")
-    for account in accounts:
-        _check_rollback(account, n)
-    for account in accounts:
-        count = torch.as_tensor(n, dtype=torch.int32, device=account.cursor.device)
-        account.cursor[0] -= torch.where(account.cursor[0] >= 0, count, 0)
+        raise ValueError(f"{call}: obj holds no state with buffered tokens")
+    owners = {id(a.owner()) for a in accounts}
+    if any(id(t) in _rowless and id(t) not in owners for t in tensors):
+        raise ValueError(f"{call}: obj holds a state that is stepped without a buffer, by a plan of flush length 1")
+    return accounts
 
 
-def _check_rollback(account: Account, n: int | Sequence[int] | Tensor) -> None:
-    owed = account.cursor[0]
-    if isinstance(n, Tensor) and n.device.type != "cpu":
-        return
-    count = torch.as_tensor(n)
-    if count.dtype == torch.bool or count.dtype.is_floating_point or count.dtype.is_complex:
-        raise ValueError(f"rollback(obj, n): n={n!r} is not allowed: it must be an integer, or one for each sequence")
-    if count.dim() > 1 or (count.dim() == 1 and count.shape[0] != owed.shape[0]):
-        raise ValueError(f"rollback(obj, n): n has shape {tuple(count.shape)}, the state has {owed.shape[0]} sequences")
-    available = owed.cpu().clamp(min=0)
-    if bool((count < 0).any()) or bool((count > available).any()):
-        raise ValueError(
-            f"rollback(obj, n): n={count.tolist()} but between 0 and {available.tolist()} tokens can be taken back"
-        )
+def _covers(tensor: Tensor, account: Account) -> bool:
+    same = tensor.untyped_storage().data_ptr() == account.storage
+    return same and covers(tensor, account.state)
+
+
+_rowless: dict[int, weakref.ref[Tensor]] = {}  # states that recurrent steps write: no token of theirs can be taken back
+
+
+def mark_rowless(owner: Tensor) -> None:
+    """Remember a state that is stepped without rows."""
+    key = id(owner)
+    if key not in _rowless:
+        _rowless[key] = weakref.ref(owner, lambda _: _rowless.pop(key, None))

@@ -96,10 +96,11 @@ class Step(SettleOnly):
         accounts = []
         plain = set(range(len(args), len(args) + len(self.parts)))
         for state, phase in zip(self.states, self.phases, strict=True):
+            owner, place = self._where(args, state.index)
             if state.plan.variant == "recurrent":
                 plain.add(state.index)
+                runtime.mark_rowless(owner)
             else:
-                owner, place = self._where(args, state.index)
                 accounts.append(runtime.open_account(owner, state.plan, phase, place))
                 plain.discard(state.index)
         for index in plain:

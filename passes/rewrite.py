@@ -44,8 +44,8 @@ class Count:
 class Spliced:
     """One rewritten state: the position of its tensor among the graph's inputs (slices that became inputs of their own
     included), how many inputs were appended for it (cursor and rows, in the op's order; none for the recurrent
-    variant), its position among the outputs when the next state is returned instead of written, and how many tokens a
-    step decodes."""
+    variant), its position among the outputs when the next state is returned instead of written, and how many times a
+    step runs the program."""
 
     index: int
     plan: Plan
@@ -67,7 +67,7 @@ def splice(gm: GraphModule, chosen: list[tuple[Lifted, Plan]], op_of: Callable[[
     for lifted, plan in chosen:
         extra, last = _side_inputs(gm.graph, lifted, plan, last)
         _replace(gm.graph, lifted, op_of(plan), extra)
-        count = _count(lifted.tokens, placeholders)
+        count = _count(lifted.tokens, placeholders) if lifted.several else Count(1)
         done.append(Spliced(placeholders.index(lifted.state), plan, len(extra), lifted.returned, count))
     closed_sequences(gm)
     stable_topological_sort(gm.graph)

@@ -141,6 +141,7 @@ class Session:
         drafts = [self.draw() for _ in range(tokens)]
         before = self.state.clone(), self.cursor.clone(), [r.clone() for r in self.rows]
         got = self.call(drafts)
+        first = self.dense.state, self.eager.state
         exact = [self.advance(self.dense, d) for d in drafts]
         eager = [self.advance(self.eager, d) for d in drafts]
         self.steps += 1
@@ -156,7 +157,7 @@ class Session:
         else:
             self.check_memory(tokens, *before)
         if self.plan.variant == "verify":
-            self.roll_back([d["state"] for d in exact], [d["state"] for d in eager])
+            self.roll_back([first[0], *(d["state"] for d in exact)], [first[1], *(d["state"] for d in eager)])
         return True
 
     def call(self, drafts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -170,14 +171,15 @@ class Session:
         return dict(zip(names, [got] if len(names) == 1 else got or [], strict=True))
 
     def roll_back(self, exact: list[Tensor], eager: list[Tensor]) -> None:
-        """Take back some of the tokens just run, another number for each sequence (exact, eager: states after each)."""
+        """Take back some of the tokens just run, another number for each sequence (exact, eager: the states before them
+        and after each)."""
         if not self.plan.layout.sequence:
             return
         for b in range(self.cursor.shape[1]):
             if self.cursor[0, b] >= 0:
-                kept = int(self.integers(1, len(exact) + 1))
-                self.cursor[0, b] -= len(exact) - kept
-                self.dense.state[b], self.eager.state[b] = exact[kept - 1][b], eager[kept - 1][b]
+                kept = int(self.integers(0, len(exact)))
+                self.cursor[0, b] -= len(exact) - 1 - kept
+                self.dense.state[b], self.eager.state[b] = exact[kept][b], eager[kept][b]
         self.compare(self.materialized(), self.eager.state, self.dense.state, "state after rolling back")
 
     def advance(self, dense: Dense, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ LEVELS = {
     "accounts": 4,
     "ops": 4,
     "slots": 4,
+    "rollback": 4,
     "runtime": 4,
     "step": 4,
     "loops": 4,
