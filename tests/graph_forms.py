@@ -50,6 +50,18 @@ def mixed_by_a_number(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bet
     return read(S, q)
 
 
+# ---------------------------------------------------------------------------------------------- autocast
+
+
+def autocast(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """Products in bfloat16, the state in float32: what reads it is cast, and what is read."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=S.dtype == torch.float32):
+        new = S * g.exp()[..., None, None]
+        error = (v - torch.matmul(k.unsqueeze(-2), new).squeeze(-2)) * beta[..., None]
+        S.copy_(new + torch.einsum("bhk,bhv->bhkv", k, error))
+        return torch.matmul(q.unsqueeze(-2), S).squeeze(-2).to(q.dtype)
+
+
 # ------------------------------------------------------------------------------------------- merged dims
 
 
@@ -214,6 +226,7 @@ GRAPH_FORMS = (
     _form(reset, "DRUR", inputs=_with_mask),
     _form(mixed, "DUUR"),
     _form(mixed_by_a_number, "RDUR"),
+    _form(autocast, "DRUR"),
     _form(merged_lanes, "DRUR"),
     _form(flat_state, "DRUR", ("B", "HK", "V")),
     _form(flat_lanes, "DRUR", ("BH", "K", "V")),
