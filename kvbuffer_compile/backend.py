@@ -7,15 +7,14 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 import torch._functorch.config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from kvbuffer_compile import dump, guard, loops, options, targets
 from kvbuffer_compile.errors import Declined, DeclinedError, IRError, OptionError
@@ -25,59 +24,15 @@ from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes import pools
 from kvbuffer_compile.passes.choose import choose
 from kvbuffer_compile.passes.lift import lift
-from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Part, Refused
+from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Part
 from kvbuffer_compile.passes.rewrite import Spliced, splice
 from kvbuffer_compile.passes.sequences import spelled_out
 from kvbuffer_compile.passes.validate import validate
 from kvbuffer_compile.plan import Plan
+from kvbuffer_compile.records import GraphRecord, observers
 from kvbuffer_compile.step import SettleOnly, Step
 
 log = logging.getLogger("kvbuffer_compile")
-
-
-@dataclass(frozen=True)
-class GraphRecord:
-    """What was decided about one graph: for reports and tests.
-
-    states: every lifted state with its plan or reason. refused: candidates that are no recurrence. why_not: why the
-    whole graph was left alone. names: the user's names of the graph's inputs, by placeholder.
-    """
-
-    states: tuple[tuple[Lifted, Plan | Declined], ...] = ()
-    refused: tuple[Refused, ...] = ()
-    why_not: Declined | None = None
-    names: Mapping[str, str] = field(default_factory=dict)
-
-    def name(self, state: Node) -> str:
-        """What the user calls an input, e.g. "cache.layers[0].recurrent_states[0]"."""
-        return self.names.get(state.name, state.name)
-
-    @property
-    def rewritten(self) -> list[tuple[Lifted, Plan]]:
-        return [(lifted, plan) for lifted, plan in self.states if isinstance(plan, Plan)]
-
-
-@dataclass
-class Observers:
-    """Who is told about every graph the backend decides on (explain, tests)."""
-
-    listeners: list[Callable[[GraphRecord], None]] = field(default_factory=list)
-
-    @contextmanager
-    def also(self, listener: Callable[[GraphRecord], None]) -> Iterator[None]:
-        """With one more listener."""
-        self.listeners.append(listener)
-        try:
-            yield
-        finally:
-            self.listeners.remove(listener)
-
-    def tell(self, record: GraphRecord) -> None:
-        for listener in self.listeners:
-            listener(record)
-
-
-observers = Observers()
 
 
 def kvbuffer(

@@ -43,6 +43,7 @@ LEVELS = {
     "targets": 4,
     "dump": 4,
     "recurrences": 4,
+    "records": 4,
     "report": 4,
     "report_html": 4,
     "report_plot": 4,

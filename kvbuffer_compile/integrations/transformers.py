@@ -1,0 +1,177 @@
+"""Speculative decoding for transformers models with recurrent states: `enable_speculation(model)`.
+
+transformers refuses assisted generation for them, because a state cannot forget the drafts that were not accepted.
+Buffered states can: their last tokens are rows. Only attributes of the model instance are set; `disable_speculation`
+removes them again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache
+
+from kvbuffer_compile.errors import StateError
+from kvbuffer_compile.integrations.adapters import MOST_TOKENS
+from kvbuffer_compile.integrations.recorded import RecordedForward
+from kvbuffer_compile.integrations.rollback_cache import adopt, release
+
+MOST_DRAFTS = MOST_TOKENS - 1  # a verify step takes the last accepted token as well
+ATTRIBUTE = "_kvbuffer_speculation"
+
+
+def enable_speculation(model: Any) -> None:
+    """Let `model.generate` take `prompt_lookup_num_tokens=` and `assistant_model=`.
+
+    The model may be compiled for this backend, before or after, or not at all; then its decode steps are compiled here,
+    without Inductor. Drafts are cut to 15 tokens. An assistant with recurrent states of its own is enabled while it
+    serves. A second call changes nothing.
+    """
+    if speculation_of(model) is None:
+        Speculation(model).install()
+
+
+def disable_speculation(model: Any) -> None:
+    """Undo `enable_speculation`; a model it was not called for is left alone."""
+    speculation = speculation_of(model)
+    if speculation is not None:
+        speculation.remove()
+
+
+def speculation_of(model: Any) -> Speculation | None:
+    found = vars(model).get(ATTRIBUTE)
+    return found if isinstance(found, Speculation) else None
+
+
+class Speculation:
+    """What stands in for some methods of one model.
+
+    forward: how its calls run while tokens are recorded. caches: those being recorded.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.forward = RecordedForward(model)
+        self.takes_cache_params = "cache_params" in inspect.signature(model.forward).parameters
+        self.caches: list[Cache] = []
+        self.own: dict[str, Any] = {}  # attributes that the instance had itself
+        self.before: dict[str, Any] = {}  # what the attributes were, the instance's or its class's
+
+    # --------------------------------------------------------------------------- setting and removing attributes
+
+    def install(self) -> None:
+        ours: dict[str, Any] = {
+            ATTRIBUTE: self,
+            "_is_stateful": False,
+            "_compiled_call_impl": self.call,
+            "generate": self.generate,
+            "_get_candidate_generator": self.candidate_generator,
+            "_prepare_cache_for_generation": self.prepare_cache,
+        }
+        if self.takes_cache_params:
+            ours["prepare_inputs_for_generation"] = self.prepare_inputs
+        self.own = {name: value for name, value in vars(self.model).items() if name in ours}
+        self.before = {name: getattr(self.model, name, None) for name in ours}
+        for name, value in ours.items():
+            setattr(self.model, name, value)
+
+    def remove(self) -> None:
+        self.release()
+        for name in self.before:
+            if name in self.own:
+                setattr(self.model, name, self.own[name])
+            else:
+                delattr(self.model, name)
+
+    def release(self) -> None:
+        """Stop recording."""
+        for cache in self.caches:
+            release(cache)
+        self.caches.clear()
+        self.forward.candidates = 0
+
+    def notice_compile(self) -> None:
+        """model.compile() was called since: what it made is what runs under ours from now on."""
+        present = self.model._compiled_call_impl
+        if present != self.call:
+            self.before["_compiled_call_impl"] = present
+            if present is None:
+                self.own.pop("_compiled_call_impl", None)
+            else:
+                self.own["_compiled_call_impl"] = present
+            self.model._compiled_call_impl = self.call
+
+    # ------------------------------------------------------------------------------------- in place of methods
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """GenerationMixin.generate, with an assistant that can take back its own tokens."""
+        self.notice_compile()
+        assistant = kwargs.get("assistant_model")
+        serving = bool(getattr(kwargs.get("generation_config"), "is_assistant", False))
+        enabled_here = assistant is not None and assistant._is_stateful and speculation_of(assistant) is None
+        if enabled_here:
+            enable_speculation(assistant)
+        try:
+            return self.before["generate"](*args, **kwargs)
+        finally:
+            if not serving:
+                self.release()
+            speculation = None if assistant is None else speculation_of(assistant)
+            if speculation is not None:
+                speculation.release()
+            if enabled_here:
+                disable_speculation(assistant)
+
+    def prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """The cache under the name that assisted decoding knows, whatever the model calls it."""
+        if self.takes_cache_params and model_kwargs.get("past_key_values") is not None:
+            model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
+        self.before["_prepare_cache_for_generation"](generation_config, model_kwargs, *args, **kwargs)
+        if self.takes_cache_params and "cache_params" in model_kwargs:
+            model_kwargs["past_key_values"] = model_kwargs.pop("cache_params")
+
+    def prepare_inputs(self, input_ids: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        """prepare_inputs_for_generation of a model that calls its cache cache_params."""
+        if past_key_values is not None:
+            kwargs["cache_params"] = past_key_values
+        return self.before["prepare_inputs_for_generation"](input_ids, **kwargs)
+
+    def candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's generator, its drafts cut to what can be taken back; called before the first token."""
+        cache = kwargs["model_kwargs"].get("past_key_values")
+        if not isinstance(cache, Cache):
+            raise StateError(f"speculation: {type(cache).__name__} is no cache whose tokens can be taken back")
+        self.record(cache)
+        generator = self.before["_get_candidate_generator"](*args, **kwargs)
+        draft = generator.get_candidates
+
+        def get_candidates(input_ids: Tensor, **given: Any) -> tuple[Tensor, Tensor | None]:
+            if hasattr(generator, "num_assistant_tokens"):
+                generator.num_assistant_tokens = min(generator.num_assistant_tokens, MOST_DRAFTS)
+            ids, logits = draft(input_ids, **given)
+            known = input_ids.shape[1]
+            self.forward.candidates = min(ids.shape[1] - known, MOST_DRAFTS)
+            return ids[:, : known + MOST_DRAFTS], None if logits is None else logits[:, :MOST_DRAFTS]
+
+        generator.get_candidates = get_candidates
+        return generator
+
+    def record(self, cache: Cache) -> None:
+        """Make a cache one whose tokens can be taken back."""
+        if not any(cache is known for known in self.caches):
+            adopt(cache)
+            self.caches.append(cache)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """model(...): as it was, except on a cache that is being recorded."""
+        cache = kwargs.get("past_key_values", kwargs.get("cache_params"))
+        before = self.before["_compiled_call_impl"]
+        if not args and isinstance(cache, Cache) and any(getattr(x, "record_past", False) for x in cache.layers):
+            self.record(cache)
+            out = self.forward(cache, before, kwargs)
+            if self.takes_cache_params:
+                out.past_key_values = cache
+            return out
+        return (before or self.model._call_impl)(*args, **kwargs)
