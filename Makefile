@@ -3,6 +3,7 @@
 #   make demo       complete a prompt with the stored model: eager, Inductor, kvbuffer
 #   make test       the tests                    make test ARGS="-k packaging"   some of them
 #   make nightly    the slow sweeps              make lint      ruff and mypy
+#   make sanitize   generated C++ kernels under AddressSanitizer and UBSan
 #   make clean      remove the environment and everything built
 #
 # Variables: PYTHON (interpreter that creates the environment), VENV (its folder), WORKERS (test
@@ -27,7 +28,7 @@ PIP       := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 DEVELOP   := $(VENV)/.installed-dev
 
-.PHONY: demo test nightly lint install clean
+.PHONY: demo test nightly sanitize lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -38,6 +39,9 @@ test: $(INSTALLED)
 
 nightly: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) -m nightly $(ARGS)
+
+sanitize: $(INSTALLED)
+	$(BIN)/python -m pytest -m nightly -k sanitizers $(ARGS)
 
 lint: $(DEVELOP)
 	$(BIN)/ruff check .
