@@ -165,8 +165,9 @@ def rewrite_graph(
     whose = {pool.rows.name: pool.state.name for pool in lifted.pools}
     record = GraphRecord(states, tuple(lifted.refused), names=whose)
     spliced = splice(lifted.gm, pools.put_back(lifted.pools, record.rewritten), targets.step_op)
-    if ours.dump is not None:
-        dump.write(ours.dump, gm, lifted.gm, record.rewritten)
+    folder = ours.dump or os.environ.get("KVBUFFER_DUMP")
+    if folder:
+        dump.write(folder, gm, lifted.gm, record.rewritten)
     return record, lifted.gm, spliced, lifted.parts
 
 
@@ -181,13 +182,15 @@ def _plan(graph: LiftedGraph, found: Lifted, ours: Options) -> Plan | Declined:
         target = targets.for_slots(target, ours.target)
         if (elsewhere := pools.misplaced(found)) is not None:
             return elsewhere
-    plan = choose(found, ours, machine_for(device), target)
+    machine = machine_for(device)
+    plan = choose(found, ours, machine, target)
     if isinstance(plan, Declined):
         return plan
     problem = validate(graph, found)
     if problem is not None:
         return problem
-    return replace(plan, target=targets.build(plan))
+    built = targets.build(plan)
+    return plan if built == plan.target else choose(found, ours, machine, built)
 
 
 def _inner_compiler(ours: Options) -> Callable[..., Any]:

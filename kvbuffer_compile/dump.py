@@ -1,4 +1,4 @@
-"""Keep what the backend made for one graph: programs, plans, the graphs before and after."""
+"""Keep what the backend made for one graph: programs, plans, generated source, the graphs before and after."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
+from kvbuffer_compile import targets
 from kvbuffer_compile.passes.lifted import Lifted
 from kvbuffer_compile.plan import Plan
 
@@ -26,4 +27,7 @@ def write(folder: str | Path, before: GraphModule, after: GraphModule, chosen: l
     (target / "after.txt").write_text(str(after.graph))
     for lifted, plan in chosen:
         (target / f"{lifted.state.name}.txt").write_text(f"{lifted.source}\n{lifted.program}\n\n{plan}\n")
+        source = targets.source(plan)
+        if source is not None:
+            (target / f"{lifted.state.name}{source[0]}").write_text(source[1])
     return target

@@ -26,7 +26,8 @@ class Options:
     donate: states passed in and returned by the function may be overwritten, the caller will not look at the old ones.
     row_dtype: dtype of buffered keys and values; None takes that of the operands.
     on_decline: what to do with a state that looks like a recurrence but cannot be served.
-    dump: folder that receives programs, plans, graphs and generated source; None keeps nothing.
+    dump: folder that receives programs, plans, graphs and generated source; None keeps nothing, unless the environment
+        variable KVBUFFER_DUMP names one.
     check: run every rewritten step beside the original and raise when they differ (slow, for debugging).
     target: who implements the steps; "auto" takes generated kernels where they can be built.
     capacity: slots a buffer has at least; drafts of speculative decoding need room beyond the flush length.

@@ -23,7 +23,7 @@ def resolve(wanted: str, device: torch.device) -> str:
         )
     if wanted != "auto":
         return wanted
-    if device.type == "cpu" and _cpp_compiler() is not None:
+    if device.type == "cpu" and _has_compiler():
         return "cpp"
     return "triton" if device.type == "cuda" else "aten"
 
@@ -33,10 +33,13 @@ def for_slots(target: str, wanted: str) -> str:
     return "aten" if wanted == "auto" else target
 
 
-def _cpp_compiler() -> str | None:
+def _has_compiler() -> bool:
     from kvbuffer_compile.codegen import build
 
-    return build.compiler()
+    if build.compiler() is None:
+        _warn_once(f"there is no C++ compiler: {build.INSTALL}")
+        return False
+    return True
 
 
 def build(plan: Plan) -> str:
@@ -60,6 +63,18 @@ def _built(plan: Plan) -> bool:
         _warn_once(str(error))
         return False
     return True
+
+
+def source(plan: Plan) -> tuple[str, str] | None:
+    """The suffix and the text of the file that implements a plan's step; None for composite steps."""
+    from kvbuffer_compile.codegen import cpp, triton
+
+    match plan.target:
+        case "cpp":
+            return ".cpp", cpp.emit(plan)
+        case "triton":
+            return ".py", triton.emit(plan)
+    return None
 
 
 @functools.cache
