@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from kvbuffer_compile.codegen.cpp_rows import owned
+from kvbuffer_compile.codegen.cpp_rows import axes, owned
 from kvbuffer_compile.codegen.schedule import Schedule
 from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.ir import Var
@@ -118,7 +118,7 @@ def _threads(out: Source, plan: Plan, order: Schedule) -> None:
     out.comment("Small work stays on one thread; with fewer lanes than threads a lane is cut into tiles.")
     out.line("const int64_t work = lanes * K * V;")
     out.line("const int threads = work < 16384 || omp_in_parallel() ? 1 : omp_get_max_threads();")
-    out.line(f"int64_t tile = {full};")
+    out.line(f"int64_t tile = {_tile(plan, order) or full};")
     if order.split:
         out.line(f"const int64_t share = {full} * lanes / (2 * threads) / 16 * 16;")
         out.line("if (threads > 1 && lanes < 2 * threads) tile = std::max<int64_t>(16, share);")
@@ -132,6 +132,20 @@ def _threads(out: Source, plan: Plan, order: Schedule) -> None:
         out.line("for (int64_t b = 0; b < call.sequences; ++b) flushed |= call.flushes(b);")
         with out.block("if (flushed)"):
             out.line("each_item(lanes, threads, false, [&](int64_t lane) { append_shared(call, lane); });")
+
+
+def _tile(plan: Plan, order: Schedule) -> int | None:
+    """Size of a tile that stays in the first-level cache (16 KB), for plain steps that meet their state twice.
+
+    Only where a tile is contiguous: 1.32 -> 1.17 times a copy of 67 MB. Tiles of columns made it slower.
+    """
+    outer, inner = axes(plan)
+    twice = plan.variant == "recurrent" and order.fold_stage >= len(order.stages) - 1 > 0
+    if order.split != outer or not twice:
+        return None
+    sizes = dict(zip(("key", "value"), plan.sizes, strict=True))
+    rows = 16384 // (sizes[inner] * plan.state_dtype.itemsize) // 16 * 16
+    return rows if 0 < rows < sizes[outer] else None
 
 
 def _advance(out: Source) -> None:
