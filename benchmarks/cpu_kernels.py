@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of every side")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results: dict[str, Any] = {"machine": machine(), "cases": []}
+    results: dict[str, Any] = {"command": command("cpu_kernels"), "machine": machine(), "cases": []}
     print(results["machine"], flush=True)
     for dtype in args.dtypes:
         for batch in args.batches:
@@ -62,6 +63,11 @@ def main() -> None:
                 print(line(row), flush=True)
                 if args.out:
                     args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def command(module: str) -> str:
+    """How this measurement was started."""
+    return " ".join([f"python -m benchmarks.{module}", *sys.argv[1:]])
 
 
 def machine() -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Item:
             if last and self.schedule.fold_stage <= number:
                 self._fold_in_place(reads)
             else:
-                self._run("read", reads, None)
+                self._run("read", reads, None, ask="first_half" if number == 0 else "ahead")
             return
         queries = self.rows.faded_queries(reads)
         if number == 0:
@@ -108,7 +108,14 @@ class Item:
         if self.buffered and number == 0 and len(self.schedule.stages) > 2:
             self.out.line("block.bare = block.bare && !flush;")
 
-    def _run(self, mode: str, reads: Sequence[Old], fold: str | None, queries: dict[Var, str] | None = None) -> None:
+    def _run(
+        self,
+        mode: str,
+        reads: Sequence[Old],
+        fold: str | None,
+        queries: dict[Var, str] | None = None,
+        ask: str = "ahead",
+    ) -> None:
         """One Pass over the block."""
 
         def names(vs: Iterable[Var]) -> str:
@@ -117,7 +124,7 @@ class Item:
         across = [r for r in reads if r.x.kind == self.outer]
         along = [r for r in reads if r.x.kind == self.inner]
         self.out.line(
-            f"Pass<State, Mode::{mode}, {len(across)}, {len(along)}>{{block, {fold or '{}'}, "
+            f"Pass<State, Mode::{mode}, {len(across)}, {len(along)}, Ask::{ask}>{{block, {fold or '{}'}, "
             f"{{{names(r.x for r in across)}}}, {{{names(r.out for r in across)}}}, "
             f"{{{names(r.x for r in along)}}}, {{{names(r.out for r in along)}}}}}.run();"
         )
@@ -130,7 +137,8 @@ class Item:
         self.out.line("Fold fold;")
         self._keeps(fold)
         self._fold_rows(fold)
-        self._run("read_then_fold", reads, "fold")
+        again = bool(self.schedule.stages[0].reads) and not (reads and reads == self.schedule.stages[0].reads)
+        self._run("read_then_fold", reads, "fold", ask="second_half" if again else "ahead")
 
     def _keeps(self, fold: Fold) -> None:
         factors: dict[Kind, Var | None] = {"key": fold.key, "value": fold.value}

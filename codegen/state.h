@@ -51,9 +51,12 @@ constexpr int64_t FAR = 32;
 template <class T> constexpr int LINE = sizeof(T) * WIDTH < 64 ? 64 / (sizeof(T) * WIDTH) : 1;  // Wides in a cache line
 
 enum class Mode { read, fold_then_read, read_then_fold };
+// What a pass asks for: the rows FAR ahead; or, where an item passes twice over its block and finds it in a near cache the
+// second time, half of the next block in each pass, so that memory is busy all the time (plain GDN: 1.86 -> 1.56 ms).
+enum class Ask { ahead, first_half, second_half };
 
 // One pass over a block: ACROSS reads y[i] = S^T x[i] and ALONG reads w[i] = S z[i], and a fold before or after them.
-template <class T, Mode MODE, int ACROSS, int ALONG> struct Pass {
+template <class T, Mode MODE, int ACROSS, int ALONG, Ask ASK = Ask::ahead> struct Pass {
   static constexpr int NX = ACROSS ? ACROSS : 1, NZ = ALONG ? ALONG : 1;
   static constexpr int COLUMNS = MODE == Mode::read ? 2 : 4;  // Wides per step: a fold re-uses its factors that often
   Block<T> s;
@@ -95,9 +98,12 @@ template <class T, Mode MODE, int ACROSS, int ALONG> struct Pass {
     constexpr int step = sizeof(X) / sizeof(Real);
     T* at = s.data + r * s.row_stride + c * s.column_stride;
     X v[U][N];
-    if constexpr (!std::is_same_v<X, Real>)
-      UNROLL for (int u = 0; u < U; ++u)
-        for (int n = 0; n < N; n += LINE<T>) __builtin_prefetch(at + (u + FAR) * s.row_stride + n * step, 0, 2);
+    if constexpr (!std::is_same_v<X, Real>) {
+      constexpr int begin = ASK == Ask::second_half ? U / 2 : 0, end = ASK == Ask::first_half ? U / 2 : U;
+      const T* const next = at + (ASK == Ask::ahead ? FAR : s.rows) * s.row_stride;
+      UNROLL for (int u = begin; u < end; ++u)
+        for (int n = 0; n < N; n += LINE<T>) __builtin_prefetch(next + u * s.row_stride + n * step, 0, 2);
+    }
     UNROLL for (int u = 0; u < U; ++u)
       UNROLL for (int n = 0; n < N; ++n) v[u][n] = s.bare ? X{} : get<X>(at + u * s.row_stride + n * step);
     if constexpr (MODE != Mode::fold_then_read) apply_reads<U, N, X>(r, c, v, sums);
@@ -128,6 +134,11 @@ template <class T, Mode MODE, int ACROSS, int ALONG> struct Pass {
     run(0, s.rows);
   }
   void run(int64_t r, int64_t end) const {
+    if (ASK == Ask::second_half) {  // backwards: what the first pass met last is in the nearest cache
+      for (; (end - r) % 4; --end) rows<1>(end - 1);
+      for (; r < end; end -= 4) rows<4>(end - 4);
+      return;
+    }
     for (; r + 4 <= end; r += 4) rows<4>(r);
     for (; r < end; ++r) rows<1>(r);
   }

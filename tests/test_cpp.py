@@ -374,8 +374,12 @@ def test_flags_and_compiler_are_part_of_the_key(cache, monkeypatch):
 @pytest.mark.nightly
 def test_under_the_sanitizers():
     """The whole file once more with AddressSanitizer and UBSan in the kernels."""
-    asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    env = {**os.environ, "KVBUFFER_SANITIZE": "1", "LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0"}
+    libraries = ["libasan.so", "libstdc++.so"]  # without the second, AddressSanitizer fails at the first exception
+    paths = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in libraries
+    ]
+    env = {**os.environ, "KVBUFFER_SANITIZE": "1", "LD_PRELOAD": ":".join(paths), "ASAN_OPTIONS": "detect_leaks=0"}
     skipped = "not library and not entry and not process and not compiler and not folder"
     command = [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__)), "-k", skipped]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
