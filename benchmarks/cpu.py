@@ -43,7 +43,7 @@ def main() -> None:
     for batch in args.batches:
         row = measure(batch, args.steps, args.layers, flush, args.sides)
         results["cases"].append(row)
-        print(row, flush=True)
+        print({k: v for k, v in row.items() if k not in SIDES}, *(line(n, row[n]) for n in args.sides), flush=True)
         if args.out:
             args.out.write_text(json.dumps(results, indent=1) + "\n")
 
@@ -115,11 +115,17 @@ def summary(times: dict[str, list[float]]) -> dict[str, Any]:
         row[name] = {
             "median_ms": statistics.median(found), "mean_ms": statistics.mean(found), "best_ms": ordered[0],
             "p99_over_median": ordered[int(0.99 * (len(ordered) - 1))] / statistics.median(found),
+            "times_ms": [round(x, 2) for x in found],
         }  # fmt: skip
     if set(times) == set(SIDES):
         row["gain_of_means"] = row["inductor"]["mean_ms"] / row["kvbuffer"]["mean_ms"]
         row["gain_of_medians"] = row["inductor"]["median_ms"] / row["kvbuffer"]["median_ms"]
     return row
+
+
+def line(name: str, side: dict[str, Any]) -> str:
+    """One side for people."""
+    return f"\n  {name} median {side['median_ms']:.1f} ms, p99/median {side['p99_over_median']:.2f}"
 
 
 def plans(records: list[GraphRecord]) -> list[str]:

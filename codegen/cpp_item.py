@@ -91,7 +91,7 @@ class Item:
             if last and self.schedule.fold_stage <= number:
                 self._fold_in_place(reads)
             else:
-                self._run("read", reads, None, ask="first_half" if number == 0 else "ahead")
+                self._run("read", reads, None, rest="first_half" if number == 0 else "ahead")
             return
         queries = self.rows.faded_queries(reads)
         if number == 0:
@@ -114,9 +114,9 @@ class Item:
         reads: Sequence[Old],
         fold: str | None,
         queries: dict[Var, str] | None = None,
-        ask: str = "ahead",
+        rest: str = "ahead",
     ) -> None:
-        """One Pass over the block."""
+        """One Pass over the block. rest: the last arguments of its template, from Ask on."""
 
         def names(vs: Iterable[Var]) -> str:
             return ", ".join((queries or {}).get(v, self.values.name(v)) for v in vs)
@@ -124,7 +124,7 @@ class Item:
         across = [r for r in reads if r.x.kind == self.outer]
         along = [r for r in reads if r.x.kind == self.inner]
         self.out.line(
-            f"Pass<State, Mode::{mode}, {len(across)}, {len(along)}, Ask::{ask}>{{block, {fold or '{}'}, "
+            f"Pass<State, Mode::{mode}, {len(across)}, {len(along)}, Ask::{rest}>{{block, {fold or '{}'}, "
             f"{{{names(r.x for r in across)}}}, {{{names(r.out for r in across)}}}, "
             f"{{{names(r.x for r in along)}}}, {{{names(r.out for r in along)}}}}}.run();"
         )
@@ -138,7 +138,7 @@ class Item:
         self._keeps(fold)
         self._fold_rows(fold)
         again = bool(self.schedule.stages[0].reads) and not (reads and reads == self.schedule.stages[0].reads)
-        self._run("read_then_fold", reads, "fold", ask="second_half" if again else "ahead")
+        self._run("read_then_fold", reads, "fold", rest=f"{'second_half' if again else 'ahead'}, {len(fold.rows)}")
 
     def _keeps(self, fold: Fold) -> None:
         factors: dict[Kind, Var | None] = {"key": fold.key, "value": fold.value}

@@ -36,24 +36,11 @@ class Rows:
         self.out.line("const Right** right = room.right;")
         self.out.line("int64_t rows = 0;")
         self._fades(declare=True)
-        self._ask_for_next()
         with self.out.block("for (int64_t slot = count - 1; slot >= 0; --slot)"):
             for event in reversed(self.plan.program.events):
                 self.out.comment(f"{type(event).__name__.lower()} {', '.join(map(str, uses_of(event)))}")
                 self._update(event) if isinstance(event, Update) else self._decay(event)
         self._fold()
-
-    def _ask_for_next(self) -> None:
-        """Prefetch the same slots of the next lane, most likely this thread's next item.
-
-        Rows are short, and the processor's own prefetcher finds no pattern in them: without this a read of 32 rows and
-        no base took twice as long, a step that owes 15 rows 9 % longer (state of 67 MB).
-        """
-        with self.out.block("for (int64_t slot = 0; slot < count; ++slot)"):
-            for v in self.plan.program.logged:
-                if v.kind != "scalar":
-                    next_row = f"{self._address(v)} + call.row_{v}.lane[AXES - 1]"
-                    self.out.line(f"ask_for({next_row}, call.row_{v}.last, {self.values.length(v.kind)});")
 
     def _fades(self, declare: bool) -> None:
         for kind in self.fades:
@@ -77,6 +64,8 @@ class Rows:
         fade = f" * fade_{kind}[i]" if kind in self.fades else ""
         with self.out.block():
             if v.kind != "scalar" and not fade:
+                if not self._in_place(kind, v):
+                    self._ask_for_next(v)
                 self.out.line(f"{side}[rows] = {self._stored(v, copy)};")
                 return
             self.out.line(f"Real* const copy = {copy};")
@@ -84,6 +73,7 @@ class Rows:
                 self.out.line(f"const Real x = {self._stored_number(v)};")
                 self.values.each(kind, f"copy[i] = x{fade};")
             else:
+                self._ask_for_next(v)
                 self.out.line(f"const Real* const x = {self._stored(v, 'copy')};")
                 self.values.each(kind, f"copy[i] = x[i]{fade};")
             self.out.line(f"{side}[rows] = copy;")
@@ -94,9 +84,29 @@ class Rows:
             self.out.line(f"fade *= {self._stored_number(v)};")
             return
         with self.out.block():
+            self._ask_for_next(v)
             self.values.array("copy", v.kind)
             self.out.line(f"const Real* const x = {self._stored(v, 'copy')};")
             self.values.each(v.kind, f"fade_{v.kind}[i] *= x[i];")
+
+    def _ask_for_next(self, v: Var) -> None:
+        """Rows that are copied: those of the next lane while this one's are. The others are asked for by add_rows."""
+        row = f"call.row_{v}"
+        self.out.line(f"ask_for({self._address(v)} + {row}.lane[AXES - 1], {row}.last, {self.values.length(v.kind)});")
+
+    def _next(self, kind: Kind) -> str:
+        """How far behind a row that is used in place lies that of the next lane; 0 where rows are copies, or none."""
+        sides = [op.left if kind == "key" else op.right for op in updates(self.plan)]
+        if not sides or not self._in_place(kind, sides[0]):
+            return "0"
+        return f"call.row_{sides[0]}.last == 1 ? call.row_{sides[0]}.lane[AXES - 1] : 0"
+
+    def _in_place(self, kind: Kind, v: Var) -> bool:
+        """Whether one side of a row is read where it is stored, and once."""
+        types = dict(zip(("key", "value"), row_types(self.plan), strict=True))
+        dtype = dict(zip(self.plan.program.logged, self.plan.row_dtypes, strict=True))[v]
+        kept = types[kind] != "Real" or dtype == self.plan.compute
+        return self.plan.variant == "buffered" and v.kind != "scalar" and kind not in self.fades and kept
 
     def _address(self, v: Var, slot: str = "slot") -> str:
         row = f"call.row_{v}"
@@ -172,7 +182,8 @@ class Rows:
             ys = ", ".join(self.values.name(r.out) for r in group)
             met_size, free_size = self.values.length(kind), self.values.length(out)
             self.out.line(
-                f"read_rows<{len(group)}>(rows, weight, {met}, {met_size}, {free}, {free_size}, {{{xs}}}, {{{ys}}});"
+                f"read_rows<{len(group)}>(rows, weight, {met}, {met_size}, {free}, {free_size}, {{{xs}}}, {{{ys}}}, "
+                f"{{{self._next(kind)}, {self._next(out)}}});"
             )
 
     def _scale(self, names: Sequence[str], kind: Kind, factor: str) -> None:

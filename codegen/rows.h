@@ -92,10 +92,20 @@ template <class To, class T> INLINE const To* fetch(To* room, const T* in, int64
 
 // ------------------------------------------------------------------------------------------- owed rows
 
+// Where the same rows of the next lane lie, most likely this thread's next item: elements behind those of left and right.
+struct Next {
+  int64_t met = 0, free = 0;
+};
 // y[j] += sum over R rows m of weight[m] <met[m], x[j]> free[m]
+//
+// Asks for the next lane's rows, a few at a time, so that memory is busy while these are computed with: rows are short, and
+// the processor's own prefetcher finds no pattern in them. All at once, before the pass over the state, a read of 32 rows
+// and no base took 1.2 to 1.3 times as long.
 template <int N, int R, class Met, class Free>
 INLINE void add_rows(const Real* weight, const Met* const* met, int64_t met_size, const Free* const* free,
-                     int64_t free_size, const Real* const (&x)[N], Real* const (&y)[N]) {
+                     int64_t free_size, const Real* const (&x)[N], Real* const (&y)[N], const Next& next) {
+  if (next.met) UNROLL for (int m = 0; m < R; ++m) ask_for(met[m] + next.met, 1, met_size);
+  if (next.free) UNROLL for (int m = 0; m < R; ++m) ask_for(free[m] + next.free, 1, free_size);
   Real scale[N][R];
   dots<N, R>(met, x, met_size, scale);
   UNROLL for (int j = 0; j < N; ++j) UNROLL for (int m = 0; m < R; ++m) scale[j][m] *= weight[m];
@@ -114,8 +124,8 @@ INLINE void add_rows(const Real* weight, const Met* const* met, int64_t met_size
 }
 template <int N, class Met, class Free>
 inline void read_rows(int64_t count, const Real* weight, const Met* const* met, int64_t met_size, const Free* const* free,
-                      int64_t free_size, const Real* const (&x)[N], Real* const (&y)[N]) {
+                      int64_t free_size, const Real* const (&x)[N], Real* const (&y)[N], const Next& next) {
   int64_t m = 0;
-  for (; m + 4 <= count; m += 4) add_rows<N, 4>(weight + m, met + m, met_size, free + m, free_size, x, y);
-  for (; m < count; ++m) add_rows<N, 1>(weight + m, met + m, met_size, free + m, free_size, x, y);
+  for (; m + 4 <= count; m += 4) add_rows<N, 4>(weight + m, met + m, met_size, free + m, free_size, x, y, next);
+  for (; m < count; ++m) add_rows<N, 1>(weight + m, met + m, met_size, free + m, free_size, x, y, next);
 }

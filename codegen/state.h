@@ -56,7 +56,9 @@ enum class Mode { read, fold_then_read, read_then_fold };
 enum class Ask { ahead, first_half, second_half };
 
 // One pass over a block: ACROSS reads y[i] = S^T x[i] and ALONG reads w[i] = S z[i], and a fold before or after them.
-template <class T, Mode MODE, int ACROSS, int ALONG, Ask ASK = Ask::ahead> struct Pass {
+//
+// RANK: the rows of the fold where their number is known, -1 where it is not.
+template <class T, Mode MODE, int ACROSS, int ALONG, Ask ASK = Ask::ahead, int RANK = -1> struct Pass {
   static constexpr int NX = ACROSS ? ACROSS : 1, NZ = ALONG ? ALONG : 1;
   static constexpr int COLUMNS = MODE == Mode::read ? 2 : 4;  // Wides per step: a fold re-uses its factors that often
   Block<T> s;
@@ -73,7 +75,8 @@ template <class T, Mode MODE, int ACROSS, int ALONG, Ask ASK = Ask::ahead> struc
         if (fold.keep_row) v[u][n] *= splat<X>(fold.keep_row[r + u]);
         if (fold.keep_column) v[u][n] *= get<X>(fold.keep_column + c + n * step);
       }
-    for (int64_t m = 0; m < fold.count; ++m) {
+    const int64_t count = RANK < 0 ? fold.count : RANK;
+    for (int64_t m = 0; m < count; ++m) {
       const Real *left = fold.left + m * fold.left_stride + r, *right = fold.right + m * fold.right_stride + c;
       X row[N];
       UNROLL for (int n = 0; n < N; ++n) row[n] = get<X>(right + n * step);
