@@ -15,6 +15,7 @@ int32_t aoti_torch_dtype_float64();
 int32_t aoti_torch_dtype_bfloat16();
 int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_int32();
+int32_t aoti_torch_dtype_int64();
 int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t, TorchLibraryOpaque**);
 int32_t aoti_torch_library_impl(TorchLibraryOpaque*, const char*, void (*)(uint64_t*, uint64_t, uint64_t));

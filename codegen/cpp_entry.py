@@ -27,13 +27,15 @@ def emit_step(out: Source, plan: Plan, order: Schedule) -> None:
     program, buffered = plan.program, plan.variant != "recurrent"
     with out.block("void step(uint64_t* stack, uint64_t, uint64_t)"):
         names = ["state", *(["cursor", *(f"row_{v}" for v in program.logged)] if buffered else [])]
-        names += [f"in_{v}" for v in program.inputs]
+        names += ["slots"] * plan.slots + [f"in_{v}" for v in program.inputs]
         for n, name in enumerate(names):
             out.line(f"const Argument arg_{name}(stack[{n}]);")
         out.line("Call call;")
         _state(out, plan)
         if buffered:
             _cursor_and_rows(out, plan)
+        if plan.slots:
+            _slots(out, plan)
         _operands(out, plan)
         _outputs(out, plan)
         _threads(out, plan, order)
@@ -109,6 +111,30 @@ def _cursor_and_rows(out: Source, plan: Plan) -> None:
     for v, dtype in zip(plan.program.logged, plan.row_dtypes, strict=True):
         out.line(f'call.row_{v} = view(arg_row_{v}, "rows of {v}", call.lanes, {skip}, CAPACITY, {_size(v)});')
         out.line(f'check(call.row_{v}.dtype == Dtype::{DTYPES[dtype]}, "rows of {v}", "must be {DTYPES[dtype]}");')
+
+
+def _slots(out: Source, plan: Plan) -> None:
+    """From here on lane 0 runs over the chosen slots: what lies in the pool begins where its slot does."""
+    out.line("Slots slots(arg_slots, call.lanes[0]);")
+    out.line("call.lanes[0] = int64_t(slots.at.size());")
+    inner = [f"(call.lanes[{i}] - 1) * call.state_lane[{i}]" for i in range(1, plan.layout.lanes)]
+    span = " + ".join(["1", *inner, "(K - 1) * call.state_key", "(V - 1) * call.state_value"])
+    _begin(out, "state_begin", "call.state", "call.state_lane[0]", span)
+    if plan.variant == "recurrent":
+        return
+    _begin(out, "cursor_begin", "call.cursor", "call.cursor_sequence", "3 * call.cursor_row + 1")
+    out.line("call.sequences = call.lanes[0];")
+    for v in plan.program.logged:
+        row = f"call.row_{v}"
+        inner = [f"(call.lanes[{i}] - 1) * {row}.lane[{i}]" for i in range(1, plan.layout.lanes)]
+        last = [f"({_size(v)} - 1) * {row}.last"] if v.kind != "scalar" else []
+        span = " + ".join(["1", *inner, f"(CAPACITY - 1) * {row}.slot", *last])
+        _begin(out, f"row_begin_{v}", f"static_cast<Row_{v}*>({row}.data)", f"{row}.lane[0]", span)
+
+
+def _begin(out: Source, name: str, data: str, stride: str, span: str) -> None:
+    out.line(f"const std::vector<int64_t> {name} = slots.begins({data}, {stride}, {span});")
+    out.line(f"call.{name} = {name}.data(), {stride} = 0;")
 
 
 def _threads(out: Source, plan: Plan, order: Schedule) -> None:

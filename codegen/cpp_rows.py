@@ -111,7 +111,8 @@ class Rows:
     def _address(self, v: Var, slot: str = "slot") -> str:
         row = f"call.row_{v}"
         start = f" + first * {row}.last" if v.kind != "scalar" and v.kind == self.values.split else ""
-        return f"static_cast<Row_{v}*>({row}.data) + {row}.at(at) + {slot} * {row}.slot{start}"
+        begin = f"call.row_begin_{v}[at[0]] + " if self.plan.slots else ""
+        return f"static_cast<Row_{v}*>({row}.data) + {begin}{row}.at(at) + {slot} * {row}.slot{start}"
 
     def _stored(self, v: Var, room: str) -> str:
         return f"fetch({room}, {self._address(v)}, call.row_{v}.last, {self.values.length(v.kind)})"

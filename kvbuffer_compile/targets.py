@@ -29,8 +29,8 @@ def resolve(wanted: str, device: torch.device) -> str:
 
 
 def for_slots(target: str, wanted: str) -> str:
-    """The target of a step on slots of a pool, which generated kernels cannot do: "auto" does not try them."""
-    return "aten" if wanted == "auto" else target
+    """The target of a step on slots of a pool, which Triton kernels cannot do yet: "auto" does not try them."""
+    return "aten" if (wanted, target) == ("auto", "triton") else target
 
 
 def _has_compiler() -> bool:

@@ -170,6 +170,7 @@ def make_case(
         capacity=capacity or 0,
         target=target,
         tokens=_hint(lifted.tokens) if lifted.several else 1,
+        slots=lifted.slots is not None,
     )
 
 

@@ -57,6 +57,7 @@ class Case:
     lanes: sizes of program.lanes. sizes: (K, V). Widths are bytes of an element, row_widths one for each of
     program.logged. strided: reads that contract an axis of the state that is not its innermost one.
     capacity: slots that the user wants at least, 0 for none. target: "aten", "cpp" or "triton". tokens: of one step.
+    slots: the sequences are taken out of a pool.
     """
 
     program: Program
@@ -71,6 +72,7 @@ class Case:
     capacity: int
     target: str
     tokens: int = 1
+    slots: bool = False
 
     @property
     def state_bytes(self) -> int:
@@ -208,6 +210,9 @@ def _composite(case: Case, machine: Machine, counts: _Counts, variant: Variant, 
         reads = sum(isinstance(op, Read) for op in case.program.ops)
         passes = reads + COMPOSITE_FLUSH_PASSES / (flush if machine.device == "cpu" else 1)
         rows = COMPOSITE_ROW_PASSES * counts.computed_slot * max(flush, case.capacity)
+    if case.slots:  # taken out and put back: the state when it was written, all rows
+        passes += 2 + 2 / (flush if machine.device == "cpu" else 1)
+        rows += 3 * counts.slot * max(flush, case.capacity) if variant != "recurrent" else 0.0
     if case.state_width != case.compute_width:  # a copy of the state in the compute dtype, at every step
         passes += 1 + 2 * case.compute_width / case.state_width
     moved = passes * case.state_bytes + rows + counts.operands
