@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.generation import utils
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from kvbuffer_compile import runtime
@@ -14,6 +16,8 @@ from kvbuffer_compile.backend import GraphRecord
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.integrations.transformers import disable_speculation, enable_speculation, speculation_of
 from tests import zoo
+from tests.oracle import check
+from tests.test_models import in_float64
 
 NIGHTLY = pytest.mark.nightly
 FLUSH = 8
@@ -131,3 +135,149 @@ def test_a_state_that_cannot_be_rolled_back_is_refused_with_the_reason() -> None
     for length in (1, 8):
         with pytest.raises(StateError, match="2 of 2 states of MambaForCausalLM do not run buffered.*:.*state"):
             zoo.greedy(model, zoo.prompt(1, length), 4, prompt_lookup_num_tokens=2)
+
+
+# --------------------------------------------------------------------------------------------- where rounds end
+
+
+def test_prompts_of_any_length() -> None:
+    """The first call carries drafts and has no state yet; whatever of it is not accepted is taken back."""
+    model, reference = compiled_model("mamba2"), zoo.make_model("mamba2")
+    enable_speculation(model)
+    for length in (1, 2, CAPACITY - 1, CAPACITY, CAPACITY + 1, 3 * CAPACITY + 1):
+        ids = zoo.prompt(1, length)
+        text = plain_text(reference, ids, 20)
+        for least in (0, 1):
+            drafts = Corrupted(text, wrong=0.5, least=least, most=8 * least)
+            assert torch.equal(speculate(model, ids, drafts, 20), text), (length, least)
+            assert not least or drafts.rejections
+
+
+def test_text_ends_inside_a_draft() -> None:
+    """By length and by an end of text, in the middle of drafts that are all right."""
+    model, reference = compiled_model("mamba2"), zoo.make_model("mamba2")
+    enable_speculation(model)
+    ids = zoo.prompt(1, 6)
+    text = plain_text(reference, ids, 40)
+    for tokens in (1, 5, 12):
+        drafts = Corrupted(text, wrong=0.0, least=8)
+        assert torch.equal(speculate(model, ids, drafts, tokens), text[:, : 6 + tokens])
+    end = int(text[0, 6 + 13])
+    expected = torch.cat([ids, zoo.greedy(reference, ids, 40, eos_token_id=end)], 1)
+    assert expected.shape[1] < text.shape[1]
+    drafts = Corrupted(text, wrong=0.0, least=8)
+    assert torch.equal(speculate(model, ids, drafts, 40, eos_token_id=end), expected)
+
+
+def test_the_cache_given_back_continues_like_any_other() -> None:
+    """Its states are those of the text, it records no more, and its layers have their own classes again."""
+    model, reference = compiled_model("bamba"), zoo.make_model("bamba")
+    ids = zoo.prompt(1, 6)
+    text = plain_text(reference, ids, 40)
+    enable_speculation(model)
+    cache = DynamicCache(config=model.config)
+    assert torch.equal(speculate(model, ids, Corrupted(text), 20, past_key_values=cache), text[:, :26])
+    assert not any(getattr(layer, "record_past", False) for layer in cache.layers)
+    assert {type(layer).__module__ for layer in cache.layers} == {"transformers.cache_utils"}
+    out = model.generate(text[:, :26], past_key_values=cache, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert torch.equal(out, text)
+
+
+# ------------------------------------------------------------------------------------------------- assistants
+
+
+def assistant_for(name: str) -> Any:
+    """A model that is right now and then: the target with some noise; or a Llama, which is not."""
+    if name == "llama":
+        sizes = dict(vocab_size=zoo.VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+        ids = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+        return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, **sizes, **ids)).eval()
+    assistant = zoo.make_model(name)
+    with torch.no_grad():
+        for p in assistant.parameters():
+            p.add_(torch.randn_like(p) * p.std().nan_to_num() * 0.03)
+    return assistant
+
+
+@pytest.mark.parametrize("schedule", ["constant", "heuristic"])
+@pytest.mark.parametrize(
+    ("name", "drafter"),
+    [
+        ("mamba2", "mamba2"),
+        pytest.param("mamba2", "llama", marks=NIGHTLY),
+        pytest.param("qwen3_next", "llama", marks=NIGHTLY),
+        pytest.param("qwen3_next", "qwen3_next", marks=NIGHTLY),
+        pytest.param("bamba", "mamba2", marks=NIGHTLY),
+        pytest.param("mamba2", "qwen3_next", marks=NIGHTLY),
+    ],
+)
+def test_assistants(name: str, drafter: str, schedule: str, taken_back: list[int]) -> None:
+    """The assistant may have states of its own, of which it takes back what the target did not accept."""
+    model, assistant = zoo.make_model(name), assistant_for(drafter)
+    if drafter == name == "mamba2":
+        model.compile(backend="kvbuffer", options=FAST)
+        assistant.compile(backend="kvbuffer", options=FAST)
+    assistant.generation_config.num_assistant_tokens = 5
+    assistant.generation_config.num_assistant_tokens_schedule = schedule
+    before = dict(vars(assistant))
+    reference = zoo.make_model(name)
+    enable_speculation(model)
+    for length in (1, 8):
+        ids = zoo.prompt(1, length)
+        text = plain_text(reference, ids, 64)
+        got = torch.cat([ids, zoo.greedy(model, ids, 64, assistant_model=assistant)], 1)
+        assert torch.equal(got, text)
+    assert taken_back and vars(assistant) == before
+
+
+# --------------------------------------------------------------------------------------------------- sampling
+
+
+class Watched(Corrupted):
+    """Keeps what the target said about every token that stayed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scores: list[Tensor] = []
+
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+        super().update_candidate_strategy(input_ids, scores, num_matches)
+        self.scores.append(scores[:, : num_matches + 1])
+
+
+def test_sampling_draws_from_the_plain_distribution() -> None:
+    """The scores behind every sampled token are those of the model on the text before it, read in one go."""
+    model, reference, exact = compiled_model("mamba2"), zoo.make_model("mamba2"), in_float64(zoo.make_model("mamba2"))
+    enable_speculation(model)
+    ids = zoo.prompt(1, 6)
+    drafts = Watched(plain_text(reference, ids, 80), least=1)
+    text = speculate(model, ids, drafts, 64, do_sample=True, top_k=0, temperature=1.0)
+    assert drafts.rejections > 10 and not torch.equal(text, drafts.text[:, : text.shape[1]])
+    with torch.no_grad():
+        eager, right = (m(text[:, :-1]).logits[:, ids.shape[1] - 1 :] for m in (reference, exact))
+    check(torch.cat(drafts.scores, 1), eager, right, "scores")
+
+
+def test_acceptance_keeps_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over five tokens: draft from q, accept as the library does, and what comes out is p exactly."""
+    g = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 5, generator=g).softmax(-1)
+    total = torch.zeros(5)
+    for token in range(5):
+        accept = min(1.0, float(p[token] / q[token]))
+        for threshold, weight in ((accept / 2, accept), ((1 + accept) / 2, 1 - accept)):
+            if weight == 0:
+                continue
+            drawn: list[Tensor] = []
+
+            def draw(weights: Tensor, num_samples: int, into: list[Tensor] = drawn) -> Tensor:
+                into.append(weights)
+                return weights.argmax(-1, keepdim=True)
+
+            monkeypatch.setattr(torch, "rand_like", lambda x, value=threshold: torch.full_like(x, value))
+            monkeypatch.setattr(torch, "multinomial", draw)
+            ids = torch.tensor([[0, token]])
+            scores = torch.stack([p.log(), p.log()])[None]
+            _, matches = utils._speculative_sampling(ids, q.log()[None, None], 1, scores)
+            total += q[token] * weight * (torch.eye(5)[token] if matches else drawn[0].flatten())
+    torch.testing.assert_close(total, p)

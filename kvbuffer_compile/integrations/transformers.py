@@ -131,6 +131,8 @@ class Speculation:
         self.before["_prepare_cache_for_generation"](generation_config, model_kwargs, *args, **kwargs)
         if self.takes_cache_params and "cache_params" in model_kwargs:
             model_kwargs["past_key_values"] = model_kwargs.pop("cache_params")
+        if generation_config.is_assistant and isinstance(model_kwargs.get("past_key_values"), Cache):
+            self.record(model_kwargs["past_key_values"])  # the library asks it for its length before it is used
 
     def prepare_inputs(self, input_ids: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         """prepare_inputs_for_generation of a model that calls its cache cache_params."""
