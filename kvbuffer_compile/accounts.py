@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from collections.abc import Callable
@@ -26,6 +27,8 @@ class Account:
     rivals: other accounts whose state shares memory with this one.
     aliased: the storage is visible through something that is not guarded: settle after every step. exposed: it always
     will be, because its memory was handed out or its class cannot be guarded.
+    bare: the state was zero after the last write from outside, so that cursor[3] may still be set. dirty: the memory
+    may not hold what it should, because rows are owed or because it was never made zero.
     """
 
     def __init__(self, owner: Tensor, plan: Plan, phase: int, place: Place | None, died: Callable[[Key], None]) -> None:
@@ -42,6 +45,7 @@ class Account:
         self.aliased = False
         self.exposed = False
         self.dirty = False
+        self.bare = False
         self.steps: int | Tensor = 0  # of all sequences, or one by one
         with torch.inference_mode(False):
             self.cursor, self.rows = _allocate(self.state, plan)
@@ -56,21 +60,43 @@ class Account:
         """Whether this account can go on serving `owner` under `plan`."""
         return self.owner() is owner and self.plan.shares_rows(plan) and self.seen == _geometry(owner)
 
+    @property
+    def unsettled(self) -> Tensor:
+        """Which sequences owe rows, or have no base yet."""
+        return (self.cursor[0] > 0) | ((self.cursor[3] > 0) & (self.cursor[0] >= 0))
+
     def settle(self) -> None:
-        """Fold every owed row into the state."""
+        """Fold every owed row into the state; whoever comes now may change it."""
         if self.dirty:
             # whoever looks may be a tracer: what is folded in are the real tensors
             with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), plain_calls():
-                composite.flush(self.plan, self.state, self.cursor, self.rows, self.cursor[0] > 0)
+                composite.flush(self.plan, self.state, self.cursor, self.rows, self.unsettled)
                 self.cursor[1].fill_(self.phase)
             self.dirty = False  # not before: a flush that ran out of memory is still owed
+        elif self.bare:
+            self.drop()
+        self.bare = False
 
-    def drop(self) -> None:
-        """Forget the owed rows: the state is about to be overwritten as a whole."""
-        self.dirty = False
-        self.cursor[3].zero_()
+    def drop(self, zero: bool = False) -> None:
+        """Forget the owed rows: the state was overwritten as a whole. zero: and need not be read before it has a base.
+
+        The first limit of such a state keeps the distance to those of other layers that its phase has.
+        """
+        self.dirty, self.bare = False, zero
+        limit = self.fresh_rows - (self.plan.flush - self.phase) if zero else self.phase
+        self.cursor[3].fill_(int(zero))
         self.cursor[0].clamp_(max=0)
-        self.cursor[1].fill_(self.phase)
+        self.cursor[1].fill_(max(1, limit))
+
+    def begin(self) -> None:
+        """From now on the state is zero, whatever its memory holds."""
+        self.drop(zero=True)
+        self.dirty = True
+
+    @functools.cached_property
+    def fresh_rows(self) -> int:
+        """How many rows the state owes before its first flush when it is known to be zero."""
+        return self.plan.fresh_rows(tuple(self.plan.layout.canonical(self.state).shape[:-2]))
 
     def finished(self, plan: Plan) -> None:
         """A step has gone through."""

@@ -62,7 +62,7 @@ def dense(account: Account) -> Tensor:
     """A copy of the state with its owed rows folded in; the account itself is left as it is."""
     state = torch.empty_like(account.state).copy_(account.state)
     cursor = account.cursor.clone()
-    composite.flush(account.plan, state, cursor, account.rows, cursor[0] > 0)
+    composite.flush(account.plan, state, cursor, account.rows, account.unsettled)
     return state
 
 

@@ -33,15 +33,17 @@ _METADATA: frozenset[Any] = frozenset(
 )
 # What replaces every element of its first argument: owed rows are dropped, not folded in.
 _OVERWRITES: frozenset[Any] = frozenset([Tensor.zero_, Tensor.fill_, Tensor.copy_, torch.zero_, torch.fill_])
+_ZEROES: frozenset[Any] = frozenset([Tensor.zero_, torch.zero_])
+_FILLS: frozenset[Any] = frozenset([Tensor.fill_, torch.fill_])
 # What hands out the memory itself, where no later access can be seen.
 _EXPORTS: frozenset[Any] = frozenset([Tensor.__dlpack__, Tensor.storage, Tensor.untyped_storage])
 
-_Touch = Callable[[Tensor, bool, bool], list[Callable[[], None]]]
-_on_touch: _Touch = lambda tensor, overwritten, exposed: []  # noqa: E731  (set by runtime)
+_Touch = Callable[[Tensor, bool, bool, bool], list[Callable[[], None]]]
+_on_touch: _Touch = lambda tensor, overwritten, exposed, zeros: []  # noqa: E731  (set by runtime)
 
 
 def on_touch(callback: _Touch) -> None:
-    """Register who is told of an access: callback(tensor, overwritten, exposed), called before the access happens.
+    """Register who is told of an access: callback(tensor, overwritten, exposed, zeros), called before it happens.
 
     It returns what to call when the access has succeeded.
     """
@@ -51,7 +53,7 @@ def on_touch(callback: _Touch) -> None:
 
 def _materialized(state: Tensor) -> Tensor:
     with plain_calls():
-        _on_touch(state, False, False)
+        _on_touch(state, False, False, False)
         return state.clone()
 
 
@@ -96,7 +98,8 @@ class GuardedState(Tensor):
                 return func(*args, **kwargs)
             states = list(_states((args, kwargs)))
             overwritten = func in _OVERWRITES and len(states) == 1 and states[0] is args[0]
-            later = [call for t in states for call in _on_touch(t, overwritten, func in _EXPORTS)]
+            zeros = overwritten and _writes_zeros(func, args, kwargs)
+            later = [call for t in states for call in _on_touch(t, overwritten, func in _EXPORTS, zeros)]
             out = func(*args, **kwargs)
             for call in later:
                 call()
@@ -108,13 +111,13 @@ class GuardedState(Tensor):
 
     def __format__(self, spec: str) -> str:
         with plain_calls():
-            _on_touch(self, False, False)
+            _on_touch(self, False, False, False)
             return str(self.as_subclass(Tensor).__format__(spec))  # which numbers are formatted goes by the exact class
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
             with plain_calls():
-                _on_touch(self, False, False)
+                _on_touch(self, False, False, False)
                 copy = self.as_subclass(Tensor).clone()
                 copy.__dict__.update(self.__dict__)
             memo[id(self)] = copy
@@ -122,8 +125,14 @@ class GuardedState(Tensor):
 
     def __reduce_ex__(self, proto: Any) -> Any:
         with plain_calls():
-            _on_touch(self, False, False)
+            _on_touch(self, False, False, False)
             return self.as_subclass(Tensor).__reduce_ex__(proto)
+
+
+def _writes_zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether what overwrites a state is known to be zero without looking at it."""
+    value = args[1] if len(args) > 1 else kwargs.get("value")
+    return func in _ZEROES or (func in _FILLS and isinstance(value, int | float) and value == 0)
 
 
 def _guard_views(out: Any, states: list[GuardedState]) -> None:

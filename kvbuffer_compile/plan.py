@@ -32,8 +32,8 @@ every sequence, with slots for those of the step. Rolling back is subtracting fr
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
-from math import prod
 from typing import Literal
 
 import torch
@@ -81,7 +81,7 @@ class Layout:
         """The state as a view [*lanes, K, V]; never a copy."""
         sizes: list[int] = []
         for n, parts in zip(state.shape, self.dims, strict=True):
-            known = prod(p for p in parts if p is not None)
+            known = math.prod(p for p in parts if p is not None)
             sizes += [n // known if p is None else p for p in parts]
         return state.view(sizes).permute(self.order)
 
@@ -153,6 +153,17 @@ class Plan:
             sizes = [1, *sizes]
         tail = {"scalar": (), "key": self.sizes[:1], "value": self.sizes[1:]}[v.kind]
         return (*sizes, self.capacity, *tail)
+
+    def fresh_rows(self, lanes: tuple[int, ...]) -> int:
+        """How many rows a state that is known to be zero owes before its first flush.
+
+        Rows alone pay until they take as many bytes as one pass over the state (cost.break_even), if the buffer has
+        room for them.
+        """
+        state = math.prod((*lanes, *self.sizes)) * self.state_dtype.itemsize
+        logged = zip(self.program.logged, self.row_dtypes, strict=True)
+        row = sum(math.prod(self.row_shape(v, lanes)) // self.capacity * dtype.itemsize for v, dtype in logged)
+        return max(1, min(self.capacity, state // max(row, 1)))
 
     def sequences(self, lanes: tuple[int, ...]) -> int:
         """How many cursors a state with these lane sizes needs."""

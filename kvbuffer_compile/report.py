@@ -39,6 +39,8 @@ class StateReport:
     name: its placeholder in the graph. shape: ints, and symbols as text. reason: why this was decided, one sentence.
     rule: identifier of a decline, "" otherwise. source: "file:line" of the model. program, plan: their text, "" when
     there is none. signature: one letter per op that touches the state. row_bytes: size of the rows it may owe.
+    fresh_tokens: how many tokens a state that begins at zero decodes before it is made; unread_bytes: what reading it
+    once for each of them would have moved.
     """
 
     name: str
@@ -53,6 +55,8 @@ class StateReport:
     plan: str = ""
     prediction: Prediction | None = None
     row_bytes: int = 0
+    fresh_tokens: int = 0
+    unread_bytes: int = 0
 
     @property
     def kind(self) -> StateReport:
@@ -86,11 +90,12 @@ def _missed_gain(lifted: Lifted, options: Options) -> Prediction:
 
 
 def _planned(lifted: Lifted, plan: Plan) -> StateReport:
-    rows = 0
+    rows = fresh = 0
+    lanes = lane_sizes(plan.layout, state_tensor(lifted))
     if plan.variant != "recurrent":
-        lanes = lane_sizes(plan.layout, state_tensor(lifted))
         logged = zip(plan.program.logged, plan.row_dtypes, strict=True)
         rows = sum(prod(plan.row_shape(v, lanes)) * dtype.itemsize for v, dtype in logged)
+        fresh = plan.fresh_rows(lanes)
     return StateReport(
         name=lifted.state.name,
         shape=_shape(lifted.state),
@@ -103,6 +108,8 @@ def _planned(lifted: Lifted, plan: Plan) -> StateReport:
         plan=str(plan),
         prediction=predict_plan(lifted, plan, machine_for(state_tensor(lifted).device)),
         row_bytes=rows,
+        fresh_tokens=fresh * plan.program.tokens,
+        unread_bytes=fresh * prod((*lanes, *plan.sizes)) * plan.state_dtype.itemsize,
     )
 
 
@@ -237,7 +244,10 @@ def _cells(state: StateReport) -> Iterable[str]:
 def _details(number: int, state: StateReport) -> Text:
     where = f" [{state.source}]" if state.source else ""
     rule = f"{state.rule}: " if state.rule else ""
-    return Text(f"{number}  {rule}{state.reason}{where}")
+    fresh = ""
+    if state.fresh_tokens:
+        fresh = f"; from zero the first {state.fresh_tokens} tokens read no state, {_bytes(state.unread_bytes)} less"
+    return Text(f"{number}  {rule}{state.reason}{fresh}{where}")
 
 
 def _label(state: StateReport, names: list[str]) -> str:

@@ -6,6 +6,7 @@ rows into the state. Everything that reads a state elsewhere settles first (guar
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections import deque
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 import torch._functorch.config
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from kvbuffer_compile.accounts import Account, Key, Place
+from kvbuffer_compile.accounts import Account, Key, Place, alias
 from kvbuffer_compile.guard import GuardedState, on_touch, plain_calls
 from kvbuffer_compile.overlap import covers, overlap
 from kvbuffer_compile.plan import Plan
@@ -44,9 +46,13 @@ def open_account(owner: Tensor, plan: Plan, phase: int, place: Place | None = No
         rival.settle()
         rival.rivals.append(account)
         account.rivals.append(rival)
+    if place is not None:
+        _make_zero(id(owner))
     _accounts[account.key] = account
     _on_storage.setdefault(account.storage, []).append(account)
     account.exposed = not guard(owner) or (account.base is not None and not guard(account.base))
+    if _fresh.pop(id(owner), None) is not None:
+        account.begin()
     return account
 
 
@@ -115,23 +121,72 @@ def _reached(tensor: Tensor, exposed: bool) -> Iterable[Account]:
     return tuple(_on_storage.get(tensor.untyped_storage().data_ptr(), ())) if exposed else _overlapping(tensor)
 
 
-def touch(tensor: Tensor, overwritten: bool = False, exposed: bool = False) -> list[Callable[[], None]]:
+def touch(
+    tensor: Tensor, overwritten: bool = False, exposed: bool = False, zeros: bool = False
+) -> list[Callable[[], None]]:
     """Called before a state's values are read or changed by anything but a rewritten graph.
 
-    overwritten: as a whole. exposed: its memory is handed out. Returns what to call when the access has succeeded: rows
-    are dropped only then.
+    overwritten: as a whole; zeros: with nothing else. exposed: its memory is handed out. Returns what to call when the
+    access has succeeded: rows are dropped only then.
     """
     later: list[Callable[[], None]] = []
+    for key in [k for k, fresh in _fresh.items() if _same_memory(fresh(), tensor)] if _fresh else ():
+        if not (zeros and key == id(tensor)):
+            _make_zero(key)
     for account in _reached(tensor, exposed) if _on_storage else ():
         account.exposed |= exposed
         if overwritten and account.owner() is tensor:
-            later.append(account.drop)
+            later.append(functools.partial(_overwritten, account, zeros))
         else:
             account.settle()
     return later
 
 
 on_touch(touch)
+
+
+def _overwritten(account: Account, zeros: bool) -> None:
+    """What has been written as a whole from outside; if by zeros, nobody need look before there is a base, unless
+    someone may write there unseen."""
+    if zeros:
+        check_aliases([account])
+    account.drop(zeros and not (account.aliased or account.exposed))
+
+
+# ------------------------------------------------------------------------------------------ fresh states
+
+_fresh: dict[int, weakref.ref[Tensor]] = {}  # states of no account yet that are zero, whatever their memory holds
+
+
+def declare_zero(state: Tensor) -> None:
+    """A state is zero from now on, whatever its memory holds: that is neither read nor written before it has a base.
+
+    For caches that make their states themselves: torch.empty will do. Memory that others hold as well is made zero.
+    """
+    with plain_calls():
+        accounts = list(_overlapping(state))
+        alone = torch._C._storage_Use_Count(state.untyped_storage()._cdata) - 1 <= 1 + len(accounts)
+        own = [a for a in accounts if a.owner() is state and a.place is None]
+    if len(own) < len(accounts) or not alone or not guard(state):
+        state.zero_()
+    elif own:
+        own[0].begin()
+    else:
+        key = id(state)
+        _fresh[key] = weakref.ref(state, lambda _: _fresh.pop(key, None))
+
+
+def _make_zero(key: int) -> None:
+    """Someone looks at a fresh state, or changes it."""
+    found = _fresh.pop(key, None)
+    state = found() if found is not None else None
+    if state is not None:
+        with _disable_current_modes(), torch.no_grad():
+            alias(state).zero_()
+
+
+def _same_memory(fresh: Tensor | None, tensor: Tensor) -> bool:
+    return fresh is not None and fresh.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
 # ----------------------------------------------------------------------------------------- public calls
