@@ -66,8 +66,10 @@ def main() -> None:
 
 
 def command(module: str) -> str:
-    """How this measurement was started."""
-    return " ".join([f"python -m benchmarks.{module}", *sys.argv[1:]])
+    """How this measurement was started, but for where its results went."""
+    given = sys.argv[1:]
+    kept = [x for n, x in enumerate(given) if x != "--out" and given[n - 1 : n] != ["--out"]]
+    return " ".join([f"python -m benchmarks.{module}", *kept])
 
 
 def machine() -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.cpu_report     prints the tables of the README and draws benchmarks/results/cpu.png
 
-The files are written by benchmarks.cpu_kernels (cpu_kernels.json) and benchmarks.cpu (cpu_models.json).
+The files are written by benchmarks.cpu_kernels (cpu_kernels.json) and benchmarks.cpu (cpu_models*.json, one for each
+run); each holds its command.
 """
 
 from __future__ import annotations
@@ -12,52 +13,56 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 RESULTS = Path(__file__).resolve().parent / "results"
-NAMES = {"gdn": "Gated DeltaNet", "kda": "KDA", "mamba2": "Mamba-2", "gla": "GLA", "rwkv7": "RWKV-7"}
+NAMES = {"gdn": "Gated DeltaNet", "kda": "KDA", "mamba2": "Mamba-2", "gla": "GLA", "rwkv7": "RWKV-7", "mlstm": "mLSTM"}
+Case = dict[str, Any]
 COLOURS = {"inductor": "#8a5a00", "recurrent": "#7fb8d0", "buffered": "#0b6e99", "kvbuffer": "#0b6e99"}
 
 
 def main() -> None:
-    kernels, models = stored("cpu_kernels"), stored("cpu_models")
+    kernels, models = cases("cpu_kernels"), cases("cpu_models*")
     print("\n\n".join(tables(kernels, models)))
     draw(kernels, models, RESULTS / "cpu.png")
 
 
-def stored(name: str) -> dict[str, Any]:
-    """One file of results."""
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
+def cases(pattern: str) -> list[Case]:
+    """What was measured, of all files of this name."""
+    stored = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{pattern}.json")))
+    return [case for found in stored for case in found["cases"]]
 
 
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def tables(kernels: dict[str, Any], models: dict[str, Any]) -> Iterator[str]:
+STEPS = ("one layer", "batch", "Inductor, ms", "recurrent, ms", "buffered, ms", "gain", "buffered / read",
+         "recurrent / copy", "4 drafts", "buffer only")  # fmt: skip
+MODELS = ("model", "batch", "Inductor, ms a token", "kvbuffer, ms a token", "gain")
+
+
+def tables(kernels: list[Case], models: list[Case]) -> Iterator[str]:
     """The tables of the README, in order."""
-    head = ["one step, ms", "batch", "Inductor", "recurrent", "buffered", "gain", "buffered / read", "recurrent / copy"]
-    yield table(head, [kernel_row(case) for case in kernels["cases"]])
-    head = ["model", "batch", "Inductor, ms a token", "kvbuffer, ms a token", "gain", "p99 / median"]
-    yield table(head, [model_row(case) for case in models["cases"]])
+    yield table(STEPS, map(kernel_row, kernels))
+    yield table(MODELS, map(model_row, compared(models)))
 
 
-def kernel_row(case: dict[str, Any]) -> list[str]:
+def compared(models: list[Case]) -> list[Case]:
+    """The cases that have both sides."""
+    return [case for case in models if "inductor" in case]
+
+
+def kernel_row(case: Case) -> list[str]:
     best = {name: x["best"] for name, x in case.items() if isinstance(x, dict)}
-    gain = best["inductor"] / min(best["recurrent"], best["buffered"])
-    times = [f"{best[name]:.2f}" for name in ("inductor", "recurrent", "buffered")]
-    floors = [f"{best['buffered'] / best['read']:.2f}", f"{best['recurrent'] / best['copy']:.2f}"]
-    return [NAMES[case["case"]], str(case["batch"]), *times, f"{gain:.1f}x", *floors]
+    plain = best["recurrent"]
+    times = [f"{best[name]:.3g}" for name in ("inductor", "recurrent", "buffered")]
+    gain = best["inductor"] / min(plain, best["buffered"])
+    floors = [f"{best['buffered'] / best['read']:.2f}", f"{plain / best['copy']:.2f}"]
+    others = [f"{4 * plain / best['verify 4']:.1f}x", f"{plain / best['bare at 32']:.1f}x"]
+    return [NAMES[case["case"]], str(case["batch"]), *times, f"{gain:.1f}x", *floors, *others]
 
 
-def model_row(case: dict[str, Any]) -> list[str]:
-    plain = f"{case['inductor']['median_ms']:.0f}" if "inductor" in case else "-"
-    gain = f"{case['gain_of_medians']:.2f}x" if "inductor" in case else "-"
-    ours = case["kvbuffer"]
-    return [
-        f"{case['layers']} layers", str(case["batch"]), plain, f"{ours['median_ms']:.0f}", gain,
-        f"{ours['p99_over_median']:.2f}",
-    ]  # fmt: skip
+def model_row(case: Case) -> list[str]:
+    plain, ours = (f"{case[side]['median_ms']:.0f}" for side in ("inductor", "kvbuffer"))
+    return [f"{case['layers']} layers", str(case["batch"]), plain, ours, f"{case['gain_of_medians']:.2f}x"]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -68,22 +73,25 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # --------------------------------------------------------------------------------------------------- plot
 
 
-def draw(kernels: dict[str, Any], models: dict[str, Any], path: Path) -> None:
+def draw(kernels: list[Case], models: list[Case], path: Path) -> None:
     """Steps on the left, models on the right: less is better in both."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[5, 3])
-    large = [case for case in kernels["cases"] if case["batch"] == max(c["batch"] for c in kernels["cases"])]
+    large = [case for case in kernels if case["batch"] == max(c["batch"] for c in kernels)]
     sides = ("inductor", "recurrent", "buffered")
     bars(left, sides, [[case[side]["best"] for side in sides] for case in large])
     floor = sum(case["read"]["best"] for case in large) / len(large)
-    left.axhline(floor, color="#444444", linestyle=":", linewidth=1)
-    left.annotate("reading the state once", (len(large) - 0.5, floor), (0, 3), textcoords="offset points", ha="right")
+    left.axhline(floor, color="#444444", linestyle=":", linewidth=1, label="reading the state once")
     left.set_xticks(range(len(large)), [NAMES[case["case"]] for case in large])
     left.set(ylabel="ms a step", title=f"one layer, batch {large[0]['batch']}, state of {large[0]['MB']:.0f} MB")
-    both = [case for case in models["cases"] if "inductor" in case]
+    both = compared(models)
     bars(right, ("inductor", "kvbuffer"), [[case[s]["median_ms"] for s in ("inductor", "kvbuffer")] for case in both])
     right.set_xticks(range(len(both)), [f"batch {case['batch']}" for case in both])
     right.set(ylabel="ms a token", title=f"Qwen3.5-style model, {both[0]['layers']} layers")
+    left.legend(frameon=False, loc="upper center")
+    right.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=110)
 
 
@@ -94,7 +102,6 @@ def bars(axes: Any, sides: Sequence[str], groups: Sequence[Sequence[float]]) -> 
         places = [i + (n - (len(sides) - 1) / 2) * width for i in range(len(groups))]
         drawn = axes.bar(places, [g[n] for g in groups], width, color=COLOURS[side], label=side)
         axes.bar_label(drawn, fmt=lambda x: f"{x:.1f}" if x < 10 else f"{x:.0f}", fontsize=7, padding=1)
-    axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 
 
