@@ -126,7 +126,7 @@ class Kernel:
 
     @cached_property
     def config(self) -> Config:
-        return configure(self.plan, schedule(self.plan.program, in_place=self.plan.variant != "buffered").split)
+        return configure(self.plan, schedule(self.plan.program, in_place=self.plan.variant != "buffered"))
 
     @cached_property
     def key(self) -> str:

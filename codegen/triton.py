@@ -36,8 +36,8 @@ def emit(plan: Plan, config: Config | None = None) -> str:
         _gap(body)
     kernel.emit()
     _gap(body)
-    launch = config or configure(plan, order.split)
-    Launcher(body, plan, values, launch, queries(order.stages[0].reads)).emit()
+    launch = config or configure(plan, order)
+    Launcher(body, plan, values, launch, queries(plan, order)).emit()
     return _head(plan, "libdevice." in str(body)) + str(body)
 
 

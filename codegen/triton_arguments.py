@@ -33,7 +33,7 @@ def arguments(plan: Plan, split: Kind | None) -> list[Argument]:
     found += [Argument(f"out_{n}", f"outputs[{n}]") for n, _ in enumerate(plan.program.outputs)]
     if plan.variant == "verify":
         found += [Argument("T", "tokens"), Argument("TOKENS", "triton.next_power_of_2(tokens)", True)]
-        found += [Argument("QUERIES", "queries", True), Argument("MATRIX", "tokens >= matrix > 0", True)]
+        found += [Argument("QUERIES", "queries", True), Argument("MATRIX", "matrix", True)]
         found += [Argument("PRECISION", "precision", True)]
     if plan.variant != "recurrent":
         found += [Argument("EVICT", '"evict_first" if state.nbytes > 2**25 else ""', True)]
@@ -92,7 +92,7 @@ block, warps, fold, stages: how much of an axis one program takes, also at once 
 {matrix}
 One launch; nothing waits for the device.
 """'''
-MATRIX = "matrix: with how many tokens reads become matrix products; 0: never\n"
+MATRIX = "matrix: whether reads are matrix products\n"
 LOG = """cursor   int32 [4, sequences]: tokens owed (-1: padding), flush at, steps run, state known to be zero
 tickets  int32 [sequences, at least ticket_count(...)], zero; zero again when the launch is done
 rows     {rows}
@@ -100,7 +100,7 @@ rows     {rows}
 
 
 class Launcher:
-    """Prints `ticket_count` and `launch`. width: rows that a token has in a tile of queries (triton_matrix)."""
+    """Prints `ticket_count` and `launch`. width: rows that a token has among the queries (triton_matrix)."""
 
     def __init__(self, out: Python, plan: Plan, values: Values, config: Config, width: int) -> None:
         self.out, self.plan, self.values, self.config, self.width = out, plan, values, config, width
@@ -179,7 +179,7 @@ class Launcher:
         tokens = ""
         if self.plan.variant == "verify":
             self.out.line(f"tokens = max(x.shape[{self.plan.layout.lanes}] for x in operands)")
-            self.out.line(f"queries = max(16, {self.width} * triton.next_power_of_2(tokens))")
+            self.out.line(f"queries = max(16, {self.width or 1} * triton.next_power_of_2(tokens))")
             self.out.line('precision = "ieee" if torch.version.hip else "tf32x3"')
             tokens = " tokens,"
         real = _short(self.plan.compute)

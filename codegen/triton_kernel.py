@@ -10,6 +10,8 @@ three times in a row cannot stream.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from kvbuffer_compile.codegen.schedule import Fold as TokenFold
 from kvbuffer_compile.codegen.schedule import Old, Schedule, steps_for
 from kvbuffer_compile.codegen.triton_arguments import arguments
@@ -126,7 +128,8 @@ class Kernel:
         self._state_address()
         self._flush()
         fresh = self._before_state()
-        self.out.line(f"s = {self.values.load_state('live', 'EVICT')}")
+        with fresh.unless_matrix() if fresh else nullcontext():
+            self.out.line(f"s = {self.values.load_state('live', 'EVICT')}")
         for group in self.tickets.fed_by(None):
             ticket = f"{self.tickets.ticket(group)}, {self.tickets.expected(group)}"
             self.out.line(f"last{_suffix(group)} = arrive({ticket})")

@@ -1,135 +1,181 @@
-"""Reads of all tokens of a verify step at once, as matrix products on tensor cores.
+"""The reads of all tokens of a verify step at once, as matrix products on tensor cores.
 
-The queries of reads that depend on no other read are known for all tokens before the state comes. They are laid one
-below the other, token by token, as the tile `query_<kind>`, faded by the tokens before them; what the owed rows and the
-state make of them is `result_<kind>`, one row a query:
+Where no query depends on a read, the queries of all tokens are known before the state comes. They are laid one below
+the other, token by token, as the rows of the tile `queries`, and one loop over parts of the axis that they run along
+takes all products of them: with the state, with the owed rows and with the rows of the step's own tokens.
 
-    result = (query left^T * weight) right + (query * fade) s
+    result = queries' s        queries' faded by the decays of the owed rows and of the tokens before
+    met_n = queries left_n^T   left_n of the owed rows; then result += (met_n * weight_n) right_n
+    gram_n = queries left_n^T  left_n of the step's tokens, where no gate runs along this axis
 
-The loop over tokens picks its rows from it and adds what the rows of the tokens before add: the triangular solve of
-delta rules. Where rows are known beforehand and no gate runs along the axis they are read over, all products of queries
-and rows are one matrix too, gram_<kind>_<n>, and the loop sums over tokens only.
+The loop over tokens then picks its rows of `result` and adds what the tokens before it add: the triangular solve of
+delta rules, which with a gram is a sum over tokens only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
-from kvbuffer_compile import ir
 from kvbuffer_compile.codegen import calls
 from kvbuffer_compile.codegen.schedule import Dot, Old, Schedule, Step, Widen, uses
 from kvbuffer_compile.codegen.triton_rows import Rows
 from kvbuffer_compile.codegen.triton_values import AXES, Python, Values, power_of_two
 from kvbuffer_compile.ir import REDUCTIONS, Kind, Map, Var
+from kvbuffer_compile.plan import Plan
+
+PART = 32  # elements of the axis that are taken at once
+SLOTS = 64  # owed rows that can be
 
 
-def queries(reads: Sequence[Old]) -> int:
-    """Rows that one token has in a tile of queries."""
-    return power_of_two(max((sum(r.x.kind == kind for r in reads) for kind in AXES), default=1))
+def applies(plan: Plan, schedule: Schedule) -> bool:
+    """Whether a verify step can read by matrix products.
+
+    All reads run along one axis, and no query or decay along it needs another read or a sum over the axis.
+    """
+    reads = schedule.stages[0].reads
+    if plan.variant != "verify" or plan.compute.itemsize != 4 or schedule.fold is None or not reads:
+        return False
+    if any(stage.reads for stage in schedule.stages[1:]) or len({r.x.kind for r in reads}) > 1:
+        return False
+    kind = reads[0].x.kind
+    factor = {"key": schedule.fold.key, "value": schedule.fold.value}[kind]
+    steps = [step for stage in schedule.stages for step in stage.steps]
+    asked = needed(steps, [*(r.x for r in reads), *([factor] if factor else [])])
+    whole = any(isinstance(s, Dot) or (isinstance(s, Map) and s.fn in REDUCTIONS) for s in asked)
+    return not whole and power_of_two(plan.capacity) <= SLOTS
+
+
+def queries(plan: Plan, schedule: Schedule) -> int:
+    """Rows that one token has among the queries; 0 where matrix products do not apply."""
+    return power_of_two(len(schedule.stages[0].reads)) if applies(plan, schedule) else 0
 
 
 class Matrix:
-    """Prints the products for the reads of a schedule's first stage."""
+    """Prints the products for the reads of a schedule to which they apply."""
 
-    def __init__(self, out: Python, values: Values, rows: Rows, schedule: Schedule) -> None:
+    def __init__(self, out: Python, plan: Plan, values: Values, rows: Rows, schedule: Schedule) -> None:
         assert schedule.fold is not None
-        self.out, self.values, self.rows = out, values, rows
-        self.reads, self.fold = schedule.stages[0].reads, schedule.fold
-        self.all_reads = [read for stage in schedule.stages for read in stage.reads]
+        self.out, self.values, self.rows, self.fold = out, values, rows, schedule.fold
+        self.reads = schedule.stages[0].reads
+        self.kind: Kind = self.reads[0].x.kind
+        self.other: Kind = "value" if self.kind == "key" else "key"
         self.steps = [step for stage in schedule.stages for step in stage.steps]
-        self.factors: dict[Kind, Var | None] = {"key": self.fold.key, "value": self.fold.value}
-        self.kinds = [kind for kind in AXES if any(r.x.kind == kind for r in self.reads)]
-        self.width = queries(self.reads)
-        known = _known(values.plan.program.inputs, self.steps)
-        pairs = [(kind, n) for kind in self.kinds if not self.factors[kind] for n in range(len(self.fold.rows))]
-        self.grams = [(kind, n) for kind, n in pairs if self.met(kind, n) in known]
+        self.factor = {"key": self.fold.key, "value": self.fold.value}[self.kind]
+        self.width = queries(plan, schedule)
+        self.slots = power_of_two(plan.capacity)
+        self.grams = [] if self.factor else [n for n in range(len(self.fold.rows)) if self._laid(n)]
 
-    def met(self, kind: Kind, n: int) -> Var:
-        """The side of the n-th row of a token that reads along `kind` meet."""
-        return self.fold.rows[n][AXES.index(kind)]
+    def _laid(self, n: int) -> bool:
+        """Whether the n-th rows of all tokens can be computed part by part, before any read."""
+        met = self.met(n)
+        steps = needed(self.steps, [met])
+        whole = any(isinstance(s, Dot) or (isinstance(s, Map) and s.fn in REDUCTIONS) for s in steps)
+        return not whole and met in _known(self.values.plan.program.inputs, self.steps)
+
+    def met(self, n: int) -> Var:
+        """The side of the n-th row of a token that the reads meet."""
+        return self.fold.rows[n][AXES.index(self.kind)]
 
     def needs(self, side: Kind, n: int) -> bool:
-        """Whether the loop over tokens needs the n-th rows of the tokens before along this axis."""
-        free = any(read.x.kind != side for read in self.all_reads)
-        met = [read for read in self.all_reads if read.x.kind == side]
-        return free or any(read not in self.reads or (side, n) not in self.grams for read in met)
+        """Whether the loop over tokens needs this side of the n-th rows of the tokens before."""
+        return side == self.other or n not in self.grams
 
     @property
     def weighs(self) -> bool:
-        """Whether scalar gates are kept beside the rows: what is read through a gram has not met them."""
-        return self.fold.scalar is not None and any(kind == "key" for kind, _ in self.grams)
+        """Whether scalar gates are kept beside the rows: sides that are read through a gram do not meet them."""
+        return self.fold.scalar is not None and self.kind == "key" and bool(self.grams)
 
-    def of_kind(self, kind: Kind) -> list[Old]:
-        return [r for r in self.reads if r.x.kind == kind]
+    # ---------------------------------------------------------------------------------- before the tokens
 
-    def lay(self) -> None:
-        """query_<kind>, an empty result_<kind>, and the grams."""
+    def read(self) -> None:
+        """`result`, a row for each query, and the grams."""
         self.out.line("asked = tl.arange(0, QUERIES)")
         self.out.line(f"asked_token = asked // {self.width}")
-        for kind in self.kinds:
-            self._evaluate([r.x for r in self.of_kind(kind)], "asked_token", "QUERIES")
-            text = self._name(self.of_kind(kind)[0].x)
-            for n, read in enumerate(self.of_kind(kind)[1:], 1):
-                text = f"tl.where((asked % {self.width} == {n})[:, None], {self._name(read.x)}, {text})"
-            self.out.line(f"query_{kind} = {text}")
-            self._fade(kind)
-            if self.values.padded(kind):
-                self.out.line(f"query_{kind} = tl.where({kind}_ok[None, :], query_{kind}, 0.0)")
-            length = self.values.length(_other(kind))
-            self.out.line(f"result_{kind} = tl.zeros([QUERIES, {length}], {self.values.real})")
-        for kind, n in self.grams:
-            v = self.met(kind, n)
-            self._evaluate([v], "token", "TOKENS")
-            padded = self.values.padded(kind)
-            tile = f"tl.where({kind}_ok[None, :], {self._name(v)}, 0.0)" if padded else self._name(v)
-            dot = f"tl.dot(query_{kind}, tl.trans({tile}), input_precision=PRECISION)"
-            self.out.line(f"gram_{kind}_{n} = {dot}")
-
-    def _fade(self, kind: Kind) -> None:
-        """Running products of the decay: its rows stand one token later, and once a token."""
-        factor = self.factors[kind]
-        if factor is None:
-            return
-        self._evaluate([factor], "(asked_token - 1)", "QUERIES")
-        first = f"((asked % {self.width} == 0) & (asked_token > 0))[:, None]"
-        self.out.line(f"query_{kind} *= tl.cumprod(tl.where({first}, {self._name(factor)}, 1.0), 0)")
-
-    def add_rows(self) -> None:
-        """What a chunk of owed rows makes of the queries."""
-        for kind in self.kinds:
+        self._empty("result", "QUERIES", self.values.length(self.other))
+        for n in range(len(self.rows.updates)):
+            self._empty(f"met_{n}", "QUERIES", str(self.slots))
+        for n in self.grams:
+            self._empty(f"gram_{n}", "QUERIES", "TOKENS")
+        self.rows.at_once(("scalar", self.other))
+        with self._parts():
+            self._lay()
+            self.rows.at_once((self.kind,))
             for n in range(len(self.rows.updates)):
-                met, free = (f"left_{n}", f"right_{n}") if kind == "key" else (f"right_{n}", f"left_{n}")
-                weight = f" * weight_{n}[None, :]" if "scalar" in self.rows.fades else ""
-                dot = f"tl.dot(query_{kind}, tl.trans({met}), input_precision=PRECISION){weight}"
-                self.out.line(f"result_{kind} = tl.dot({dot}, {free}, result_{kind}, input_precision=PRECISION)")
+                self._product(f"met_{n}", "queries", f"{'left' if self.kind == 'key' else 'right'}_{n}")
+            for n in self.grams:
+                self._evaluate([self.met(n)], "token", "TOKENS")
+                self._product(f"gram_{n}", "queries", self._inside(self._name(self.met(n))))
+            faded = f"queries * fade_{self.kind}[None, :]" if self.kind in self.rows.fades else "queries"
+            tile = self.values.load_state("live", "EVICT")
+            self._product("result", faded, tile if self.kind == "value" else f"tl.trans({tile})")
+        self._add_rows()
 
-    def add_base(self) -> None:
-        """What the state makes of them."""
-        for kind in self.kinds:
-            fades = self.rows.fades
-            faded = f"query_{kind} * fade_{kind}[None, :]" if kind in fades else f"query_{kind}"
-            tile = "s" if kind == "key" else "tl.trans(s)"
-            text = f"tl.dot({faded}, {tile}, input_precision=PRECISION)"
-            text += " * fade_scalar" if "scalar" in fades else ""
-            text += f" * fade_{_other(kind)}[None, :]" if _other(kind) in fades else ""
-            self.out.line(f"result_{kind} += {text}")
+    def _empty(self, name: str, *sizes: str) -> None:
+        self.out.line(f"{name} = tl.zeros([{', '.join(sizes)}], {self.values.real})")
+
+    @contextmanager
+    def _parts(self) -> Iterator[None]:
+        """The loop; within it <axis>_part are the elements of the part."""
+        size = power_of_two(self.values.size(self.kind))
+        part = min(size, PART)
+        with self.out.block(f"for part in range({size // part})"), self.values.part(self.kind, part):
+            name = self.values.index[self.kind]
+            self.out.line(f"{name} = (part * {part} + tl.arange(0, {part})).to(tl.int64)")
+            if self.values.padded(self.kind):
+                self.out.line(f"{name}_ok = {name} < {self.values.size(self.kind)}")
+            yield
+
+    def _lay(self) -> None:
+        """The part of all queries, faded by the tokens before: the decay's rows stand one token later, once a token."""
+        self._evaluate([r.x for r in self.reads], "asked_token", "QUERIES")
+        text = self._name(self.reads[0].x)
+        for n, read in enumerate(self.reads[1:], 1):
+            text = f"tl.where((asked % {self.width} == {n})[:, None], {self._name(read.x)}, {text})"
+        self.out.line(f"queries = {self._inside(text)}")
+        if self.factor:
+            self._evaluate([self.factor], "(asked_token - 1)", "QUERIES")
+            first = f"((asked % {self.width} == 0) & (asked_token > 0))[:, None]"
+            self.out.line(f"queries *= tl.cumprod(tl.where({first}, {self._name(self.factor)}, 1.0), 0)")
+
+    def _inside(self, tile: str) -> str:
+        """A tile with zeros beyond the axis."""
+        return f"tl.where({self.values.ok(self.kind)}[None, :], {tile}, 0.0)" if self.values.padded(self.kind) else tile
+
+    def _product(self, total: str, left: str, right: str) -> None:
+        """total += left right^T"""
+        self.out.line(f"{total} = tl.dot({left}, tl.trans({right}), {total}, input_precision=PRECISION)")
+
+    def _add_rows(self) -> None:
+        """What the owed rows leave of the product with the state, and what they add."""
+        fades = [("scalar", ""), (self.other, "[None, :]")]
+        factors = "".join(f" * fade_{kind}{across}" for kind, across in fades if kind in self.rows.fades)
+        if factors:
+            self.out.line(f"result = result{factors}")
+        weight = " * weight_{}[None, :]" if "scalar" in self.rows.fades else ""
+        for n in range(len(self.rows.updates)):
+            free = f"{'right' if self.kind == 'key' else 'left'}_{n}"
+            left = f"met_{n}{weight.format(n)}"
+            self.out.line(f"result = tl.dot({left}, {free}, result, input_precision=PRECISION)")
+
+    # ------------------------------------------------------------------------------- in the loop over tokens
 
     def pick(self, read: Old) -> str:
         """The result of one read of token t, but for what fades it behind the state."""
-        return self._row(read, f"result_{read.x.kind}")
+        return self._row(read, "result")
 
     def _row(self, read: Old, tile: str) -> str:
-        at = f"t * {self.width} + {self.of_kind(read.x.kind).index(read)}"
+        at = f"t * {self.width} + {self.reads.index(read)}"
         return f"tl.sum(tl.where((asked == {at})[:, None], {tile}, 0.0), 0)"
 
     def add_fresh(self, out: str, read: Old, n: int) -> None:
         """out += what the n-th rows of the tokens before t add to a read, through their gram."""
-        weight = " * fresh_weight" if read.x.kind == "key" and self.weighs else ""
-        self.out.line(f"dot = tl.where(token < t, {self._row(read, f'gram_{read.x.kind}_{n}')}{weight}, 0.0)")
-        free = f"fresh_{'right' if read.x.kind == 'key' else 'left'}_{n}"
+        weight = " * fresh_weight" if self.weighs else ""
+        self.out.line(f"dot = tl.where(token < t, {self._row(read, f'gram_{n}')}{weight}, 0.0)")
+        free = f"fresh_{'right' if self.kind == 'key' else 'left'}_{n}"
         self.out.line(f"{out} += tl.sum(dot[:, None] * {free}, 0)")
 
-    # ------------------------------------------------------------------------------- steps of all tokens
+    # --------------------------------------------------------------------------------- steps of all tokens
 
     def _name(self, v: Var) -> str:
         return f"all_{v}"
@@ -144,22 +190,15 @@ class Matrix:
 
     def _expression(self, step: Step, count: str) -> str:
         match step:
-            case Dot(_, left, right):
-                return self.values.total(f"{self._name(left)} * {self._name(right)}", left.kind, 1, 2)
             case Widen(out, x):
                 return f"tl.broadcast_to({self._name(x)}[:, None], [{count}, {self.values.length(out.kind)}])"
-            case Map(_, fn, _) if fn in REDUCTIONS:
-                (x,) = ir.operands(step)
-                return self.values.reduced(fn, self._name(x), x.kind, 1)
             case Map(out, fn, args):
                 return calls.triton(fn, [self._argument(a, out.kind) if isinstance(a, Var) else a for a in args])
+            case Dot():
+                raise AssertionError(f"{step.out} is a sum over an axis: matrix products do not apply")
 
     def _argument(self, v: Var, kind: Kind) -> str:
         return self._name(v) + ("[:, None]" if v.kind == "scalar" and kind != "scalar" else "")
-
-
-def _other(kind: Kind) -> Kind:
-    return "value" if kind == "key" else "key"
 
 
 def _known(inputs: Iterable[Var], steps: Iterable[Step]) -> set[Var]:

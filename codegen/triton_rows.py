@@ -8,7 +8,7 @@ harmless. Slots that are not owed are never loaded: they may hold NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvbuffer_compile.codegen.schedule import Old
 from kvbuffer_compile.codegen.triton_values import DTYPES, Python, Values, power_of_two
@@ -39,7 +39,7 @@ class Rows:
         at += [f"at_{lane} * row_{v}_{lane}" for lane in self.plan.program.lanes[skip:] if lane in v.lanes]
         vector = v.kind != "scalar"
         at += [f"{slot}{'[:, None]' if tile and vector else ''} * ROW_{v}_SLOT"]
-        at += [f"{v.kind}{'[None, :]' if tile else ''} * ROW_{v}_LAST"] if vector else []
+        at += [f"{self.values.index[v.kind]}{'[None, :]' if tile else ''} * ROW_{v}_LAST"] if vector else []
         return " + ".join([f"row_{v}", *at])
 
     # ------------------------------------------------------------------------------------------- loading
@@ -52,17 +52,27 @@ class Rows:
         and fade_value are the product of all kept decays, by kind.
         """
         if self.slots == power_of_two(self.plan.capacity):
-            self._chunk("0", first=True)
+            self._chunk("0", self.slots, first=True)
             body()
         else:
             for kind in self.fades:
                 self.out.line(f"carry_{kind} = {self.values.full(kind, '1.0')}")
             with self.out.block(f"for chunk in range((kept + {CHUNK - 1}) // {CHUNK})"):
-                self._chunk(f"chunk * {CHUNK}", first=False)
+                self._chunk(f"chunk * {CHUNK}", self.slots, first=False)
                 body()
         for kind in self.fades:
-            oldest = " * ".join(self._oldest(v) for v in self._factors(kind))
-            self.out.line(f"fade_{kind} = carry_{kind} * {oldest}")
+            self._whole_fade(kind)
+
+    def at_once(self, kinds: Sequence[Kind]) -> None:
+        """All kept rows as one chunk, but only what runs along an axis of `kinds`; first with "scalar" among them."""
+        self._chunk("0", power_of_two(self.plan.capacity), first=True, kinds=kinds)
+        for kind in self.fades:
+            if kind in kinds:
+                self._whole_fade(kind)
+
+    def _whole_fade(self, kind: Kind) -> None:
+        oldest = " * ".join(self._oldest(v) for v in self._factors(kind))
+        self.out.line(f"fade_{kind} = carry_{kind} * {oldest}")
 
     def once_more(self, body: Callable[[], None]) -> None:
         """Go through the rows again, for queries that were not known before; a single chunk is still there."""
@@ -71,29 +81,31 @@ class Rows:
         else:
             self.through(body)
 
-    def _chunk(self, start: str, first: bool) -> None:
-        self.out.line(f"age = {'' if first else f'{start} + '}tl.arange(0, {self.slots})")
-        self.out.line("used = age < kept")
-        if self.fades:
-            self.out.line("later = (age > 0) & used")
+    def _chunk(self, start: str, slots: int, first: bool, kinds: Sequence[Kind] = ("scalar", "key", "value")) -> None:
+        if "scalar" in kinds:
+            self.out.line(f"age = {'' if first else f'{start} + '}tl.arange(0, {slots})")
+            self.out.line("used = age < kept")
+            if self.fades:
+                self.out.line("later = (age > 0) & used")
         for kind in self.fades:
-            self._fade(kind, first)
+            if kind in kinds:
+                self._fade(kind, slots, first)
         after: dict[Kind, str] = {}
         for place, event in reversed(list(enumerate(self.events))):
             if isinstance(event, Update):
-                self._row(self.updates.index(place), event, after)
-            elif any(n < place for n in self.updates):
+                self._row(self.updates.index(place), event, after, slots, kinds)
+            elif any(n < place for n in self.updates) and event.factor.kind in kinds:
                 self._within(place, event.factor, after)
 
     def _factors(self, kind: Kind) -> list[Var]:
         return [e.factor for e in self.events if isinstance(e, Decay) and e.factor.kind == kind]
 
-    def _fade(self, kind: Kind, first: bool) -> None:
+    def _fade(self, kind: Kind, slots: int, first: bool) -> None:
         """later_<kind>: what the decays of all later slots leave of a row; carry_<kind>: of the oldest row so far."""
         tiles = " * ".join(self._tile(v, "kept - age", "later", 1) for v in self._factors(kind))
         carry = "" if first else f" * carry_{kind}" + ("" if kind == "scalar" else "[None, :]")
         self.out.line(f"later_{kind} = tl.cumprod({tiles}, 0){carry}")
-        last = f"age % {self.slots} == {self.slots - 1}"
+        last = f"age % {slots} == {slots - 1}"
         last = last if kind == "scalar" else f"({last})[:, None]"
         self.out.line(f"carry_{kind} = tl.sum(tl.where({last}, later_{kind}, 0.0), 0)")
 
@@ -110,7 +122,7 @@ class Rows:
         """The slots of v, newest first, as a tile [slots(, K or V)]; `other` where the mask `rows` is false."""
         mask = f"{rows}[:, None]" if v.kind != "scalar" else rows
         if v.kind != "scalar" and self.values.padded(v.kind):
-            mask += f" & {v.kind}_ok[None, :]"
+            mask += f" & {self.values.ok(v.kind)}[None, :]"
         address = self.address(v, f"({slot})", True)
         return f"tl.load({address}, mask={mask}, other={other}.0).to({self.values.real})"
 
@@ -120,16 +132,16 @@ class Rows:
         after[v.kind] = f"after_{place}"
         self.out.line(f"after_{place} = {self._tile(v, 'kept - 1 - age', 'used', 1)}{before}")
 
-    def _row(self, n: int, event: Update, after: dict[Kind, str]) -> None:
+    def _row(self, n: int, event: Update, after: dict[Kind, str], slots: int, kinds: Sequence[Kind]) -> None:
         sides: list[tuple[str, Var, Kind]] = [("left", event.left, "key"), ("right", event.right, "value")]
-        for side, v, kind in sides:
+        for side, v, kind in (s for s in sides if s[2] in kinds):
             tile = self._tile(v, "kept - 1 - age", "used", 0)
             if v.kind == "scalar":
-                tile = f"tl.broadcast_to({tile}[:, None], [{self.slots}, {self.values.length(kind)}])"
+                tile = f"tl.broadcast_to({tile}[:, None], [{slots}, {self.values.length(kind)}])"
             gates = [after[kind]] if kind in after else []
             gates += [f"later_{kind}"] if kind in self.fades else []
             self.out.line(f"{side}_{n} = " + " * ".join([tile, *gates]))
-        if "scalar" in self.fades:
+        if "scalar" in self.fades and "scalar" in kinds:
             gates = [after["scalar"]] if "scalar" in after else []
             self.out.line(f"weight_{n} = {' * '.join([*gates, 'later_scalar'])}")
 

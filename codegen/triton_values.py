@@ -28,17 +28,17 @@ DTYPES = {
     torch.float16: "tl.float16",
 }
 AXES: tuple[Kind, ...] = ("key", "value")
-STATE = "state + key[:, None] * STATE_KEY + value[None, :] * STATE_VALUE"
+STATE = "state + {key}[:, None] * STATE_KEY + {value}[None, :] * STATE_VALUE"
 
 # Names of the kernel that a value of the same name would hide, and how such names begin.
 TAKEN = frozenset(
     """tl torch triton libdevice step arrive state cursor tickets tile program lane sequence owed limit live flush kept
     t s T TOKENS BLOCK TILES EVICT FOLD QUERIES MATRIX PRECISION key value key_ok value_ok age used later dot token
-    query part ahead chunk n fold float range asked asked_token""".split()
+    query part ahead chunk n fold float range asked asked_token queries result""".split()
 )
 PREFIXES = tuple(
     """in_ row_ out_ at_ size_ state_ left_ right_ later_ after_ fade_ fresh_ carry_ now_ run_ next_ slot_ cursor_
-    tickets_ weight_ last_ query_ result_ gram_ all_""".split()
+    tickets_ weight_ last_ met_ gram_ all_ key_ value_""".split()
 )
 
 
@@ -65,6 +65,7 @@ class Values:
 
     def __init__(self, out: Python, plan: Plan, split: Kind | None) -> None:
         self.out, self.plan, self.split = out, plan, split
+        self.index: dict[Kind, str] = {"scalar": "", "key": "key", "value": "value"}  # what runs along an axis
         if plan.compute not in (torch.float32, torch.float64):
             raise EmitError(f"no Triton kernel computes in {plan.compute}\n{plan.program}")
         self.real = DTYPES[plan.compute]
@@ -79,8 +80,17 @@ class Values:
     def size(self, kind: Kind) -> int:
         return self.plan.sizes[AXES.index(kind)]
 
+    @contextmanager
+    def part(self, kind: Kind, length: int) -> Iterator[None]:
+        """Within, an axis stands for `length` elements of it, those numbered by <axis>_part."""
+        self.index[kind], self._part = f"{kind}_part", str(length)
+        yield
+        self.index[kind], self._part = kind, ""
+
     def length(self, kind: Kind) -> str:
         """How many elements of an axis a program holds."""
+        if self.index[kind] != kind:
+            return self._part
         return "BLOCK" if kind == self.split else str(power_of_two(self.size(kind)))
 
     def padded(self, kind: Kind) -> bool:
@@ -97,21 +107,28 @@ class Values:
 
     def mask(self, *parts: str | Kind) -> str:
         """A mask argument that is the conjunction of conditions; axes among them by name, where they need one."""
-        found = [f"{p}_ok" if p in AXES else p for p in parts if p not in AXES or self.padded(p)]
+        found = [self.ok(p) if p in AXES else p for p in parts if p not in AXES or self.padded(p)]
         return f", mask={' & '.join(found)}" if found else ""
+
+    def ok(self, kind: Kind) -> str:
+        """Which of the elements held are elements of the axis."""
+        return f"{self.index[kind]}_ok"
 
     def load_state(self, live: str | None = None, policy: str = "") -> str:
         """The tile of the state, zeros unless `live`."""
         masks = self._tile_mask([live] if live else [])
         other = ", other=0.0" if masks else ""
         policy = f", eviction_policy={policy}" if policy else ""
-        return f"tl.load({STATE}{masks}{other}{policy}).to({self.real})"
+        state = STATE.format(**self.index)
+        return f"tl.load({state}{masks}{other}{policy}).to({self.real})"
 
     def store_state(self) -> None:
-        self.out.line(f"tl.store({STATE}, s.to({DTYPES[self.plan.state_dtype]}){self._tile_mask([])})")
+        self.out.line(
+            f"tl.store({STATE.format(**self.index)}, s.to({DTYPES[self.plan.state_dtype]}){self._tile_mask([])})"
+        )
 
     def _tile_mask(self, parts: list[str]) -> str:
-        parts = [*parts, *(f"{k}_ok{self.across(k)}" for k in AXES if self.padded(k))]
+        parts = [*parts, *(f"{self.ok(k)}{self.across(k)}" for k in AXES if self.padded(k))]
         return f", mask={' & '.join(parts)}" if parts else ""
 
     def across(self, kind: Kind) -> str:
@@ -122,7 +139,7 @@ class Values:
         """The sum of an expression over an axis, of which garbage is no part."""
         if self.padded(kind):
             index = "" if dims == 1 else "[:, None]" if axis == 0 else "[None, :]"
-            text = f"tl.where({kind}_ok{index}, {text}, 0.0)"
+            text = f"tl.where({self.ok(kind)}{index}, {text}, 0.0)"
         return f"tl.sum({text}, {axis})"
 
     def full(self, kind: Kind, number: str) -> str:
@@ -161,9 +178,9 @@ class Values:
         vector = v.kind != "scalar"
         at = [f"at_{lane} * in_{v}_{lane}" for lane in self.plan.program.lanes if lane in v.lanes]
         at += [f"{token}{'[:, None]' if vector else ''} * in_{v}_t"]
-        at += [f"{v.kind}[None, :] * in_{v}_last"] if vector else []
+        at += [f"{self.index[v.kind]}[None, :] * in_{v}_last"] if vector else []
         mask = f"(({token} >= 0) & ({token} < T)){'[:, None]' if vector else ''}"
-        mask += f" & {v.kind}_ok[None, :]" if vector and self.padded(v.kind) else ""
+        mask += f" & {self.ok(v.kind)}[None, :]" if vector and self.padded(v.kind) else ""
         return f"tl.load({' + '.join([f'in_{v}', *at])}, mask={mask}, other=0.0).to({self.real})"
 
     def _operand(self, v: Var, token: str) -> str:
@@ -195,7 +212,7 @@ class Values:
         """A reduction over the last axis, which is `axis`."""
         if self.padded(kind):
             rest = {"aten.amax.default": 'float("-inf")', "aten.amin.default": 'float("inf")'}.get(fn, "0.0")
-            text = f"tl.where({kind}_ok{'[None, :]' if axis else ''}, {text}, {rest})"
+            text = f"tl.where({self.ok(kind)}{'[None, :]' if axis else ''}, {text}, {rest})"
         return calls.TRITON_REDUCTIONS[fn].format(text, axis, f"{self.size(kind)}.0")
 
 

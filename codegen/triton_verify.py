@@ -14,7 +14,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 from kvbuffer_compile.codegen.schedule import Fold, Old, Schedule
-from kvbuffer_compile.codegen.triton_matrix import Matrix, needed
+from kvbuffer_compile.codegen.triton_matrix import Matrix, applies, needed
 from kvbuffer_compile.codegen.triton_rows import Rows
 from kvbuffer_compile.codegen.triton_values import AXES, Python, Values
 from kvbuffer_compile.ir import Kind, Var
@@ -37,30 +37,28 @@ class Fresh:
             "key": self.fold.key,
             "value": self.fold.value,
         }
-        self.matrix = Matrix(out, values, rows, schedule) if self.first else None
+        self.matrix = Matrix(out, plan, values, rows, schedule) if applies(plan, schedule) else None
 
     def read_ahead(self) -> None:
-        """What the owed rows add to the reads of the first pass: result_<kind> in matrix form, or else <out>_rows."""
+        """What is known of the reads of the first pass: all by matrix products, or <out>_rows of the owed rows."""
         self.out.line("token = tl.arange(0, TOKENS)")
         if self.matrix:
             with self.out.block("if MATRIX"):
-                self.matrix.lay()
-            with self.out.block("else"):
-                for read in self.first:
-                    length = self.values.length(read.out.kind)
-                    self.out.line(f"{read.out}_rows = tl.zeros([TOKENS, {length}], {self.values.real})")
-        self.rows.through(self._add_chunk)
+                self.matrix.read()
+        with self.unless_matrix("else"):
+            for read in self.first:
+                length = self.values.length(read.out.kind)
+                self.out.line(f"{read.out}_rows = tl.zeros([TOKENS, {length}], {self.values.real})")
+            self.rows.through(self._add_by_token)
 
-    def _add_chunk(self) -> None:
-        if not self.matrix or not self.rows.updates:
-            return
-        with self.out.block("if MATRIX"):
-            self.matrix.add_rows()
-        with self.out.block("else"):
-            self._add_by_token()
+    def unless_matrix(self, head: str = "if not MATRIX") -> AbstractContextManager[None]:
+        """A block for what matrix products do without."""
+        return self.out.block(head) if self.matrix else nullcontext()
 
     def _add_by_token(self) -> None:
         """What a chunk of rows adds to the reads, token by token."""
+        if not self.first or not self.rows.updates:
+            return
         roots = [*(v for v in self.factors.values() if v), *(r.x for r in self.first)]
         steps = needed([n for stage in self.stages for n in stage.steps], roots)
         used = self.values.operands(steps, roots)
@@ -77,12 +75,9 @@ class Fresh:
             self._fade_on()
 
     def start(self) -> None:
-        """What the state adds to the reads of the first pass in matrix form, and what the loop over tokens carries."""
-        if self.matrix:
-            with self.out.block("if MATRIX"):
-                self.matrix.add_base()
-                if self.matrix.weighs:
-                    self.out.line(f"fresh_weight = tl.zeros([TOKENS], {self.values.real})")
+        """What the loop over tokens carries."""
+        if self.matrix and self.matrix.weighs:
+            self.out.line(f"fresh_weight = tl.zeros([TOKENS], {self.values.real})")
         for n, _ in enumerate(self.fold.rows):
             for kind in AXES:
                 zeros = f"tl.zeros([TOKENS, {self.values.length(kind)}], {self.values.real})"
@@ -93,28 +88,31 @@ class Fresh:
     def read(self, read: Old) -> None:
         """One read of token t."""
         out = self.values.name(read.out)
-        if self.matrix and read in self.first:
+        if self.matrix:
             with self.out.block("if MATRIX"):
                 self.out.line(f"{out} = {self.matrix.pick(read)}")
                 self._fade(out, read)
-            with self.out.block("else"):
-                self.out.line(f"{out} = {self.values.full(read.out.kind, '0.0')}")
-                self.rows.add_base(read, self._query(read))
-                self._fade(out, read)
-                self.out.line(f"{out} += tl.sum(tl.where((token == t)[:, None], {read.out}_rows, 0.0), 0)")
-        else:
-            self.rows.read(read, self._query(read))
-            self._fade(out, read)
+        with self.unless_matrix("else"):
+            self._read_vector(out, read)
         for n in range(len(self.fold.rows)):
             self._add_fresh(out, read, n)
 
+    def _read_vector(self, out: str, read: Old) -> None:
+        if read not in self.first:
+            self.rows.read(read, self._query(read))
+            self._fade(out, read)
+            return
+        self.out.line(f"{out} = {self.values.full(read.out.kind, '0.0')}")
+        self.rows.add_base(read, self._query(read))
+        self._fade(out, read)
+        self.out.line(f"{out} += tl.sum(tl.where((token == t)[:, None], {read.out}_rows, 0.0), 0)")
+
     def _add_fresh(self, out: str, read: Old, n: int) -> None:
         """out += what the n-th rows of the tokens before add."""
-        through_gram = self.matrix and read in self.first and (read.x.kind, n) in self.matrix.grams
-        if self.matrix and through_gram:
+        if self.matrix and n in self.matrix.grams:
             with self.out.block("if MATRIX"):
                 self.matrix.add_fresh(out, read, n)
-        with self.out.block("else") if through_gram else nullcontext():
+        with self.unless_matrix("else") if self.matrix and n in self.matrix.grams else nullcontext():
             self.rows.add(out, self.values.name(read.x), read.x.kind, f"fresh_left_{n}", f"fresh_right_{n}")
 
     def _query(self, read: Old) -> str:
@@ -151,8 +149,7 @@ class Fresh:
             self._insert("value", n, [f"{name(fold.value)}[None, :]"] if fold.value else [], name(right))
         if self.matrix and self.matrix.weighs:
             assert fold.scalar
-            with self.out.block("if MATRIX"):
-                self.out.line(f"fresh_weight = tl.where(token == t, 1.0, fresh_weight * {name(fold.scalar)})")
+            self.out.line(f"fresh_weight = tl.where(token == t, 1.0, fresh_weight * {name(fold.scalar)})")
 
     def _insert(self, kind: Kind, n: int, gates: list[str], row: str) -> None:
         tile = f"fresh_{SIDES[kind]}_{n}"
@@ -162,5 +159,5 @@ class Fresh:
     def _where_needed(self, kind: Kind, n: int) -> AbstractContextManager[None]:
         """A block for what makes the fresh rows of one side, which matrix products may do without."""
         if self.matrix and not self.matrix.needs(kind, n):
-            return self.out.block("if not MATRIX")
+            return self.unless_matrix()
         return nullcontext()

@@ -38,7 +38,7 @@ def tuned(plan: Plan, device: str, timer: Timer) -> Config:
     timer: seconds a step takes with a launch, inf when it cannot run. Used for the launches of launch.space when the
     disk knows no answer.
     """
-    choices = space(plan, schedule(plan.program, in_place=plan.variant != "buffered").split)
+    choices = space(plan, schedule(plan.program, in_place=plan.variant != "buffered"))
     path = cache_folder() / f"launch_{_key(plan, choices, device)}.json"
     known = _read(path, choices)
     if known is None and os.environ.get("KVBUFFER_TUNE") != "0":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import triton_aot
 from kvbuffer_compile import composite
-from kvbuffer_compile.codegen import aot, triton, triton_rows
+from kvbuffer_compile.codegen import aot, triton, triton_matrix, triton_rows
 from kvbuffer_compile.codegen.launch import configure
 from kvbuffer_compile.codegen.schedule import schedule
 from kvbuffer_compile.codegen.triton_load import load
@@ -103,7 +103,7 @@ class Session:
     def step(self, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """One step of both: (got, expected) outputs."""
         if self.plan.variant == "verify":
-            self.options["matrix"] = self.steps % 2
+            self.options["matrix"] = self.steps % 2 == 0
             self.steps += 1
         got = self.module.launch(self.state, self.cursor, self.tickets, self.rows, inputs, **self.options)
         state, cursor, rows = self.expected
@@ -166,8 +166,10 @@ def test_verify_is_exact_and_can_be_taken_back(name):
 @pytest.mark.parametrize("variant", ["buffered", "verify"])
 @pytest.mark.parametrize("name", ["kda", "everything", "chained"])
 def test_rows_that_do_not_fit_at_once(name, variant, monkeypatch):
-    """Rows are gone through in chunks, here of 2; what decays leave is carried from one to the next."""
+    """Rows are gone through in chunks, here of 2; what decays leave is carried from one to the next. Matrix products
+    take an axis in parts, here of 2 too."""
     monkeypatch.setattr(triton_rows, "CHUNK", 2)
+    monkeypatch.setattr(triton_matrix, "PART", 2)
     session = Session(make_plan(EXACT[name], variant, flush=5, capacity=6), [5, 4], block=8)
     assert "for chunk in range" in triton.emit(session.plan)
     for _ in range(7 if variant == "buffered" else 4):
@@ -179,6 +181,16 @@ def test_recurrent_steps_are_exact(name):
     session = Session(make_plan(EXACT[name], "recurrent"), [0, 0])
     for _ in range(2):
         session.check(draw(EXACT[name]))
+
+
+def test_reads_by_matrix_products_where_they_apply():
+    """Not for a query that depends on a read, reads over both axes, or more rows than a tile should hold."""
+    for name in ("gdn", "kda", "rwkv7", "deltaproduct2", "oja", "chained"):
+        source = triton.emit(make_plan(EXACT[name], "verify"))
+        assert ("tl.dot(" in source) == (name not in ("oja", "chained")), name
+    assert "tl.dot(" not in triton.emit(make_plan(EXACT["gdn"], "verify", capacity=65))
+    assert "gram_0" in triton.emit(make_plan(EXACT["gdn"], "verify")), "no gate along the axis that is read"
+    assert "gram_0" not in triton.emit(make_plan(EXACT["kda"], "verify"))
 
 
 CALM = dict(deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck))
@@ -376,9 +388,9 @@ def test_launches_take_no_more_than_there_is(name, sizes):
     """A tile of a power of two that is not longer than its axis, cut evenly for a flush."""
     for variant in ("recurrent", "buffered", "verify"):
         plan = make_plan(NAMED[name], variant, flush=16, sizes=sizes)
-        split = schedule(plan.program, in_place=variant != "buffered").split
-        config = configure(plan, split)
-        axis = max(sizes) if split is None else sizes[("key", "value").index(split)]
+        order = schedule(plan.program, in_place=variant != "buffered")
+        config = configure(plan, order)
+        axis = max(sizes) if order.split is None else sizes[("key", "value").index(order.split)]
         assert config.block & (config.block - 1) == 0 and config.block < 2 * axis
         assert config.block % min(config.fold, config.block) == 0 and config.warps in (1, 2, 4, 8, 16)
 

@@ -26,6 +26,10 @@ def plan_of(variant: str = "buffered", name: str = "gdn"):
     return make_plan(NAMED[name], variant, 16, 24, sizes=(128, 128), layout=layout)
 
 
+def model(plan):
+    return configure(plan, schedule(plan.program, in_place=plan.variant != "buffered"))
+
+
 class Timer:
     """Says that launches with `warps` warps are fast, and counts what it was asked."""
 
@@ -48,11 +52,10 @@ def cache(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("name", ["gdn", "kda", "oja"])
 def test_the_space_is_small_and_begins_with_the_model(name, variant):
     plan = plan_of(variant, name)
-    split = schedule(plan.program, in_place=variant != "buffered").split
-    found = space(plan, split)
-    assert found[0] == configure(plan, split) and len(found) == len(set(found)) <= 24
-    axis = 1 if split is None else ("key", "value").index(split)
-    assert all(fits(plan, axis, config) for config in found[1:])
+    order = schedule(plan.program, in_place=variant != "buffered")
+    found = space(plan, order)
+    assert found[0] == configure(plan, order) and len(found) == len(set(found)) <= 32
+    assert all(fits(plan, order, config) for config in found[1:])
     assert all(config.fold <= config.block for config in found)
 
 
@@ -81,7 +84,7 @@ def test_a_broken_entry_is_ignored_and_rewritten(cache, content):
 def test_a_launch_that_cannot_run_is_never_chosen(cache):
     plan = plan_of()
     default = tune.tuned(plan, "some GPU", lambda plan, config: math.inf)
-    assert default == space(plan, "value")[0] and not cache.exists(), "what failed everywhere is tried again"
+    assert default == model(plan) and not cache.exists(), "what failed everywhere is tried again"
     best = tune.tuned(plan, "some GPU", lambda plan, config: math.inf if config == default else 1.0)
     assert best != default
 
@@ -89,7 +92,7 @@ def test_a_launch_that_cannot_run_is_never_chosen(cache):
 def test_measuring_can_be_turned_off(monkeypatch):
     monkeypatch.setenv("KVBUFFER_TUNE", "0")
     timer = Timer()
-    assert tune.tuned(plan_of(), "some GPU", timer) == space(plan_of(), "value")[0] and not timer.asked
+    assert tune.tuned(plan_of(), "some GPU", timer) == model(plan_of()) and not timer.asked
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(cache):
