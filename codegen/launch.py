@@ -64,7 +64,8 @@ def space(plan: Plan, schedule: Schedule) -> list[Config]:
 def _fitting(plan: Plan, schedule: Schedule, block: int, matrix: bool) -> Iterator[Config]:
     """The launches with a block that fit, each number of warps once."""
     for warps in WARPS[2:] if matrix else WARPS:  # four warps take 8 columns of a product each
-        folds = dict.fromkeys((block, min(16, block))) if schedule.split else (block,)
+        small = min(16, block)  # all that products leave room for: with more, ptxas took 128 registers and spilled one
+        folds = dict.fromkeys((small,) if matrix else (block, small)) if schedule.split else (block,)
         candidates = (Config(block, warps, fold, STAGES if matrix else 1, matrix) for fold in folds)
         yield from islice((c for c in candidates if fits(plan, schedule, c)), 1)
 
