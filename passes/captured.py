@@ -22,7 +22,8 @@ def copied(gm: GraphModule) -> GraphModule:
 
 def written(gm: GraphModule) -> dict[Node, Node]:
     """What the graph writes to, each with (the last of) its writes."""
-    return {form.target: n for n in gm.graph.nodes if isinstance(form := read(n), Write)}
+    found = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    return {form.target: n for n in found if isinstance(form := read(n), Write)}
 
 
 def candidates(gm: GraphModule) -> list[Node]:

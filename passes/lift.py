@@ -70,7 +70,6 @@ def _lift(gm: GraphModule, whole: frozenset[int]) -> LiftedGraph:
     assembled = _assemble_all(graph, walks)
     graph.found = _finish(graph, _acyclic(graph, assembled))
     graph.gm.graph.lint()
-    graph.gm.recompile()
     return graph
 
 

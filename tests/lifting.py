@@ -9,7 +9,10 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
+from torch.func import functionalize
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from kvbuffer_compile.ir import Kind, run, verify
 from kvbuffer_compile.memory import Dense
@@ -53,6 +56,22 @@ def capture_plain(fn: Callable[..., Any], *args: Any) -> GraphModule:
     with torch.no_grad():
         torch.compile(fn, backend=backend, fullgraph=True)(*args)
     return graphs[0]
+
+
+def traced(step: Callable[..., Any], args: tuple[Tensor, ...], table: dict[Any, Any] | None = None) -> GraphModule:
+    """A functional graph of a step, without Dynamo and AOTAutograd: each op is traced once instead of five times.
+
+    table: decompositions, Inductor's when None.
+    """
+    table = select_decomp_table() if table is None else table
+    with torch.no_grad():
+        gm = make_fx(functionalize(step), decomposition_table=table, tracing_mode="fake")(*(x.clone() for x in args))
+    end = gm.graph.output_node()
+    if not isinstance(end.args[0], list | tuple):
+        end.args = ((end.args[0],),)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
 
 
 class Wide(Interpreter):

@@ -386,6 +386,7 @@ class Speller:
             return w.new("{x}.clone()", x=self.stored(S, one.stored))
         if S.memory != state.memory or not S.certain:
             x = self.stored(S, one.stored)
+            x = x if S.memory != state.memory else w.new("{x}.clone()", x=x)
             apart = ("{s}.zero_().add_({x})", "{s}.fill_(0).add_({x})") if S.memory != state.memory else ()
             w.change(("{s}.copy_({x})", "{s}[:] = {x}", "{s}[...] = {x}", *apart), state, s=state, x=x)
         return None

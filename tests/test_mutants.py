@@ -15,9 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
-from torch.func import functionalize
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from kvbuffer_compile.passes import (
     assemble,
@@ -39,7 +37,7 @@ from kvbuffer_compile.passes.labels import Atom, resolve
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
 from kvbuffer_compile.passes.terms import Mask
 from tests import forms, graph_forms, near_misses
-from tests.lifting import TOLERANCE, disagreement, evaluate
+from tests.lifting import TOLERANCE, disagreement, evaluate, traced
 from tests.steps import GROUPED_EQUAL, Sizes, grouped_cases
 
 EQUAL = Sizes(4, 4, 4, 4)
@@ -106,17 +104,6 @@ _CHOSEN = (
     "multiplied_mask", "reset", "flat_lanes", "merged_lanes", "matrix", "diagonal_and_low_rank", "several_queries",
     "grouped_queries", "mean_read", "tokens", "bonus", "halves", "triangle", "shifted_identity",
 )  # fmt: skip
-
-
-def traced(step: Callable[..., Any], args: tuple[Tensor, ...], table: dict[Any, Any]) -> GraphModule:
-    with torch.no_grad():
-        gm = make_fx(functionalize(step), decomposition_table=table, tracing_mode="fake")(*(x.clone() for x in args))
-    end = gm.graph.output_node()
-    if not isinstance(end.args[0], list | tuple):
-        end.args = ((end.args[0],),)
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
-    return gm
 
 
 @cache

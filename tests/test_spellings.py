@@ -8,13 +8,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, note, settings
 from torch import Tensor
-from torch._inductor.decomposition import select_decomp_table
-from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from kvbuffer_compile.backend import GraphRecord, compile_graph, observers
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.options import Options
+from tests.lifting import traced
 from tests.near_sketches import MUTATIONS
 from tests.oracle import check
 from tests.sketches import Spelled, expected, ops_of, spelled, swapped
@@ -31,18 +29,13 @@ SETTINGS = {
 
 
 def compiled(step: Spelled, states: list[Tensor], token: list[Tensor]) -> tuple[Run, GraphRecord]:
-    """The step as the backend compiles it, and what it decided. Functional at once, not by Dynamo and AOTAutograd: the
-    graph is the same, and each op is traced once instead of five times."""
+    """The step as the backend compiles it, and what it decided."""
     records: list[GraphRecord] = []
     observers.listeners.append(records.append)
-    table = select_decomp_table() if step.decomposed else {}
     try:
-        with torch.no_grad():
-            traced = make_fx(functionalize(step.function()), decomposition_table=table, tracing_mode="fake")
-            gm = traced(*(x.clone() for x in (*states, *token)))
-            gm.graph.eliminate_dead_code()
-            run = compile_graph(gm, [*states, *token], ours=Options(**OPTIONS), is_inference=True)
-            return lambda *args: run(list(args)), records[0]
+        gm = traced(step.function(), (*states, *token), None if step.decomposed else {})
+        run = compile_graph(gm, [*states, *token], ours=Options(**OPTIONS), is_inference=True)
+        return lambda *args: run(list(args)), records[0]
     finally:
         observers.listeners.remove(records.append)
 
