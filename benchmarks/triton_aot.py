@@ -176,7 +176,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "|" + "---|" * (8 + len(targets)),
     ]
     for key, found in kernels.items():
-        cells = [f"{r['registers']} / {r['spills']} / {r['shared']}" for t in targets if (r := found.get(t))]
+        known = [found.get(t) for t in targets]
+        cells = [f"{r['registers']} / {r['spills']} / {r['shared']}" if r else "-" for r in known]
         seconds = max(r["seconds"] for r in found.values())
         lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells)} | {seconds} |")
     return "\n".join(lines) + "\n"
