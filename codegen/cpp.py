@@ -57,6 +57,8 @@ def emit(plan: Plan) -> str:
 
 
 def _check(plan: Plan) -> None:
+    if plan.variant == "tree":
+        raise EmitError(f"no C++ kernel for a tree of drafts\n{plan.program}")
     dtypes = {"state": plan.state_dtype, "compute": plan.compute}
     dtypes |= {f"row {v}": d for v, d in zip(plan.program.logged, plan.row_dtypes, strict=True)}
     for what, dtype in dtypes.items():

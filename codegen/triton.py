@@ -44,6 +44,8 @@ def emit(plan: Plan, config: Config | None = None) -> str:
 def _check(plan: Plan) -> None:
     if plan.slots:
         raise EmitError(f"no Triton kernel for a pool of slots\n{plan.program}")
+    if plan.variant == "tree":
+        raise EmitError(f"no Triton kernel for a tree of drafts\n{plan.program}")
     dtypes = {"state": plan.state_dtype}
     dtypes |= {f"row {v}": d for v, d in zip(plan.program.logged, plan.row_dtypes, strict=True)}
     for what, dtype in dtypes.items():

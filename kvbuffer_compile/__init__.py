@@ -1,6 +1,7 @@
 """Buffered decoding for any model with linear attention: torch.compile(model, backend="kvbuffer")."""
 
 from kvbuffer_compile.backend import kvbuffer
+from kvbuffer_compile.drafts import accept, draft_tree
 from kvbuffer_compile.errors import Declined, DeclinedError, EmitError, IRError, StateError
 from kvbuffer_compile.explain import explain
 from kvbuffer_compile.options import Options
@@ -17,6 +18,8 @@ __all__ = [
     "Report",
     "StateError",
     "StateReport",
+    "accept",
+    "draft_tree",
     "explain",
     "kvbuffer",
     "materialize",

@@ -28,7 +28,8 @@ class Account:
     aliased: the storage is visible through something that is not guarded: settle after every step. exposed: it always
     will be, because its memory was handed out or its class cannot be guarded.
     bare: the state was zero after the last write from outside, so that cursor[3] may still be set. dirty: the memory
-    may not hold what it should, because rows are owed or because it was never made zero.
+    may not hold what it should, because rows are owed or because it was never made zero. drafts: the parents of a tree
+    whose rows lie behind the owed ones until anything else happens to the state.
     """
 
     def __init__(self, owner: Tensor, plan: Plan, phase: int, place: Place | None, died: Callable[[Key], None]) -> None:
@@ -46,6 +47,7 @@ class Account:
         self.exposed = False
         self.dirty = False
         self.bare = False
+        self.drafts: Tensor | None = None
         self.steps: int | Tensor = 0  # of all sequences, or one by one
         with torch.inference_mode(False):
             self.cursor, self.rows = _allocate(self.state, plan)
@@ -67,6 +69,7 @@ class Account:
 
     def settle(self) -> None:
         """Fold every owed row into the state; whoever comes now may change it."""
+        self.drafts = None
         if self.dirty:
             # whoever looks may be a tracer: what is folded in are the real tensors
             with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), plain_calls():
@@ -82,7 +85,7 @@ class Account:
 
         The first limit of such a state keeps the distance to those of other layers that its phase has.
         """
-        self.dirty, self.bare = False, zero
+        self.dirty, self.bare, self.drafts = False, zero, None
         limit = self.fresh_rows - (self.plan.flush - self.phase) if zero else self.phase
         self.cursor[3].fill_(int(zero))
         self.cursor[0].clamp_(max=0)

@@ -55,11 +55,17 @@ class Stored:
         return out + self.left.transpose(-1, -2) @ self.right
 
 
-def condense(plan: Plan, base: Tensor, owed: Tensor, rows: Sequence[Tensor]) -> Stored:
-    """The rows in low-rank form. base: [N, *lanes, K, V]; owed: [N]; rows as in the calling convention."""
-    capacity = plan.capacity
-    used = torch.arange(capacity, device=owed.device) < owed[:, None]
-    used = used.view(-1, *[1] * (base.dim() - 3), capacity)  # [N, 1.., capacity]
+def owed_slots(plan: Plan, owed: Tensor) -> Tensor:
+    """Which slots hold owed rows, [N, capacity]. owed: [N]."""
+    return torch.arange(plan.capacity, device=owed.device) < owed[:, None]
+
+
+def condense(plan: Plan, base: Tensor, used: Tensor, rows: Sequence[Tensor]) -> Stored:
+    """The rows in low-rank form.
+
+    base: [N, *lanes, K, V]; used: which slots count, [N, capacity]; rows as in the calling convention.
+    """
+    used = used.view(-1, *[1] * (base.dim() - 3), plan.capacity)
     log = {
         v.name: (row.to(plan.compute), v.kind) for v, row in zip(plan.program.logged, rows, strict=True)
     }  # garbage in unused slots is masked where it is used: an unused gate is 1, an unused row is 0
@@ -142,22 +148,28 @@ def buffered_step(
     plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tensor], operands: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """One buffered step of one token, or of T tokens for the verify variant, as defined in plan.py."""
-    tokens = _tokens(plan, operands)
+    tokens = inputs_by_token(plan, operands)
     view = plan.layout.canonical(state)
-    owed, limit = cursor[0], cursor[1]
-    flush(plan, state, cursor, rows, (owed >= 0) & ((owed >= limit) | (owed + len(tokens) > plan.capacity)))
+    owed = cursor[0]
+    flush(plan, state, cursor, rows, overflowing(plan, cursor, len(tokens)))
     spread = () if plan.layout.sequence else (None,)  # lane of size 1 for the one cursor
-    base = _base(view[spread].to(plan.compute), cursor)
-    memory = Buffered(condense(plan, base, owed, rows), plan.sizes)
+    base = readable(view[spread].to(plan.compute), cursor)
+    memory = Buffered(condense(plan, base, owed_slots(plan, owed), rows), plan.sizes)
     runs = [run(plan.program, memory, {n: x[spread] for n, x in inputs.items()}) for inputs in tokens]
 
     active = owed >= 0
     for v, row in zip(plan.program.logged, rows, strict=True):
         for t, env in enumerate(runs):
-            _store(row, env[v.name], owed + t, active, slot_dim=row.dim() - (1 if v.kind == "scalar" else 2))
+            store(row, env[v.name], owed + t, active, v.kind)
     cursor[0] += len(tokens) * active
     cursor[2] += 1
-    return tuple(_stacked(plan, [env[v.name] for env in runs], v.kind, view, active) for v in plan.program.outputs)
+    return tuple(stacked(plan, [env[v.name] for env in runs], v.kind, view, active) for v in plan.program.outputs)
+
+
+def overflowing(plan: Plan, cursor: Tensor, tokens: int) -> Tensor:
+    """Which sequences must flush before so many tokens."""
+    owed, limit = cursor[0], cursor[1]
+    return (owed >= 0) & ((owed >= limit) | (owed + tokens > plan.capacity))
 
 
 def flush(plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tensor], which: Tensor) -> None:
@@ -169,24 +181,25 @@ def flush(plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tensor], whi
         return
     view = plan.layout.canonical(state)
     base = view if plan.layout.sequence else view[None]
-    dense = condense(plan, _base(base.to(plan.compute), cursor), cursor[0], rows).dense()
+    used = owed_slots(plan, cursor[0])
+    dense = condense(plan, readable(base.to(plan.compute), cursor), used, rows).dense()
     base.copy_(torch.where(which.view(-1, *[1] * (base.dim() - 1)), dense.to(base.dtype), base))
     cursor[0].masked_fill_(which, 0)
     cursor[1].masked_fill_(which, plan.flush)
     cursor[3].masked_fill_(which, 0)
 
 
-def _base(base: Tensor, cursor: Tensor) -> Tensor:
+def readable(base: Tensor, cursor: Tensor) -> Tensor:
     """The state as it may be read: zero for sequences that have none yet, whatever its memory holds."""
     if cursor.device.type == "cpu" and not bool(cursor[3].any()):
         return base
     return torch.where((cursor[3] > 0).view(-1, *[1] * (base.dim() - 1)), 0, base)
 
 
-def _tokens(plan: Plan, operands: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+def inputs_by_token(plan: Plan, operands: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     """The program's inputs, token by token."""
     inputs = _inputs(plan, operands)
-    if plan.variant != "verify":
+    if not plan.several:
         return [inputs]
     axis = plan.layout.lanes
     return [
@@ -197,16 +210,21 @@ def _tokens(plan: Plan, operands: Sequence[Tensor]) -> list[dict[str, Tensor]]:
 
 def token_count(plan: Plan, operands: Sequence[Tensor]) -> int:
     """How many tokens a step with these operands decodes."""
-    return max(x.shape[plan.layout.lanes] for x in operands) if plan.variant == "verify" else 1
+    return max(x.shape[plan.layout.lanes] for x in operands) if plan.several else 1
 
 
 def _inputs(plan: Plan, operands: Sequence[Tensor]) -> dict[str, Tensor]:
     return {v.name: x.to(plan.compute) for v, x in zip(plan.program.inputs, operands, strict=True)}
 
 
-def _store(row: Tensor, value: Tensor, owed: Tensor, active: Tensor, slot_dim: int) -> None:
+def by_slot(row: Tensor, kind: Kind) -> Tensor:
+    """Rows as a view [N, capacity, *lanes(, K or V)]."""
+    return row.movedim(row.dim() - (1 if kind == "scalar" else 2), 1)
+
+
+def store(row: Tensor, value: Tensor, owed: Tensor, active: Tensor, kind: Kind) -> None:
     """row[b, ..., owed[b], ...] = value[b, ...] for active sequences."""
-    slots = row.movedim(slot_dim, 1)  # [N, capacity, *lanes(, K or V)]
+    slots = by_slot(row, kind)
     b = torch.arange(row.shape[0], device=row.device)
     at = owed.clamp(0, slots.shape[1] - 1).long()
     keep = active.view(-1, *[1] * (slots.dim() - 2))
@@ -220,10 +238,10 @@ def _full(plan: Plan, value: Tensor, kind: Kind, view: Tensor) -> Tensor:
     return value.expand(*view.shape[:-2], *tail).contiguous()
 
 
-def _stacked(plan: Plan, values: list[Tensor], kind: Kind, view: Tensor, active: Tensor) -> Tensor:
+def stacked(plan: Plan, values: list[Tensor], kind: Kind, view: Tensor, active: Tensor) -> Tensor:
     """One output of all tokens."""
     done = [_finished(plan, value, kind, view, active) for value in values]
-    return torch.stack(done, dim=plan.layout.lanes) if plan.variant == "verify" else done[0]
+    return torch.stack(done, dim=plan.layout.lanes) if plan.several else done[0]
 
 
 def _finished(plan: Plan, value: Tensor, kind: Kind, view: Tensor, active: Tensor) -> Tensor:

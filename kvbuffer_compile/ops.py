@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbuffer_compile import composite, slots
+from kvbuffer_compile import composite, slots, tree
 from kvbuffer_compile.plan import Plan
 
 LIBRARY = torch.library.Library("kvbuffer", "FRAGMENT")
@@ -83,6 +83,11 @@ def _composite(plan: Plan) -> Callable[..., Any]:
             return _returned(slots.buffered_step(plan, state, cursor, log, operands[0], operands[1:]))
         return _returned(composite.buffered_step(plan, state, cursor, log, operands))
 
+    def drafted(state: Tensor, cursor: Tensor, *rest: Tensor) -> Any:
+        return _returned(tree.tree_step(plan, state, cursor, rest[:rows], rest[rows], rest[rows + 1 :]))
+
+    if plan.variant == "tree":
+        return drafted
     return recurrent if plan.variant == "recurrent" else buffered
 
 
@@ -93,7 +98,8 @@ def _fake(plan: Plan) -> Callable[..., Any]:
         state = args[0]
         view = plan.layout.canonical(state)
         lanes = (args[before].shape[0], *view.shape[1:-2]) if plan.slots else view.shape[:-2]
-        tokens = (args[before + plan.slots].shape[len(lanes)],) if plan.variant == "verify" else ()
+        first = before + plan.slots + (plan.variant == "tree")  # operand
+        tokens = (args[first].shape[len(lanes)],) if plan.several else ()
         tails = {"scalar": (), "key": view.shape[-2:-1], "value": view.shape[-1:]}
         shapes = [(*lanes, *tokens, *tails[v.kind]) for v in plan.program.outputs]
         return _returned(tuple(state.new_empty(s, dtype=plan.compute) for s in shapes))

@@ -5,7 +5,8 @@ The calling convention of every step op, whoever implements it (ATen, C++, Trito
     recurrent   step(state!, *operands)                         -> [outputs]
     buffered    step(state!, cursor!, *rows!, *operands)        -> [outputs]
     verify      the same for T tokens in one call, T >= 1 known at run time from the operands
-    slots       each of them with one more operand in front of the others: step(..., slots, *operands)
+    tree        verify for a tree of T drafts: step(state!, cursor!, *rows!, parents, *operands) -> [outputs]
+    slots       each but tree with one more operand in front of the others: step(..., slots, *operands)
 
     state      the user's tensor, any strides; Layout.canonical(state) is [*lanes, K, V]
     cursor     int32 [4, N], N sequences (lane 0; 1 when the layout has no sequence lane).
@@ -22,11 +23,18 @@ The calling convention of every step op, whoever implements it (ATen, C++, Trito
     slots      int32 or int64 [B]: the state is a pool of N slots, of which the step takes these as its B sequences and
                leaves all others alone. cursor and rows are those of all N slots, operands and outputs of the B.
                Negative ones count from the end; of equal ones each sees the same state, and the last is stored
+    parents    int32 [N, T] or [1, T]: the node that each draft follows, which comes before it; -1 the last committed
+               token
 
 A buffered step, for every sequence with cursor[0] >= 0: if cursor[0] >= cursor[1] or cursor[0] + T > capacity, fold
 the rows into the state and set cursor[0] = 0, cursor[1] = L, cursor[3] = 0; run the program T times on (state, rows);
 store the program's logged values in slots cursor[0], cursor[0] + 1, ...; add T to cursor[0]. cursor[2] grows by 1 for
 every sequence, with slots for those of the step. Rolling back is subtracting from cursor[0].
+
+A tree step flushes in the same way. Each node sees the state, the rows owed and its ancestors, in order of the path.
+All T rows are stored in node order behind the owed ones, and cursor[0] stays: whatever comes next, be it a step, a
+flush or a read, finds every draft rejected. Accepting a path is moving its rows to follow the owed ones, in order, and
+adding its length to cursor[0], before anything else happens to the state.
 """
 
 from __future__ import annotations
@@ -41,7 +49,7 @@ from torch import Tensor
 
 from kvbuffer_compile.ir import Program, Var
 
-Variant = Literal["recurrent", "buffered", "verify"]
+Variant = Literal["recurrent", "buffered", "verify", "tree"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,11 @@ class Plan:
                  self.state_dtype, self.row_dtypes, self.compute, self.target, self.slots)  # fmt: skip
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
+    @property
+    def several(self) -> bool:
+        """Whether operands and outputs have an axis of tokens behind the lanes."""
+        return self.variant in ("verify", "tree")
+
     def shares_rows(self, other: Plan) -> bool:
         """Whether rows written under one plan can be read under the other (decode and verify of one recurrence)."""
         return all(
@@ -139,7 +152,8 @@ class Plan:
         if self.variant != "recurrent":
             written += ["cursor", *(f"row_{v}" for v in self.program.logged)]
         args = [f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(written)]
-        args += ["Tensor slots"] * self.slots + [f"Tensor {v}" for v in self.program.inputs]
+        args += ["Tensor parents"] * (self.variant == "tree") + ["Tensor slots"] * self.slots
+        args += [f"Tensor {v}" for v in self.program.inputs]
         count = len(self.program.outputs)
         returns = "Tensor" if count == 1 else "(" + ", ".join(["Tensor"] * count) + ")"
         return f"{self.op_name}({', '.join(args)}) -> {returns}"

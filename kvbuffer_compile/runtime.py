@@ -23,7 +23,7 @@ from kvbuffer_compile.accounts import Account, Key, Place, alias
 from kvbuffer_compile.guard import GuardedState, on_touch, plain_calls
 from kvbuffer_compile.overlap import covers, overlap
 from kvbuffer_compile.plan import Plan
-from kvbuffer_compile.rollback import Counts, take_back
+from kvbuffer_compile.take_back import Counts, take_back
 
 _accounts: dict[Key, Account] = {}
 _on_storage: dict[int, list[Account]] = {}  # by storage address: several states may share one allocation
@@ -238,10 +238,10 @@ def rollback(obj: Any, n: Counts) -> None:
     """
     with plain_calls():
         tensors = list(tensors_in(obj))
-        take_back(_whole_accounts(tensors, "rollback(obj, n)"), n)
+        take_back(whole_accounts(tensors, "rollback(obj, n)"), n)
 
 
-def _whole_accounts(tensors: Sequence[Tensor], call: str) -> list[Account]:
+def whole_accounts(tensors: Sequence[Tensor], call: str) -> list[Account]:
     """The accounts of the states in a list of tensors; ValueError when a state is there in part, or has no rows."""
     accounts = list(dict.fromkeys(a for t in tensors for a in _overlapping(t)))
     for account in accounts:

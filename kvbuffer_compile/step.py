@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from kvbuffer_compile import check, runtime
+from kvbuffer_compile import check, drafts, runtime
 from kvbuffer_compile.accounts import Account, Place, alias
 from kvbuffer_compile.guard import GuardedState, plain_calls
 from kvbuffer_compile.passes.lifted import Part
 from kvbuffer_compile.passes.rewrite import Spliced
+from kvbuffer_compile.plan import Plan
 
 
 class SettleOnly:
@@ -62,14 +63,18 @@ class Step(SettleOnly):
 
     def __call__(self, args: list[Any]) -> Any:
         with plain_calls():
+            tree = drafts.active()
+            if tree is not None:
+                drafts.check_graph(tree, self.states, args)
             self.settle(args, self.indices)
             donated = [(s.returned, args[s.index]) for s in self.states if s.returned is not None]
             accounts = self._open(args)
             for account in accounts:
                 account.dirty = True  # only now: opening one account settles others that overlap it
+                account.drafts = None
             runtime.check_aliases(accounts)
             self._hand_over(args, accounts)
-            if self.original is not None:
+            if self.original is not None and tree is None:
                 out = check.run(self.original, self.states, self.parts, self.run, args, accounts)
             else:
                 out = self.run(args, accounts)
@@ -78,18 +83,23 @@ class Step(SettleOnly):
     def run(self, args: list[Any], accounts: list[Account]) -> Any:
         """The compiled graph on prepared inputs; a step that fails half-way is taken back."""
         states = [s for s in self.states if s.plan.variant != "recurrent"]
-        counts = [s.tokens.of(args) for s in states]
-        try:
-            out = self.compiled(args)
-        except BaseException:
-            for account, tokens in zip(accounts, counts, strict=True):
-                account.take_back_unfinished(tokens)
-            raise
+        out = self._run(args, [s.tokens.of(args) for s in states], [s.plan for s in states], accounts)
         for state, account in zip(states, accounts, strict=True):
             account.finished(state.plan)
             if account.aliased or account.exposed:
                 account.settle()
         return out
+
+    def _run(self, args: list[Any], counts: list[int], plans: list[Plan], accounts: list[Account]) -> Any:
+        tree = drafts.active()
+        if tree is not None:
+            return drafts.run(tree, self.compiled, args, plans, accounts)
+        try:
+            return self.compiled(args)
+        except BaseException:
+            for account, tokens in zip(accounts, counts, strict=True):
+                account.take_back_unfinished(tokens)
+            raise
 
     def _open(self, args: list[Any]) -> list[Account]:
         """The accounts of the buffered states; what else the graph uses of their tensors is settled."""

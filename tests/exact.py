@@ -68,5 +68,6 @@ class Exact:
     def materialized(self) -> Tensor:
         """What base and rows stand for."""
         state, cursor = self.state.clone(), self.cursor.clone()
-        composite.flush(self.plan, state, cursor, self.rows, cursor[0] > 0)
+        which = (cursor[0] > 0) | ((cursor[3] > 0) & (cursor[0] >= 0))
+        composite.flush(self.plan, state, cursor, self.rows, which)
         return state

@@ -14,13 +14,12 @@ from kvbuffer_compile import materialize, rollback, runtime
 from kvbuffer_compile.check import dense
 from kvbuffer_compile.codegen import build
 from kvbuffer_compile.ir import Program
+from tests import test_sequence as sequences
 from tests.exact import Exact, Token
 from tests.oracle import check
 from tests.programs import NAMED, random_programs
 from tests.test_cpp import is_exact, lenient
 from tests.test_runtime import LAZY, B, H, K, L, Pair, V, draw, step
-from tests.test_sequence import draw as draw_tokens
-from tests.test_sequence import grouped_delta_rule
 
 MOST = 8  # drafts of one round
 
@@ -77,30 +76,26 @@ class Drafts:
 
     def __init__(self, target: str = "aten", flush: int = 6) -> None:
         options = {"inner": "eager", "target": target, "flush": flush, "capacity": flush + 16}
-        self.compiled = torch.compile(grouped_delta_rule, backend="kvbuffer", fullgraph=True, options=options)
+        self.compiled = torch.compile(sequences.grouped_delta_rule, backend="kvbuffer", fullgraph=True, options=options)
         self.g = torch.Generator().manual_seed(0)
-        self.states = [self.start().to(d) for d in DTYPES]
-
-    def start(self) -> Tensor:
-        from tests.test_sequence import H, K, V
-
-        return torch.randn(2, H, K, V, generator=self.g)
+        start = torch.randn(2, sequences.H, sequences.K, sequences.V, generator=self.g)
+        self.states = [start.to(d).clone() for d in DTYPES]
 
     @torch.no_grad()
     def play(self, tokens: int, kept: Sequence[int], n: object = None) -> None:
         """n: what is handed to rollback, when not one count per sequence."""
-        inputs = draw_tokens(tokens, self.g)
+        inputs = sequences.draw(tokens, self.g)
         before = [s.clone() for s in self.states[1:]]
         outs = [self.compiled(self.states[0], *inputs)]
         for state, dtype in zip(self.states[1:], DTYPES[1:], strict=True):
-            outs.append(grouped_delta_rule(state, *(x.to(dtype) for x in inputs)))
+            outs.append(sequences.grouped_delta_rule(state, *(x.to(dtype) for x in inputs)))
         check(*outs, "outputs")
         rollback(self.states[0], [tokens - k for k in kept] if n is None else n)
         for state, old, dtype in zip(self.states[1:], before, DTYPES[1:], strict=True):
             for b, k in enumerate(kept):
                 state[b : b + 1] = old[b : b + 1]
                 if k:
-                    grouped_delta_rule(state[b : b + 1], *(x[b : b + 1, :k].to(dtype) for x in inputs))
+                    sequences.grouped_delta_rule(state[b : b + 1], *(x[b : b + 1, :k].to(dtype) for x in inputs))
         (account,) = runtime.accounts_of(self.states[0])
         check(dense(account), *self.states[1:], "state")
 
@@ -124,7 +119,7 @@ def test_rolling_back_twice_and_to_the_beginning() -> None:
     drafts = Drafts()
     first = drafts.states[0].clone()
     with torch.no_grad():
-        drafts.compiled(drafts.states[0], *draw_tokens(5, drafts.g))
+        drafts.compiled(drafts.states[0], *sequences.draw(5, drafts.g))
     rollback(drafts.states[0], 2)
     rollback(drafts.states[0], [2, 3])
     with pytest.raises(ValueError, match=r"between 0 and \[1, 0\]"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +30,11 @@ def take_back(accounts: Sequence[Account], n: Counts) -> None:
         raise ValueError(f"rollback(obj, n): n={counts.tolist()} but {_most(accounts)}")
     for account in accounts:
         slots = (counts // account.plan.program.tokens).to(account.cursor.device, torch.int32)
+        account.drafts = None
         account.cursor[0] -= torch.where(account.cursor[0] >= 0, slots, 0)
 
 
-def integers(given: Counts, name: str) -> Tensor:
+def integers(given: Any, name: str) -> Tensor:
     """A tensor of whole numbers, on the device where it was given."""
     try:
         found = torch.as_tensor(given)
