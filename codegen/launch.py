@@ -19,6 +19,7 @@ class Config:
     """block: elements of the split axis, a power of two; fold: how many of them at once in a flush.
 
     warps, stages: as Triton takes them. matrix: whether a verify step reads by matrix products.
+    registers: that a thread may have on NVIDIA's GPUs, 0 as many as the assembler thinks best.
     """
 
     block: int
@@ -26,6 +27,7 @@ class Config:
     fold: int = 16
     stages: int = 1
     matrix: bool = False
+    registers: int = 0
 
 
 # float32 values that a thread may hold in each phase of a kernel, beside what it needs to work on them: from compiling
@@ -35,6 +37,10 @@ DRAFTS = 8  # tokens of a verify step that the model counts on
 STAGES = 2  # of the loop over parts in matrix products: the next part is asked for while one is used
 VECTOR = 4  # elements of a tile that one thread holds side by side
 WARPS = (1, 2, 4, 8, 16)
+# Registers of a thread for matrix products: many with vectors for gates or much to hold. Left to itself, ptxas aimed at
+# 128 or 168 and spilled up to 32 bytes. 168 leave room for three programs of four warps, 255 for two.
+REGISTERS = {"many": 255, "few": 168}
+FEW = 80  # values that a thread may hold in products to do with few
 
 
 def configure(plan: Plan, schedule: Schedule) -> Config:
@@ -49,7 +55,10 @@ def configure(plan: Plan, schedule: Schedule) -> Config:
 
 
 def space(plan: Plan, schedule: Schedule) -> list[Config]:
-    """The launches worth trying on a GPU, the model's own first: other tiles, more warps, both forms, loads ahead."""
+    """The launches worth trying on a GPU, the model's own first: other tiles, more warps, both forms, loads ahead.
+
+    And the model's own with as few registers as ptxas likes, for occupancy.
+    """
     _, size = _axis(plan, schedule)
     found = [configure(plan, schedule)]
     blocks = [b for b in (16, 32, 64, 128) if b <= size] if schedule.split else [found[0].block]
@@ -58,7 +67,7 @@ def space(plan: Plan, schedule: Schedule) -> list[Config]:
             for config in islice(_fitting(plan, schedule, block, matrix), 2):
                 ahead = [replace(config, stages=n) for n in (1, 3)] if matrix else []
                 found += [c for c in (config, *ahead) if c not in found]
-    return found
+    return found + [replace(c, registers=0) for c in found[:1] if c.registers]
 
 
 def _fitting(plan: Plan, schedule: Schedule, block: int, matrix: bool) -> Iterator[Config]:
@@ -67,13 +76,26 @@ def _fitting(plan: Plan, schedule: Schedule, block: int, matrix: bool) -> Iterat
         small = min(16, block)  # all that products leave room for: with more, ptxas took 128 registers and spilled one
         folds = dict.fromkeys((small,) if matrix else (block, small)) if schedule.split else (block,)
         candidates = (Config(block, warps, fold, STAGES if matrix else 1, matrix) for fold in folds)
-        yield from islice((c for c in candidates if fits(plan, schedule, c)), 1)
+        found = islice((c for c in candidates if fits(plan, schedule, c)), 1)
+        yield from (replace(c, registers=_registers(plan, schedule, c)) for c in found)
+
+
+def _registers(plan: Plan, schedule: Schedule, config: Config) -> int:
+    if not config.matrix:
+        return 0
+    held = phases(plan, schedule, config)["products"]
+    return REGISTERS["many" if _gates(plan) or held > FEW * 32 * config.warps else "few"]
 
 
 def _axis(plan: Plan, schedule: Schedule) -> tuple[int, int]:
     """Which axis is split, the value axis if none is, and its length as a power of two."""
     axis = 1 if schedule.split is None else ("key", "value").index(schedule.split)
     return axis, power_of_two(plan.sizes[axis])
+
+
+def _gates(plan: Plan) -> int:
+    """How many decays of a token are vectors."""
+    return sum(not isinstance(e, Update) and e.factor.kind != "scalar" for e in plan.program.events)
 
 
 def fits(plan: Plan, schedule: Schedule, config: Config) -> bool:
@@ -90,7 +112,7 @@ def phases(plan: Plan, schedule: Schedule, config: Config) -> dict[str, int]:
         return {"recurrent": whole * block}
     events = plan.program.events
     updates = sum(isinstance(e, Update) for e in events)
-    gates = sum(not isinstance(e, Update) and e.factor.kind != "scalar" for e in events)
+    gates = _gates(plan)
     sides = sum(v.kind == ("key", "value")[1 - axis] for v in plan.program.logged)
     vectors = 2 * (sides + updates - 1) + (gates > 0)  # a slot and the next one, and what decays leave
     held = {"fold": whole * config.fold + whole * vectors * max(1, config.fold // VECTOR)}

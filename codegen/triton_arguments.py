@@ -93,6 +93,7 @@ block, warps, fold, stages: how much of an axis one program takes, also at once 
 One launch; nothing waits for the device.
 """'''
 MATRIX = "matrix: whether reads are matrix products\n"
+REGISTERS = "registers: that a thread may have, on NVIDIA's GPUs\n"
 LOG = """cursor   int32 [4, sequences]: tokens owed (-1: padding), flush at, steps run, state known to be zero
 tickets  int32 [sequences, at least ticket_count(...)], zero; zero again when the launch is done
 rows     {rows}
@@ -117,6 +118,7 @@ class Launcher:
         head = "state, cursor, tickets, rows, operands, "
         head += f"block={c.block}, warps={c.warps}, fold={c.fold}, stages={c.stages}"
         head += f", matrix={c.matrix}" if self.plan.variant == "verify" else ""
+        head += f", registers={c.registers}" if c.registers else ""
         with self.out.block(f"def launch({head})"):
             self._contract()
             self._canonical()
@@ -161,7 +163,7 @@ class Launcher:
             state=f"{_short(plan.state_dtype)}, {plan.layout}",
             log="" if plan.variant == "recurrent" else LOG.format(rows=rows),
             operands=", ".join(shape(v, lanes, *middle) for v in plan.program.inputs),
-            matrix=MATRIX if plan.variant == "verify" else "",
+            matrix=(MATRIX if plan.variant == "verify" else "") + (REGISTERS if self.config.registers else ""),
         )
         self.out.lines(text)
 
@@ -191,10 +193,14 @@ class Launcher:
         self.out.line("]")
 
     def _call(self) -> None:
+        if self.config.registers:
+            self.out.line("most = min(registers, 2**16 // (32 * warps))")
+            self.out.line('options = {} if torch.version.hip else {"maxnreg": most}')
         self.out.line("step[(programs,)](")
         for argument in arguments(self.plan, self.values.split):
             self.out.line(f"    {argument.value},")
-        self.out.line("    num_warps=warps, num_stages=stages,")
+        rest = " **options," if self.config.registers else ""
+        self.out.line(f"    num_warps=warps, num_stages=stages,{rest}")
         self.out.line(")")
 
 

@@ -251,14 +251,23 @@ def test_a_state_that_holds_nothing_is_not_read(variant):
     assert session.cursor[3].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("variant", ["recurrent", "buffered", "verify"])
-def test_low_precision_is_exact_on_integers(dtype, variant):
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STORED = [("recurrent", s, s) for s in DTYPES] + [
+    (x, s, r) for x in ("buffered", "verify") for s in DTYPES for r in DTYPES
+]
+
+
+@pytest.mark.parametrize(("variant", "state", "row"), STORED, ids=str)
+def test_every_way_to_store_is_exact_on_integers(variant, state, row):
+    """State and rows of each dtype, operands of the rows' dtype."""
     program = NAMED["gdn"]
-    plan = make_plan(program, variant, capacity=4, state_dtype=dtype, row_dtypes=(torch.float32, dtype, dtype))
-    session = Session(plan, [3, 2], block=8)
-    for _ in range(4):
-        session.check(draw(program, *((2,) if variant == "verify" else ())))
+    plan = make_plan(program, variant, capacity=4, state_dtype=state, row_dtypes=(torch.float32, row, row))
+    session = Session(plan, [2, 1], block=8)
+    for _ in range(3):
+        inputs = draw(program, *((2,) if variant == "verify" else ()))
+        (out,) = session.check([x.to(row) for x in inputs])
+        assert out.dtype == torch.float32
+    assert session.state.dtype == state and [r.dtype for r in session.rows[1:]] == [row] * 2
 
 
 def test_low_precision_is_only_for_storing():

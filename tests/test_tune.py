@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 from test_triton import make_plan
 
 from kvbuffer_compile import ops
-from kvbuffer_compile.codegen import build, triton_load, tune
+from kvbuffer_compile.codegen import aot, build, triton, triton_load, tune
 from kvbuffer_compile.codegen.example import example, typical_lanes
 from kvbuffer_compile.codegen.launch import configure, fits, space
 from kvbuffer_compile.codegen.schedule import schedule
@@ -54,7 +55,7 @@ def test_the_space_is_small_and_begins_with_the_model(name, variant):
     plan = plan_of(variant, name)
     order = schedule(plan.program, in_place=variant != "buffered")
     found = space(plan, order)
-    assert found[0] == configure(plan, order) and len(found) == len(set(found)) <= 32
+    assert found[0] == configure(plan, order) and len(found) == len(set(found)) <= 33
     assert all(fits(plan, order, config) for config in found[1:])
     assert all(config.fold <= config.block for config in found)
 
@@ -136,6 +137,20 @@ def test_the_op_is_launched_as_was_found_best(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
     ops.use_triton(plan)
     assert "warps=8," in sources[-1].split("def launch(")[1].splitlines()[0]
+
+
+@pytest.mark.parametrize(("name", "most"), [("gdn", 168), ("kda", 255)])
+def test_registers_are_asked_for_where_ptxas_would_spill(name, most, monkeypatch):
+    """For matrix products, no more than a multiprocessor has; AMD's compiler knows no such option."""
+    verify = plan_of("verify", name)
+    module = triton_load.load(triton.emit(verify))
+    assert aot.launched(module, verify, (2, 32), 4)[1]["maxnreg"] == most
+    many = triton_load.load(triton.emit(verify, replace(model(verify), warps=16)))
+    assert aot.launched(many, verify, (2, 32), 4)[1]["maxnreg"] == 128
+    for plan, config in ((plan_of("buffered", name), None), (verify, replace(model(verify), registers=0))):
+        assert "maxnreg" not in aot.launched(triton_load.load(triton.emit(plan, config)), plan, (2, 32), 4)[1]
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "maxnreg" not in aot.launched(module, verify, (2, 32), 4)[1]
 
 
 def test_arguments_to_time_a_launch_with():
