@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod, sqrt
 
 import sympy
@@ -197,6 +197,8 @@ def _kernel(case: Case, machine: Machine, counts: _Counts, variant: Variant, flu
         period = max(flush, case.tokens)
         moved, operations = counts.buffered_bytes(period), counts.buffered_operations(period)
     launches, efficiency = KERNEL_LAUNCHES.get(machine.device, 1.0), KERNEL_EFFICIENCY.get(machine.device, 1.0)
+    if variant == "recurrent" and machine.update_bandwidth and case.state_bytes > machine.cache:
+        machine = replace(machine, bandwidth=machine.update_bandwidth)  # it changes the state in place
     spent = _seconds(case, machine, moved / efficiency, operations / efficiency, launches)
     return moved, spent
 

@@ -101,6 +101,16 @@ def test_a_large_state_is_buffered_by_a_kernel() -> None:
     assert prediction.choice is not None and prediction.choice.gain > 2
 
 
+def test_where_writing_in_place_is_free_the_recurrent_kernel_wins() -> None:
+    """Seen on Xeons: an array is changed in place in the time it takes to read it."""
+    machine = replace(CPU, update_bandwidth=2 * CPU.bandwidth)
+    assert planned(choose(lifted(), Options(), machine, "cpp")).variant == "recurrent"
+    assert planned(choose(lifted(), Options(flush=16), machine, "cpp")).variant == "buffered"
+    small = lifted(lanes=(1, 16), sizes=(64, 64))  # within the cache nothing changes
+    fits = [explain_choice(small, Options(), m, "cpp")[1].candidates for m in (machine, CPU)]
+    assert fits[0] == fits[1]
+
+
 def test_the_flush_length_of_the_field_is_chosen() -> None:
     """bf16 rows under a float32 state: 16 with a sequence of keys and values taken as they are."""
     plan = planned(choose(lifted(GLA, operand=torch.bfloat16), Options(row_dtype=torch.bfloat16), CPU, "cpp"))
