@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.utils import fresh_cache
 from torch.fx import GraphModule
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM, StaticCache
 
@@ -114,9 +115,8 @@ def kda(tokens: int = 5, layers: int = 8) -> Callable[[], Tensor]:
 def measure(name: str, step: Callable[[], Tensor], inner: str) -> dict[str, Any]:
     """One compilation, cold."""
     torch._dynamo.reset()
-    options = {"flush": 16, "inner": inner, **({"force_disable_caches": True} if inner == "inductor" else {})}
-    compiled = torch.compile(step, backend="kvbuffer", fullgraph=True, options=options)
-    with Stages() as stages:
+    compiled = torch.compile(step, backend="kvbuffer", fullgraph=True, options={"flush": 16, "inner": inner})
+    with Stages() as stages, fresh_cache():
         start = time.perf_counter()
         compiled()
         total = time.perf_counter() - start

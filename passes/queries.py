@@ -60,7 +60,9 @@ def _stacked(nodes: list[Node], at: list[int], flat: Dim, insert: Inserter) -> N
         size = int(flat[dim].size)
         kept = len(at) - 1 - done  # indices that are still selected, all of them in front of this one
         groups = [nodes[i : i + size] for i in range(0, len(nodes), size)]
-        nodes = [insert.call(aten.stack.default, group, dim - kept) for group in groups]
+        # as decompositions leave it: Inductor refuses an aten.stack behind them
+        groups = [[insert.call(aten.unsqueeze.default, n, dim - kept) for n in group] for group in groups]
+        nodes = [insert.call(aten.cat.default, group, dim - kept) for group in groups]
     return nodes[0]
 
 

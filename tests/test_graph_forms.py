@@ -48,3 +48,15 @@ def test_near_misses_are_declined(form: Form, rules: str, sizes: Sizes) -> None:
     graph = lifted_and_right(gm)
     assert not graph.found
     assert sorted(r.why.rule for r in graph.refused if not r.hopeless) == sorted(rules.split())
+
+
+@pytest.mark.parametrize("name", ["several_queries", "grouped_queries"])
+def test_queries_taken_apart_compile_with_inductor(name: str, records: list[GraphRecord]) -> None:
+    (form,) = (f for f in GRAPH_FORMS if f.name == name)
+    g = torch.Generator().manual_seed(0)
+    states, token = form.start(g), form.inputs(SIZES, g)
+    expected = form.step(*[s.clone() for s in states], *token)
+    with torch.no_grad():
+        got = torch.compile(form.step, backend="kvbuffer", fullgraph=True, options={"flush": 4})(*states, *token)
+    torch.testing.assert_close(got, expected)
+    assert [signatures(record) for record in records] == [list(form.kept)]
