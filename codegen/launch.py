@@ -40,7 +40,7 @@ WARPS = (1, 2, 4, 8, 16)
 # Registers of a thread for matrix products: many with vectors for gates or much to hold. Left to itself, ptxas aimed at
 # 128 or 168 and spilled up to 32 bytes. 168 leave room for three programs of four warps, 255 for two.
 REGISTERS = {"many": 255, "few": 168}
-FEW = 80  # values that a thread may hold in products to do with few
+FEW = 64  # values that a thread may hold in products to do with few: at 76 one kernel spilled 8 bytes
 
 
 def configure(plan: Plan, schedule: Schedule) -> Config:
