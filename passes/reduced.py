@@ -43,29 +43,34 @@ class Sizes:
         return int(node.expr.xreplace({**known, self.symbol: sympy.Integer(BATCH)}))
 
 
-def small_batch(state: Tensor, layout: Layout, inputs: Iterable[Any]) -> Sizes | None:
-    """Sizes for a batch of two, wherever the batch stands alone or is merged with dims beside it. None when it is no
-    larger, or cannot be told from other numbers.
+def small_batches(state: Tensor, layout: Layout, inputs: Iterable[Any]) -> list[Sizes]:
+    """Sizes for a batch of two, to be tried in turn: the batch alone, and merged with dims beside it as well (which may
+    hit a number that only looks like that). None when it is no larger, or cannot be told from other numbers.
 
     inputs: of the graph. Where the state keeps batch and heads in one dim, they tell how large the batch is.
     """
     sizes = [size_of(n) for n in state.shape]
     if not isinstance(sizes[0], int):
         larger = Sizes().of(state.shape[0]) > BATCH
-        return Sizes(symbol=sizes[0]) if isinstance(sizes[0], sympy.Symbol) and larger else None
+        return [Sizes(symbol=sizes[0])] if isinstance(sizes[0], sympy.Symbol) and larger else []
     parts = [n for size, dim in zip(sizes, layout.dims, strict=True) for n in _parts(size, dim)]
     firsts = [size_of(x.shape[0]) for x in inputs if isinstance(x, Tensor) and x.dim()]
     alone = {n for n in firsts if isinstance(n, int)}
     batch = next((n for n in sorted(alone) if SMALLEST < n < parts[0] and parts[0] % n == 0), parts[0])
-    if batch <= SMALLEST:
-        return None
-    parts = [batch, parts[0] // batch, *parts[1:]]
+    candidates = [n for n in dict.fromkeys((parts[0], batch)) if n > SMALLEST]
+    merged = [Sizes(_merged([n, parts[0] // n, *parts[1:]])) for n in candidates]
+    return [*(Sizes(((n, BATCH),)) for n in candidates), *merged]
+
+
+def _merged(parts: list[int]) -> tuple[tuple[int, int], ...]:
+    """Every run of neighbouring dims as one size, and what it becomes when the first dim shrinks."""
+    batch = parts[0]
     whole: dict[int, int] = {}
     for start in range(len(parts)):
         for stop in range(start + 1, len(parts) + 1):
             run = parts[start:stop]
             whole.setdefault(prod(run), prod(BATCH if n == batch else n for n in run))
-    return Sizes(tuple(whole.items()))
+    return tuple(whole.items())
 
 
 def _parts(size: Size, dim: tuple[int | None, ...]) -> list[int]:

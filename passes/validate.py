@@ -23,7 +23,7 @@ from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir import run
 from kvbuffer_compile.memory import Dense
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
-from kvbuffer_compile.passes.reduced import Sizes, small_batch
+from kvbuffer_compile.passes.reduced import Sizes, small_batches
 from kvbuffer_compile.plan import Layout
 
 aten = torch.ops.aten
@@ -65,13 +65,12 @@ def _problem(lifted: Lifted, below: set[Node]) -> str | None:
     """What differs between program and graph; large states are tried with a batch of two first."""
     size = 8 * int(Sizes().of(lifted.state.meta["val"].numel()))
     given = (n.meta.get("val") for n in lifted.state.graph.find_nodes(op="placeholder"))
-    smaller = small_batch(lifted.state.meta["val"], lifted.layout, given) if size > LARGE else None
-    if smaller is not None:
+    for smaller in small_batches(lifted.state.meta["val"], lifted.layout, given) if size > LARGE else ():
         try:
             if _differs(lifted, below, smaller) is None:
                 return None
         except (RuntimeError, ValueError):
-            pass  # a size that only looked like the batch: the true sizes decide
+            pass  # a size that only looked like the batch
     if size > TOO_LARGE:
         return f"its {size / 1e6:.0f} MB in float64 are too much to check"
     return _differs(lifted, below, Sizes())

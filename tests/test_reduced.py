@@ -55,9 +55,25 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[Sizes]:
 def test_a_batch_of_two_is_enough(name: str, sizes: Shape, dynamic: bool, tried: list[Sizes]) -> None:
     graph, found = large(FORMS[name], sizes, dynamic)
     assert validation.validate(graph, found) is None
-    (used,) = tried
+    used = tried[-1]
     tried_with = [used.of(n) for n in found.state.meta["val"].shape]
     assert prod(tried_with) <= BATCH / sizes.B * prod((sizes.B, sizes.H, sizes.K, sizes.V))
+
+
+def test_a_width_that_equals_batch_times_heads(tried: list[Sizes]) -> None:
+    """64 sequences of 16 heads are 1,024, and so is the width of something else."""
+
+    def step(S: torch.Tensor, q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q = q[:, :768].view(64, 16, 48)
+        S.copy_(S * 0.5 + q[..., None] * v[..., None, :])
+        return (S * q[..., None]).sum(-2)
+
+    g = torch.Generator().manual_seed(0)
+    shapes = ((64, 16, 48, 80), (64, 1024), (64, 16, 80))
+    (gm,) = capture(step, *(torch.randn(shape, generator=g) for shape in shapes))
+    graph = lift(gm)
+    assert validation.validate(graph, graph.found[0]) is None
+    assert tried[-1].of(1024) == 1024 and tried[-1].of(64) != 64
 
 
 def test_a_wrong_program_is_seen_on_it(tried: list[Sizes]) -> None:
@@ -69,7 +85,7 @@ def test_a_wrong_program_is_seen_on_it(tried: list[Sizes]) -> None:
 
 def test_what_is_too_large_to_check_is_declined(tried: list[Sizes], monkeypatch: pytest.MonkeyPatch) -> None:
     graph, found = large(FORMS["merged_lanes"], Shape(64, 16, 48, 64), False)
-    monkeypatch.setattr(validation, "small_batch", lambda *_: None)
+    monkeypatch.setattr(validation, "small_batches", lambda *_: [])
     monkeypatch.setattr(validation, "TOO_LARGE", 1e6)
     why = validation.validate(graph, found)
     assert why is not None and "too much to check" in why.reason and not tried
