@@ -29,7 +29,7 @@ from kvbuffer_compile.plan import Layout
 aten = torch.ops.aten
 TOLERANCE = 1e-9  # of float64 arithmetic on a few hundred terms; a wrong factor is off by 1e-2 and more
 DRAWS = 2
-LARGE, TOO_LARGE = 8e6, 64e6  # bytes of a state in float64; evaluating holds about four times as much at once
+LARGE, TOO_LARGE = 8e6, 2e9  # bytes of a state in float64; evaluating holds about four times as much at once
 
 # Where the slice is cut: what these compute is an operand, whatever it was made from.
 _OPAQUE = frozenset(
