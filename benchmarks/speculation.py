@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.cpu_kernels import command, machine
 from kvbuffer_compile import rollback, runtime
-from kvbuffer_compile.integrations.adapters import GATED_DELTA_RULE, MOST_TOKENS
+from kvbuffer_compile.integrations.adapters import GATED_DELTA, MOST_TOKENS
 from kvbuffer_compile.integrations.transformers import enable_speculation
 
 HEADS, SIZE = 32, 128
@@ -53,7 +53,7 @@ def delta_rule(S: Tensor, decay: Tensor, k: Tensor, v: Tensor, beta: Tensor, q: 
     """T tokens of Gated DeltaNet on a state [1, heads, K, V]."""
     if decay.shape[2] > MOST_TOKENS:  # what bounds the rows of a call
         raise ValueError("too many tokens")
-    new, out = torch.ops.kvbuffer.sequence(S, [decay, k, v, beta, q], GATED_DELTA_RULE)
+    new, out = torch.ops.kvbuffer.sequence(S, [decay, k, v, beta, q], GATED_DELTA["s"])
     S.copy_(new)
     return out
 

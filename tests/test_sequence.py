@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from kvbuffer_compile.backend import GraphRecord
 from kvbuffer_compile.errors import Declined
-from kvbuffer_compile.integrations.adapters import GATED_DELTA_RULE, MOST_TOKENS, STATE_SPACE
+from kvbuffer_compile.integrations.adapters import GATED, GATED_DELTA, MOST_TOKENS
 from kvbuffer_compile.plan import Plan
 from tests import zoo
 from tests.oracle import check
@@ -26,7 +26,7 @@ def grouped_delta_rule(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, be
         raise ValueError("too many tokens")
     q, k = (x.repeat_interleave(H // G, 2).transpose(1, 2) for x in (q, k))
     v, g, beta = (x.transpose(1, 2) for x in (v, g, beta))
-    new, out = torch.ops.kvbuffer.sequence(S, [g.exp(), k, v, beta, q], GATED_DELTA_RULE)
+    new, out = torch.ops.kvbuffer.sequence(S, [g.exp(), k, v, beta, q], GATED_DELTA["s"])
     S.copy_(new)
     return out.transpose(1, 2) * 2
 
@@ -81,7 +81,7 @@ def test_what_is_done_once_beside_the_tokens_is_refused(records: list[GraphRecor
     def decayed(S: Tensor, *inputs: Tensor) -> Tensor:
         q, k, v, g, _ = (x.transpose(1, 2) for x in inputs)
         k, q = (x.repeat_interleave(2, 1) for x in (k, q))
-        new, out = torch.ops.kvbuffer.sequence(S * 0.5, [g.exp(), k, v, q], STATE_SPACE)
+        new, out = torch.ops.kvbuffer.sequence(S * 0.5, [g.exp(), k, v, q], GATED["s"])
         S.copy_(new)
         return out
 

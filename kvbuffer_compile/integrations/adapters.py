@@ -9,34 +9,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 MOST_TOKENS = 16
 
-DELTA_RULE = """program over b h tokens 1
-  input g: {gate}(b h)
-  input k: key(b h)
-  input v: value(b h)
-  input beta: scalar(b h)
-  input q: key(b h)
-  decay g
-  y = read k
-  e = aten.sub.Tensor(v, y)
-  u = aten.mul.Tensor(e, beta)
-  update k, u
-  o = read q
-  return o"""
-GATED_DELTA_RULE, KIMI_DELTA_ATTENTION = DELTA_RULE.format(gate="scalar"), DELTA_RULE.format(gate="key")
-STATE_SPACE = """program over b h tokens 1
-  input a: scalar(b h)
-  input B: key(b h)
-  input x: value(b h)
-  input C: key(b h)
-  decay a
-  update B, x
-  o = read C
-  return o"""
+
+def _text(inputs: str, body: str) -> str:
+    kinds = {"s": "scalar", "k": "key", "v": "value"}
+    lines = [f"  input {name}: {kinds[kind]}(b h)" for name, kind in (word.split(":") for word in inputs.split())]
+    return "\n".join(["program over b h tokens 1", *lines, *(f"  {line.strip()}" for line in body.split(";"))])
+
+
+# The programs, by the kind of their gate (s: a head, k: a key channel, v: a value channel), or of beta.
+_DELTA = "y = read {p}; e = aten.sub.Tensor(v, y); u = aten.mul.Tensor(e, beta); update k, u; o = read q; return o"
+LINEAR = _text("k:k v:v q:k", "update k, v; o = read q; return o")
+GATED = {kind: _text(f"a:{kind} k:k v:v q:k", "decay a; update k, v; o = read q; return o") for kind in ("s", "k", "v")}
+DELTA = {kind: _text(f"k:k v:v beta:{kind} q:k", _DELTA.format(p="k")) for kind in ("s", "v")}
+GATED_DELTA = {
+    kind: _text(f"a:{kind} k:k v:v beta:s q:k", "decay a; " + _DELTA.format(p="k")) for kind in ("s", "k", "v")
+}
+COMBA = {
+    kind: _text(f"a:{kind} k:k v:v beta:s q:k p:k", "decay a; " + _DELTA.format(p="p")) for kind in ("s", "k", "v")
+}
+LOW_RANK = _text("a:k w:k k:k v:v b:k q:k", "y = read a; decay w; update k, v; update b, y; o = read q; return o")
+BONUS = _text("q:k w:k k:k v:v", "o = read q; decay w; update k, v; return o")
 
 
 def serves(state: Tensor | None, tokens: int, packed: Any) -> bool:
@@ -55,68 +51,12 @@ def normalised(x: Tensor) -> Tensor:
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
-def gated_delta_rule(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    chunk_size: int = 64,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    **kwargs: Any,
-) -> Any:
-    """chunk_gated_delta_rule and, with a gate for each channel, chunk_kda, as transformers spells them.
-
-    query, key: [B, T, G, K]; value: [B, T, H, V]; g: [B, T, H] or [B, T, H, K], log-decay; beta: [B, T, H].
-    """
-    if not serves(initial_state, query.shape[1], kwargs.get("cu_seqlens")):
-        return None
-    heads, dtype = value.shape[2], query.dtype
-    q, k, v, a, b = (heads_first(x, heads) for x in (query, key, value, g, beta))
-    if use_qk_l2norm_in_kernel:
-        q, k = normalised(q), normalised(k)
-    program = GATED_DELTA_RULE if g.dim() == 3 else KIMI_DELTA_ATTENTION
-    operands = [a.exp(), k, v, b, q * q.shape[-1] ** -0.5]
-    state, out = torch.ops.kvbuffer.sequence(initial_state, operands, program)
-    return out.transpose(1, 2).contiguous().to(dtype), state if output_final_state else None
-
-
-def state_space_scan(
-    hidden_states: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    chunk_size: int = 0,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
-    return_final_states: bool = False,
-    **kwargs: Any,
-) -> Any:
-    """mamba2_chunk_scan: Mamba-2 with its skip connection, the step size clamped as the chunked function does.
-
-    hidden_states: [B, T, H, P]; dt: [B, T, H]; A, D, dt_bias: [H]; B, C: [B, T, G, N]; state [B, H, P, N].
-    """
-    if not serves(initial_states, hidden_states.shape[1], kwargs.get("seq_idx")) or kwargs.get("z") is not None:
-        return None
-    assert initial_states is not None
-    heads = hidden_states.shape[2]
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dt.dtype)
-    if dt_softplus:
-        dt = F.softplus(dt)
-    dt = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])
-    x = hidden_states.float()
-    step = dt.float()
-    decay = (A.float() * step).exp().transpose(1, 2)
-    operands = [decay, heads_first(B, heads), (x * step[..., None]).transpose(1, 2), heads_first(C, heads)]
-    state, out = torch.ops.kvbuffer.sequence(initial_states.transpose(-1, -2), operands, STATE_SPACE)
-    out = out.transpose(1, 2).contiguous()
-    if D is not None:
-        out = out + D[..., None] * x
-    return (out, state.transpose(-1, -2)) if return_final_states else out
+def sequence(
+    program: str, state: Tensor | None, operands: list[Tensor], dtype: torch.dtype, keep: bool, flipped: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(outputs [B, T, H, V] in the dtype given, the next state or None). flipped: the state is [B, H, V, K]."""
+    assert state is not None
+    given = state.transpose(-1, -2) if flipped else state
+    new, out = torch.ops.kvbuffer.sequence(given, operands, program)
+    new = new.transpose(-1, -2) if flipped else new
+    return out.transpose(1, 2).contiguous().to(dtype), new if keep else None

@@ -22,15 +22,15 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.utils._pytree import tree_map_only
 
 from kvbuffer_compile.guard import GuardedState
-from kvbuffer_compile.integrations import adapters, fused
+from kvbuffer_compile.integrations import chunked, fused
 
 Adapter = Callable[..., Any]
 # By the library that a module belongs to: the functions that modules of it hold under these names.
 LIBRARIES: dict[str, dict[str, Adapter]] = {
     "transformers": {
-        "torch_chunk_gated_delta_rule": adapters.gated_delta_rule,
-        "chunk_kimi_delta_attention": adapters.gated_delta_rule,
-        "mamba2_chunk_scan": adapters.state_space_scan,
+        "torch_chunk_gated_delta_rule": chunked.gated_delta_rule,
+        "chunk_kimi_delta_attention": chunked.gated_delta_rule,
+        "mamba2_chunk_scan": chunked.state_space_scan,
     },
     "fla": {
         **dict.fromkeys(("fused_recurrent_simple_gla", "chunk_simple_gla"), fused.simple_gla),
@@ -48,7 +48,7 @@ LIBRARIES: dict[str, dict[str, Adapter]] = {
     },
     "mamba_ssm": {
         "selective_state_update": fused.selective_state_update,
-        "mamba_chunk_scan_combined": adapters.state_space_scan,
+        "mamba_chunk_scan_combined": chunked.state_space_scan,
     },
 }
 # Where transformers hands one token to a fused function of a library, its own plain function is traced instead.

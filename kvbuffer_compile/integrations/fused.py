@@ -12,40 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbuffer_compile.integrations.adapters import heads_first, normalised, serves
+from kvbuffer_compile.integrations.adapters import (
+    BONUS,
+    COMBA,
+    DELTA,
+    GATED,
+    GATED_DELTA,
+    LINEAR,
+    LOW_RANK,
+    heads_first,
+    normalised,
+    sequence,
+    serves,
+)  # fmt: skip
 
 HARMLESS = {"cu_seqlens_cpu", "head_first", "disable_recompute", "checkpoint_level", "chunk_size", "safe_gate"}
-
-
-def _text(inputs: str, body: str) -> str:
-    kinds = {"s": "scalar", "k": "key", "v": "value"}
-    lines = [f"  input {name}: {kinds[kind]}(b h)" for name, kind in (word.split(":") for word in inputs.split())]
-    return "\n".join(["program over b h tokens 1", *lines, *(f"  {line.strip()}" for line in body.split(";"))])
-
-
-_DELTA = "y = read p; e = aten.sub.Tensor(v, y); u = aten.mul.Tensor(e, beta); update k, u; o = read q; return o"
-LINEAR = _text("k:k v:v q:k", "update k, v; o = read q; return o")
-GATED = {kind: _text(f"a:{kind} k:k v:v q:k", "decay a; update k, v; o = read q; return o") for kind in ("s", "k", "v")}
-DELTA = {kind: _text(f"p:k v:v beta:{kind} k:k q:k", _DELTA) for kind in ("s", "v")}
-GATED_DELTA = {kind: _text(f"a:{kind} p:k v:v beta:s k:k q:k", f"decay a; {_DELTA}") for kind in ("s", "k", "v")}
-LOW_RANK = _text("a:k w:k k:k v:v b:k q:k", "y = read a; decay w; update k, v; update b, y; o = read q; return o")
-BONUS = _text("q:k w:k k:k v:v", "o = read q; decay w; update k, v; return o")
 
 
 def _unknown(options: dict[str, Any]) -> bool:
     """Whether a call asks for something beside what the adapter knows."""
     return any(value not in (None, False) and name not in HARMLESS for name, value in options.items())
-
-
-def _run(
-    program: str, state: Tensor | None, operands: list[Tensor], dtype: torch.dtype, keep: bool, flipped: bool
-) -> Any:
-    """(outputs [B, T, H, V] in the dtype given, the next state or None). flipped: the state is [B, H, V, K]."""
-    assert state is not None
-    given = state.transpose(-1, -2) if flipped else state
-    new, out = torch.ops.kvbuffer.sequence(given.float(), operands, program)
-    new = new.transpose(-1, -2) if flipped else new
-    return out.transpose(1, 2).contiguous().to(dtype), new if keep else None
 
 
 def gated_linear_attention(
@@ -76,7 +62,7 @@ def gated_linear_attention(
         program = GATED["k" if gk is not None else "v" if gv is not None else "s"]
         gate = gates[0].expand(q.shape[0], q.shape[1], heads) if g_gamma is not None else gates[0]
         operands = [heads_first(gate, heads).exp(), *operands]
-    return _run(program, initial_state, operands, v.dtype, output_final_state, state_v_first)
+    return sequence(program, initial_state, operands, v.dtype, output_final_state, state_v_first)
 
 
 def chunk_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *args: Any, **options: Any) -> Any:
@@ -119,9 +105,9 @@ def delta_rule(
     heads = v.shape[2]
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     beta = torch.ones_like(q[..., 0]) if beta is None else beta
-    key = heads_first(k, heads)
-    operands = [key, heads_first(v, heads), heads_first(beta, heads), key, heads_first(q, heads) * scale]
-    return _run(DELTA["v" if beta.dim() == 4 else "s"], initial_state, operands, v.dtype, output_final_state, False)
+    key, value, rate, query = (heads_first(x, heads) for x in (k, v, beta, q))
+    operands = [key, value, rate, query * scale]
+    return sequence(DELTA["v" if beta.dim() == 4 else "s"], initial_state, operands, v.dtype, output_final_state)
 
 
 def gated_delta_rule(
@@ -145,17 +131,20 @@ def gated_delta_rule(
     gates = [x for x in (g, gk, gv) if x is not None]
     if not serves(initial_state, q.shape[1], cu_seqlens) or len(gates) != 1 or _unknown(options):
         return None
-    p = k if read_key is None else read_key
-    q, k, p = (normalised(x.float()) if use_qk_l2norm_in_kernel else x for x in (q, k, p))
     heads = v.shape[2]
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    vectors = [x for x in (q, k, read_key) if x is not None]
+    if use_qk_l2norm_in_kernel:
+        vectors = [normalised(x.float()) for x in vectors]
+    query, *keys = (heads_first(x, heads) for x in vectors)
     beta = torch.ones_like(v[..., 0]) if beta is None else beta
     if beta.dim() != 3:
         return None
-    per_head = (gates[0], p, v, beta, k, q * scale)
-    a, *operands = (heads_first(x, heads) for x in per_head)
-    program = GATED_DELTA["k" if gates[0] is gk or gates[0].dim() == 4 and gv is None else "s" if gv is None else "v"]
-    return _run(program, initial_state, [a.exp(), *operands], v.dtype, output_final_state, state_v_first)
+    a, value, rate = (heads_first(x, heads) for x in (gates[0], v, beta))
+    query = query * (k.shape[-1] ** -0.5 if scale is None else scale)
+    kind = "k" if gates[0] is gk or gates[0].dim() == 4 and gv is None else "s" if gv is None else "v"
+    program = (GATED_DELTA if read_key is None else COMBA)[kind]
+    operands = [a.exp(), keys[0], value, rate, query, *keys[1:]]
+    return sequence(program, initial_state, operands, v.dtype, output_final_state, state_v_first)
 
 
 def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *args: Any, **options: Any) -> Any:
@@ -192,7 +181,7 @@ def rwkv7(
     heads = v.shape[2]
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     operands = [heads_first(x, heads) for x in (a, w.float().exp(), k, v, b, r * scale)]
-    return _run(LOW_RANK, initial_state, operands, v.dtype, output_final_state, False)
+    return sequence(LOW_RANK, initial_state, operands, v.dtype, output_final_state)
 
 
 def rwkv6(
@@ -214,7 +203,7 @@ def rwkv6(
     heads = v.shape[2]
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     q, gate, key, value = (heads_first(x, heads) for x in (r * scale, w.float().exp(), k, v))
-    out, state = _run(BONUS, initial_state, [q, gate, key, value], torch.float32, output_final_state, False)
+    out, state = sequence(BONUS, initial_state, [q, gate, key, value], torch.float32, output_final_state)
     bonus = (q * u.float()[:, None] * key).sum(-1, keepdim=True) * value
     return (out + bonus.transpose(1, 2)).to(v.dtype), state
 
