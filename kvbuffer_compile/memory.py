@@ -6,13 +6,14 @@ the algebra with no tolerance: dense(op(b)) == op(dense(b)) for Decay, Read and 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from kvbuffer_compile.ir import REDUCTIONS, Kind, Map, Var
+from kvbuffer_compile.ir import REDUCTIONS, Kind, Map, Program, Var, run
 
 
 def along(x: Tensor, kind: Kind) -> Tensor:
@@ -30,14 +31,27 @@ def overload(name: str) -> Any:
 
 def apply_map(op: Map, args: list[Any]) -> Tensor:
     """Evaluate a Map on tensors: scalars are lifted to the axis of the widest argument, reductions drop it."""
-    fn = overload(op.fn)
+    return overload(op.fn)(*call_arguments(op, args, lambda x: x[..., None]))  # type: ignore[no-any-return]
+
+
+def call_arguments(op: Map, args: list[Any], unsqueezed: Callable[[Any], Any]) -> list[Any]:
+    """What the overload of a Map is called with. unsqueezed: gives a value one more dim at its end."""
     if op.fn in REDUCTIONS:
-        return fn(args[0], [-1])  # type: ignore[no-any-return]
-    lifted = [
-        x[..., None] if isinstance(a, Var) and a.kind == "scalar" and op.out.kind != "scalar" else x
+        return [args[0], [-1]]
+    widens = op.out.kind != "scalar"
+    return [
+        unsqueezed(x) if widens and isinstance(a, Var) and a.kind == "scalar" else x
         for a, x in zip(op.args, args, strict=True)
     ]
-    return fn(*lifted)  # type: ignore[no-any-return]
+
+
+def run_tokens(program: Program, memory: Any, operands: Sequence[Tensor], axis: int) -> list[Tensor]:
+    """The outputs of a program, token after token on a dense memory; tokens are a dim of operands and outputs."""
+    runs = [
+        run(program, memory, {v.name: x.select(axis, t) for v, x in zip(program.inputs, operands, strict=True)})
+        for t in range(operands[0].shape[axis])
+    ]
+    return [torch.stack([env[v.name] for env in runs], axis) for v in program.outputs]
 
 
 class Readable(Protocol):

@@ -18,8 +18,8 @@ import functools
 import torch
 from torch import Tensor
 
-from kvbuffer_compile.ir import Program, run
-from kvbuffer_compile.memory import Dense
+from kvbuffer_compile.ir import Program
+from kvbuffer_compile.memory import Dense, run_tokens
 from kvbuffer_compile.text import parse
 
 LIBRARY = torch.library.Library("kvbuffer", "FRAGMENT")
@@ -36,16 +36,9 @@ def program_of(text: str) -> Program:
 
 
 def _sequence(state: Tensor, operands: list[Tensor], program: str) -> list[Tensor]:
-    known = program_of(program)
-    lanes = state.dim() - 2
     compute = _compute(state)
     memory = Dense(state.to(compute))
-    values = [x.to(compute) for x in operands]
-    runs = [
-        run(known, memory, {v.name: x.select(lanes, t) for v, x in zip(known.inputs, values, strict=True)})
-        for t in range(operands[0].shape[lanes])
-    ]
-    outputs = [torch.stack([env[v.name] for env in runs], lanes) for v in known.outputs]
+    outputs = run_tokens(program_of(program), memory, [x.to(compute) for x in operands], state.dim() - 2)
     return [memory.state.clone() if memory.state is state else memory.state, *outputs]
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from kvbuffer_compile.ir import REDUCTIONS, Kind, Map, Var, run
-from kvbuffer_compile.memory import overload
+from kvbuffer_compile.ir import Kind, Map, run
+from kvbuffer_compile.memory import call_arguments, overload
 from kvbuffer_compile.passes.captured import copied
 from kvbuffer_compile.passes.forms import Cast, is_view
 from kvbuffer_compile.passes.graph import aten, read, shape
@@ -26,12 +26,18 @@ from kvbuffer_compile.sequence import SEQUENCE, STANDS_FOR, TOKEN, program_of
 
 def opened_sequences(gm: GraphModule) -> GraphModule:
     """gm itself, with one token written out beside every sequence."""
-    nodes = [n for n in gm.graph.nodes if n.target is SEQUENCE]
+    nodes = _sequences(gm)
+    if not nodes:
+        return gm
     insert = Inserter(gm.graph)
     for node in nodes:
         insert.meta = {"sequence": node, "stack_trace": node.meta.get("stack_trace")}
         _open(insert, node)
     return gm
+
+
+def _sequences(gm: GraphModule) -> list[Node]:
+    return list(gm.graph.find_nodes(op="call_function", target=SEQUENCE))
 
 
 def _open(insert: Inserter, node: Node) -> None:
@@ -80,15 +86,8 @@ class _OneToken:
         self.state = self.insert.call(aten.add.Tensor, self.state, outer)
 
     def map(self, op: Map, args: list[Any]) -> Node:
-        if op.fn in REDUCTIONS:
-            return self.insert.call(overload(op.fn), args[0], [-1])
-        lifted = [
-            self.insert.call(aten.unsqueeze.default, x, -1)
-            if isinstance(a, Var) and a.kind == "scalar" and op.out.kind != "scalar"
-            else x
-            for a, x in zip(op.args, args, strict=True)
-        ]
-        return self.insert.call(overload(op.fn), *lifted)
+        given = call_arguments(op, args, lambda x: self.insert.call(aten.unsqueeze.default, x, -1))
+        return self.insert.call(overload(op.fn), *given)
 
 
 def sequence_of(walk: Walk) -> Node | None:
@@ -129,7 +128,7 @@ def all_tokens(read_out: Node) -> Node:
 
 def spelled_out(gm: GraphModule) -> GraphModule:
     """The graph with every sequence of a single token in ordinary calls, for whoever compiles what is left alone."""
-    if not any(n.target is SEQUENCE for n in gm.graph.nodes):
+    if not _sequences(gm):
         return gm
     plain = opened_sequences(copied(gm))
     closed_sequences(plain)

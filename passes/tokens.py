@@ -30,11 +30,11 @@ def tokens(program: Program) -> Tokens:
     """
     state = _State(program)
     for period in _periods(state.ops, program):
-        found = [state.token(range(i, i + period)) for i in range(0, len(state.ops), period)]
-        programs = {rename(one.program) for one in found if one is not None}
-        if len(programs) == 1 and all(one is not None and one.program.outputs for one in found):
-            parts = [one.program for one in found if one is not None]
-            return Tokens(programs.pop(), tuple(p.inputs for p in parts), tuple(p.outputs for p in parts))
+        parts = [state.token(range(i, i + period)) for i in range(0, len(state.ops), period)]
+        found = [part for part in parts if part is not None and part.outputs]
+        programs = {rename(part) for part in found}
+        if len(programs) == 1 and len(found) == len(parts):
+            return Tokens(programs.pop(), tuple(p.inputs for p in found), tuple(p.outputs for p in found))
     entangled = next(_periods(state.ops, program), len(state.ops))  # several tokens, one feeding the next
     return whole(replace(program, tokens=len(state.ops) // entangled if entangled else 1))
 
@@ -44,8 +44,7 @@ def whole(program: Program) -> Tokens:
     state = _State(program)
     one = state.token(range(len(state.ops)))
     assert one is not None, "a program uses no reads but its own"
-    canonical = replace(rename(one.program), tokens=program.tokens)
-    return Tokens(canonical, (one.program.inputs,), (one.program.outputs,))
+    return Tokens(replace(rename(one), tokens=program.tokens), (one.inputs,), (one.outputs,))
 
 
 def _periods(ops: Sequence[Op], program: Program) -> Iterator[int]:
@@ -90,21 +89,25 @@ class _State:
             return self.position.get(v, 0)
         return max((self._last_read(x) for x in operands(op)), default=0)
 
-    def token(self, span: range) -> _Token | None:
+    def token(self, span: range) -> Program | None:
         """The program of some consecutive ops, and of the outputs that are complete with them."""
-        token = _Token(self, span)
+        token = _Token(self)
         for i in span:
             if not all(token.need(v) for v in operands(self.ops[i])):
                 return None
             token.ops.append(self.ops[i])
             token.known |= {v for v in [result(self.ops[i])] if v is not None}
-        outputs = [v for v in self.program.outputs if self.last[v] in span]
-        return token if all(token.need(v) for v in sorted(outputs, key=self.last.__getitem__)) else None
+        outputs = sorted((v for v in self.program.outputs if self.last[v] in span), key=self.last.__getitem__)
+        if not all(token.need(v) for v in outputs):
+            return None
+        return Program(self.program.lanes, tuple(token.inputs), tuple(token.ops), tuple(outputs))
 
 
 class _Token:
-    def __init__(self, state: _State, span: range) -> None:
-        self.state, self.span = state, span
+    """The ops of one token, and the calls they need."""
+
+    def __init__(self, state: _State) -> None:
+        self.state = state
         self.inputs: list[Var] = []
         self.ops: list[Op] = []
         self.known: set[Var] = set()
@@ -124,10 +127,3 @@ class _Token:
             self.ops.append(op)
         self.known.add(v)
         return True
-
-    @property
-    def program(self) -> Program:
-        state = self.state
-        outputs = [v for v in state.program.outputs if state.last[v] in self.span]
-        outputs.sort(key=state.last.__getitem__)
-        return Program(state.program.lanes, tuple(self.inputs), tuple(self.ops), tuple(outputs))

@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir import run
-from kvbuffer_compile.memory import Dense
+from kvbuffer_compile.memory import Dense, run_tokens
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
 from kvbuffer_compile.passes.reduced import Sizes, small_batches
 from kvbuffer_compile.plan import Layout
@@ -152,14 +152,11 @@ def _compare(lifted: Lifted, original: _Evaluator, positive: _Evaluator) -> str 
 
 def _run(lifted: Lifted, memory: Dense, operands: list[Tensor]) -> list[Tensor]:
     """The program's outputs on a dense memory, token after token; [*lanes, T(, K or V)] for several."""
-    program, lanes = lifted.program, lifted.layout.lanes
-    count = operands[0].shape[lanes] if lifted.several else 1
-    steps = [[x.select(lanes, t) for x in operands] if lifted.several else operands for t in range(count)]
-    runs = []
-    for values in steps:
-        env = run(program, memory, {v.name: x for v, x in zip(program.inputs, values, strict=True)})
-        runs.append([_full(env[v.name], memory.state, v.kind) for v in program.outputs])
-    return [torch.stack(one, lanes) if lifted.several else one[0] for one in zip(*runs, strict=True)]
+    program, axis = lifted.program, lifted.layout.lanes
+    if not lifted.several:
+        env = run(program, memory, {v.name: x for v, x in zip(program.inputs, operands, strict=True)})
+        return [_full(env[v.name], memory.state, v.kind) for v in program.outputs]
+    return run_tokens(program, memory, operands, axis)
 
 
 def _next_state(lifted: Lifted) -> Node:
