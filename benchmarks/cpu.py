@@ -57,7 +57,11 @@ def build(layers: int) -> Qwen3_5ForCausalLM:
         linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128, linear_value_head_dim=128,
         layer_types=["full_attention" if i % 4 == 3 else "linear_attention" for i in range(layers)],
     )  # fmt: skip
-    model = Qwen3_5ForCausalLM(config).eval()
+    return remembering(Qwen3_5ForCausalLM(config).eval())
+
+
+def remembering(model: Qwen3_5ForCausalLM) -> Qwen3_5ForCausalLM:
+    """The model with decays from 0.5 to 0.999 a token: as drawn at random it would forget everything at once."""
     with torch.no_grad():
         for module in model.modules():
             if hasattr(module, "A_log"):

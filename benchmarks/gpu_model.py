@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, StaticCache
 
+from benchmarks.cpu import remembering
 from benchmarks.gpu_sides import Place
 from kvbuffer_compile.backend import GraphRecord, observers
 
@@ -35,14 +36,7 @@ def build(place: Place, layers: int) -> Qwen3_5ForCausalLM:
     config = Qwen3_5TextConfig(num_hidden_layers=layers, layer_types=kinds, **(LITTLE if place.dry else SHAPE))
     with torch.device(place.device):
         model = Qwen3_5ForCausalLM(config).eval()
-    model = model.to(torch.float32 if place.dry else torch.bfloat16)
-    with torch.no_grad():
-        for module in model.modules():
-            if hasattr(module, "A_log"):
-                rates = torch.logspace(-3, -0.2, module.A_log.numel())
-                module.A_log.copy_(torch.log(rates / 0.25))
-                module.dt_bias.fill_(float(torch.log(torch.expm1(torch.tensor(0.25)))))
-    return model
+    return remembering(model.to(torch.float32 if place.dry else torch.bfloat16))
 
 
 class Decoder:

@@ -14,6 +14,7 @@ from kvbuffer_compile.backend import GraphRecord
 from kvbuffer_compile.codegen import build
 from kvbuffer_compile.errors import Declined
 from tests.forms import operands, outer, read, rows
+from tests.fuse import blown, fuse
 from tests.lifting import capture, capture_plain, lifted_and_right
 from tests.oracle import check
 from tests.steps import Sizes
@@ -370,15 +371,6 @@ def test_rolling_back_slot_by_slot(records: list[GraphRecord]) -> None:
 
 def test_a_step_that_fails_is_taken_back(records: list[GraphRecord]) -> None:
     """Two pools; the graph fails after the first has stepped, with other slots than in the step before."""
-    fail = [False]
-
-    @torch.library.custom_op("kvbuffer_test::pooled_fuse", mutates_args=())
-    def fuse(x: Tensor) -> Tensor:
-        if fail[0]:
-            raise RuntimeError("fuse blown")
-        return x.clone()
-
-    fuse.register_fake(torch.empty_like)
 
     def two(pool: Tensor, idx: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         first, second = pool
@@ -390,10 +382,8 @@ def test_a_step_that_fails_is_taken_back(records: list[GraphRecord]) -> None:
     p.eager, p.exact = p.pool.clone(), p.pool.double()
     for t in range(3 * L):
         if t > 1 and t % 3 == 0:
-            fail[0] = True
-            with pytest.raises(RuntimeError, match="fuse blown"), torch.no_grad():
+            with blown(), torch.no_grad():
                 p.compiled(p.pool, p.draw(), *p.inputs(p.sizes, p.g))
-            fail[0] = False
         p.run()
     p.check()
     assert rewritten(records, count=2)

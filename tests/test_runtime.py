@@ -17,6 +17,7 @@ import torch
 from kvbuffer_compile import composite, materialize, rollback, runtime
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.guard import GuardedState
+from tests.fuse import blown, fuse
 from tests.oracle import check
 
 B, H, K, V = 3, 2, 8, 16
@@ -337,15 +338,6 @@ def test_inference_mode():
 
 def test_a_step_that_fails_is_taken_back(records):
     """Two states; the graph fails after the first one has stepped. Trying again must not apply that token twice."""
-    fail = [False]
-
-    @torch.library.custom_op("kvbuffer_test::fuse", mutates_args=())
-    def fuse(x: torch.Tensor) -> torch.Tensor:
-        if fail[0]:
-            raise RuntimeError("fuse blown")
-        return x.clone()
-
-    fuse.register_fake(lambda x: x.clone())
 
     def two(S1, S2, q, k, v, g, beta):
         out = fuse(step(S1, q, k, v, g, beta))
@@ -358,10 +350,8 @@ def test_a_step_that_fails_is_taken_back(records):
         inputs = draw()
         with torch.no_grad():
             if t > 1 and t % 3 == 0:
-                fail[0] = True
-                with pytest.raises(RuntimeError, match="fuse blown"):
+                with blown():
                     compiled(*states, *inputs)
-                fail[0] = False
             compiled(*states, *inputs)
             two(*eager, *inputs)
     assert all(len(r.rewritten) == 2 for r in records)

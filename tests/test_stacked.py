@@ -14,6 +14,7 @@ from kvbuffer_compile import materialize, rollback, runtime
 from kvbuffer_compile.backend import GraphRecord
 from kvbuffer_compile.overlap import overlap
 from tests.forms import operands, outer, read
+from tests.fuse import blown, fuse
 from tests.lifting import capture, lifted_and_right
 from tests.oracle import check
 from tests.steps import DISTINCT, Sizes
@@ -366,15 +367,6 @@ def test_batches_of_any_size_share_a_graph(records: list[GraphRecord]) -> None:
 
 def test_a_step_that_fails_is_taken_back(records: list[GraphRecord]) -> None:
     """The graph fails after the first slice has stepped; trying again must not apply its token twice."""
-    fail = [False]
-
-    @torch.library.custom_op("kvbuffer_test::stacked_fuse", mutates_args=())
-    def fuse(x: Tensor) -> Tensor:
-        if fail[0]:
-            raise RuntimeError("fuse blown")
-        return x.clone()
-
-    fuse.register_fake(torch.empty_like)
 
     def step(states: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         states[0] = token(states[0], k, v, g, beta)
@@ -385,10 +377,8 @@ def test_a_step_that_fails_is_taken_back(records: list[GraphRecord]) -> None:
     p = Beside(step)
     for t in range(2 * L):
         if t > 1 and t % 3 == 0:
-            fail[0] = True
-            with pytest.raises(RuntimeError, match="fuse blown"):
+            with blown():
                 p.compiled(p.states, *operands("qkvgb")(DISTINCT, p.g))
-            fail[0] = False
         p.run()
     p.check()
     assert records and all(len(r.rewritten) == 2 for r in records)
