@@ -29,7 +29,8 @@ class Account:
     will be, because its memory was handed out or its class cannot be guarded.
     bare: the state was zero after the last write from outside, so that cursor[3] may still be set. dirty: the memory
     may not hold what it should, because rows are owed or because it was never made zero. drafts: the parents of a tree
-    whose rows lie behind the owed ones until anything else happens to the state.
+    whose rows lie behind the owed ones until anything else happens to the state. held: the counts at which sequences
+    flush next when they are no longer held.
     """
 
     def __init__(self, owner: Tensor, plan: Plan, phase: int, place: Place | None, died: Callable[[Key], None]) -> None:
@@ -49,6 +50,7 @@ class Account:
         self.bare = False
         self.drafts: Tensor | None = None
         self.steps: int | Tensor = 0  # of all sequences, or one by one
+        self.held: Tensor | None = None
         with torch.inference_mode(False):
             self.cursor, self.rows = _allocate(self.state, plan)
         self.cursor[1].fill_(phase)
@@ -69,7 +71,7 @@ class Account:
 
     def settle(self) -> None:
         """Fold every owed row into the state; whoever comes now may change it."""
-        self.drafts = None
+        self.drafts = self.held = None
         if self.dirty:
             # whoever looks may be a tracer: what is folded in are the real tensors
             with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), plain_calls():
@@ -85,7 +87,7 @@ class Account:
 
         The first limit of such a state keeps the distance to those of other layers that its phase has.
         """
-        self.dirty, self.bare, self.drafts = False, zero, None
+        self.dirty, self.bare, self.drafts, self.held = False, zero, None, None
         limit = self.fresh_rows - (self.plan.flush - self.phase) if zero else self.phase
         self.cursor[3].fill_(int(zero))
         self.cursor[0].clamp_(max=0)
@@ -100,6 +102,19 @@ class Account:
     def fresh_rows(self) -> int:
         """How many rows the state owes before its first flush when it is known to be zero."""
         return self.plan.fresh_rows(tuple(self.plan.layout.canonical(self.state).shape[:-2]))
+
+    def hold(self) -> None:
+        """Flush only when the buffer is full, so that as many tokens as can be may be taken back."""
+        if self.held is None:
+            self.held = self.cursor[1].clone()
+            self.cursor[1].fill_(self.plan.capacity)
+
+    def release(self) -> None:
+        """Flush as before `hold`; a sequence that has flushed since then keeps its new count."""
+        if self.held is not None:
+            kept = self.cursor[1] != self.plan.capacity
+            self.cursor[1].copy_(torch.where(kept, self.cursor[1], self.held))
+            self.held = None
 
     def finished(self, plan: Plan) -> None:
         """A step has gone through."""

@@ -176,6 +176,14 @@ def declare_zero(state: Tensor) -> None:
         _fresh[key] = weakref.ref(state, lambda _: _fresh.pop(key, None))
 
 
+def zero_state(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new state that is known to be zero."""
+    with torch.inference_mode(False):
+        state = torch.empty(*sizes, dtype=dtype, device=device)
+    declare_zero(state)
+    return state
+
+
 def _make_zero(key: int) -> None:
     """Someone looks at a fresh state, or changes it."""
     found = _fresh.pop(key, None)

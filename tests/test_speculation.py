@@ -112,7 +112,8 @@ def test_the_text_is_that_of_plain_decoding(
     assert torch.equal(speculate(model, ids, drafts, tokens), text)
     assert drafts.rejections > rejections and len(set(drafts.rounds)) > 10
     assert len(taken_back) >= zoo.ARCHS[name].states * drafts.rejections
-    assert sorted(map(sorted, variants(records))) == [["buffered"], ["verify"]], "one graph for each, and no other"
+    start = [["verify"]] * (name != "mamba2")  # attention over no past is another graph
+    assert sorted(map(sorted, variants(records))) == [["buffered"], ["verify"], *start], "no other graph"
     assert all(len(r.rewritten) == zoo.ARCHS[name].states for r in records)
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.eval_frame import innermost_backend
+from torch._dynamo.symbolic_convert import InstructionTranslator
 
-MOST_TOKENS = 16
+MOST_TOKENS = 16  # of one call that is buffered, unless the buffer was asked to hold more
 
 
 def _text(inputs: str, body: str) -> str:
@@ -35,9 +37,22 @@ LOW_RANK = _text("a:k w:k k:k v:v b:k q:k", "y = read a; decay w; update k, v; u
 BONUS = _text("q:k w:k k:k v:v", "o = read q; decay w; update k, v; return o")
 
 
+def backend_of_trace() -> Any:
+    """The backend that the graph being traced goes to, as `torch.compile` holds it."""
+    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    return innermost_backend(backend)
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def most_tokens() -> int:
+    """How many tokens of one call may be buffered: what there are slots for, by the options of the trace at hand."""
+    options = getattr(backend_of_trace(), "kwargs", {}).get("options") or {}
+    return max(MOST_TOKENS, int(options.get("capacity") or 0))
+
+
 def serves(state: Tensor | None, tokens: int, packed: Any) -> bool:
     """Whether a call is one that a sequence can stand for. packed: boundaries of sequences packed into one."""
-    return state is not None and not torch.is_grad_enabled() and packed is None and tokens <= MOST_TOKENS
+    return state is not None and not torch.is_grad_enabled() and packed is None and tokens <= most_tokens()
 
 
 def heads_first(x: Tensor, heads: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Functions that hide a recurrence, replaced while Dynamo traces for this backend by the recurrence itself.
 
 Chunked functions of transformers pad a few tokens to a block of 64 and solve a triangular system; fused ones of other
-libraries are opaque. Where a state exists and at most `MOST_TOKENS` tokens follow, each becomes one
+libraries are opaque. Where a state exists and no more tokens follow than a buffer has slots, each becomes one
 `kvbuffer::sequence` (sequence.py), the same for every number of tokens. Long prefills, calls without a state, graphs
 that need gradients and every other backend get the function they asked for.
 """
@@ -14,8 +14,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch._dynamo.eval_frame import innermost_backend, innermost_fn
-from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.eval_frame import innermost_fn
 from torch._higher_order_ops.associative_scan import associative_scan
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
@@ -61,8 +60,7 @@ _searched: set[str] = set()  # modules
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def traced_for_us() -> bool:
     """Whether the graph at hand goes to a backend that says so: it has an attribute `rewrites_recurrences`."""
-    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
-    backend = innermost_backend(backend)
+    backend = adapters.backend_of_trace()
     backend = getattr(backend, "compiler_fn", backend)
     return bool(getattr(backend, "rewrites_recurrences", False))
 

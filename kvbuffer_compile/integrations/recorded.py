@@ -1,25 +1,41 @@
 """How a transformers model runs while its cache records: every token of a call must be one that can be taken back.
 
-The last tokens of a call, at most MOST_TOKENS, run in a graph of our backend, where states owe rows for them. What
-comes before them, a prompt, runs as the model is.
+A prompt that the buffers have room for runs like any later call, on states that are zero and are neither read nor
+written. Of a longer one the last tokens, at most MOST_TOKENS, run in a graph of our backend, where states owe rows for
+them; what comes before them runs as the model is.
 """
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import innermost_backend
-from transformers import Cache, DynamicCache
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 
 from kvbuffer_compile import runtime
 from kvbuffer_compile.errors import Declined, StateError
 from kvbuffer_compile.integrations.adapters import MOST_TOKENS
-from kvbuffer_compile.integrations.rollback_cache import adopt, layers_of
-from kvbuffer_compile.integrations.split_forward import joined, keep_logits, mark_sizes, split, token_count
+from kvbuffer_compile.integrations.fresh_cache import BlankLayer, begin, blank_layers
+from kvbuffer_compile.integrations.rollback_cache import layers_of
+from kvbuffer_compile.integrations.split_forward import (
+    first_token,
+    followed_by,
+    joined,
+    keep_logits,
+    last_tokens,
+    mark_sizes,
+    split,
+    token_batch,
+    token_count,
+    twice,
+)
 from kvbuffer_compile.options import split as split_options
 from kvbuffer_compile.records import GraphRecord, observers
 
@@ -29,42 +45,87 @@ BACKEND = "kvbuffer"
 Call = Callable[..., Any]
 
 
+@dataclass(frozen=True)
+class Steps:
+    """compiled: what model.compile() made of the model, None if it was not called. call: what runs instead, with room
+    for drafts. capacity: of its buffers."""
+
+    compiled: Call | None
+    call: Call
+    capacity: int
+
+
 class RecordedForward:
     """Calls of one model on caches that record.
 
-    candidates: how many of the tokens of the next call are drafts. step: the compiled call, and what of the user's
-    it was made from. records: what was decided about its graphs.
+    candidates: how many of the tokens of the next call are drafts. steps: the compiled call. records: what was decided
+    about its graphs. blanks: the states that the model makes. opening: a cache that has seen one token, and the call.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.stateful = bool(model._is_stateful)
         self.candidates = 0
-        self.step: tuple[Call | None, Call] | None = None
+        self.steps: Steps | None = None
         self.records: list[GraphRecord] = []
+        self.blanks: list[BlankLayer] | None = None
+        self.opening: tuple[weakref.ref[Cache], dict[str, Any]] | None = None
 
     def __call__(self, cache: Cache, compiled: Call | None, inputs: dict[str, Any]) -> Any:
         """model(**inputs) on `cache`; compiled: what model.compile() made of the model, None if it was not called."""
         layers = layers_of(cache)
-        if not layers and self.stateful:
-            raise StateError(
-                f"speculation: {self._name} keeps its states outside its cache, where no token is taken back"
-            )
         if not layers:
             return (compiled or self.model._call_impl)(**inputs)
-        count = token_count(inputs)
-        keep = inputs.get("logits_to_keep", 0)
-        started = any(any(layer.has_previous_state.values()) for layer in layers)
-        tail = min(count, MOST_TOKENS) if started else min(count - 1, max(self.candidates + 1, 2))
+        if self.steps is None or self.steps.compiled is not compiled:
+            self.steps = _with_room(self.model, compiled)
+            self.records.clear()
+        count, keep = token_count(inputs), inputs.get("logits_to_keep", 0)
+        known = count - min(self.candidates, count - 1)
+        opening, self.opening = self.opening, None
+        if layers[0].empty and known <= self.steps.capacity:
+            return keep_logits(self._begin(cache, inputs, known), keep)
+        if layers[0].tokens == 1 and opening is not None and opening[0]() is cache:
+            cache.crop(-1)
+            whole = followed_by(opening[1], inputs)
+            return keep_logits(last_tokens(self._begin(cache, whole, token_count(whole)), count), keep)
+        tail = min(count, MOST_TOKENS, count if not layers[0].empty else max(self.candidates + 1, 2))
         if tail == count:
-            return keep_logits(self._verify(cache, compiled, inputs), keep)
-        if tail == 0:
-            self._rehearse(cache, compiled, inputs)
-            return self._prompt(cache, inputs)
+            return keep_logits(self._verify(cache, inputs), keep)
         first, last = split(inputs, tail)
         before = self._prompt(cache, first)
         cache.crop(0)
-        return keep_logits(joined(before, self._verify(cache, compiled, last)), keep)
+        return keep_logits(joined(before, self._verify(cache, last)), keep)
+
+    def _begin(self, cache: Cache, inputs: dict[str, Any], known: int) -> Any:
+        """The first call on a cache, of which the first `known` tokens fit in the buffers."""
+        assert self.steps is not None
+        count = token_count(inputs)
+        if count == 1:
+            return self._begin_with_one(cache, inputs)
+        self._make_states(cache, inputs)
+        if count <= self.steps.capacity:
+            return self._verify(cache, inputs)
+        first, last = split(inputs, count - known)
+        before = self._verify(cache, first)
+        cache.crop(0)
+        return joined(before, self._verify(cache, last))
+
+    def _begin_with_one(self, cache: Cache, inputs: dict[str, Any]) -> Any:
+        """One token, with a second one that is taken back: attention over no past, or of one token, is a graph of its
+        own, for this call alone and for the next one. That begins again, for the same reason."""
+        self._make_states(cache, inputs)
+        out = first_token(self._verify(cache, twice(inputs)))
+        cache.crop(-1)
+        if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+            self.opening = weakref.ref(cache), {n: x for n, x in inputs.items() if isinstance(x, Tensor)}
+        return out
+
+    def _make_states(self, cache: Cache, inputs: dict[str, Any]) -> None:
+        """Let the cache have states that are zero."""
+        if self.blanks is None:
+            name = next(name for name, value in inputs.items() if value is cache)
+            config = self.model.config.get_text_config(decoder=True)
+            self.blanks = blank_layers(self.model._call_impl, config, inputs, name)
+        begin(cache, self.blanks, token_batch(inputs))
 
     @property
     def _name(self) -> str:
@@ -79,10 +140,9 @@ class RecordedForward:
                 runtime.guard(state)  # or the first step would compile a graph for plain states, used once
         return out
 
-    def _verify(self, cache: Cache, compiled: Call | None, inputs: dict[str, Any]) -> Any:
+    def _verify(self, cache: Cache, inputs: dict[str, Any]) -> Any:
         """A compiled step. StateError when its tokens could not be taken back."""
-        count = token_count(inputs)
-        step = self._step_of(compiled)
+        assert self.steps is not None
         given = mark_sizes(inputs, cache)
         if "logits_to_keep" in given:
             given["logits_to_keep"] = 0  # another number would be another graph
@@ -90,9 +150,9 @@ class RecordedForward:
         for layer in layers:
             layer.before()
         with observers.also(self.records.append):
-            out = step(**given)
+            out = self.steps.call(**given)
         for layer in layers:
-            layer.after(count)
+            layer.after(token_count(inputs))
         self._check(cache)
         return out
 
@@ -110,29 +170,13 @@ class RecordedForward:
             f"can be taken back from them: {'; '.join(reasons) or 'their memory is visible through other tensors'}"
         )
 
-    def _rehearse(self, cache: Cache, compiled: Call | None, inputs: dict[str, Any]) -> None:
-        """A prompt of one token shows nothing yet: see on a cache to be thrown away whether the next call will do."""
-        scratch = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        scratch.activate_past_recording()
-        adopt(scratch)
-        twice = {
-            name: scratch if value is cache else torch.cat([value] * 2, 1) if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
-        }
-        self(scratch, compiled, twice)
 
-    def _step_of(self, compiled: Call | None) -> Call:
-        """The call that verifies: the user's own, or one with room for drafts."""
-        if self.step is None or self.step[0] is not compiled:
-            self.step = compiled, _with_room(self.model, compiled)
-            self.records.clear()
-        return self.step[1]
-
-
-def _with_room(model: Any, compiled: Call | None) -> Call:
+def _with_room(model: Any, compiled: Call | None) -> Steps:
     """The model compiled so that one-token and several-token graphs share rows, with slots for drafts."""
     if compiled is None:
-        return torch.compile(model._call_impl, backend=BACKEND, options=_room({"inner": "eager"}))
+        options = _room({"inner": "eager"})
+        call = torch.compile(model._call_impl, backend=BACKEND, options=options)
+        return Steps(None, call, options["capacity"])
     known = inspect.getclosurevars(compiled).nonlocals
     context, backend = known["self"], cast(Any, innermost_backend(known["callback"]))
     if not getattr(getattr(backend, "compiler_fn", None), "rewrites_recurrences", False):
@@ -140,15 +184,16 @@ def _with_room(model: Any, compiled: Call | None) -> Call:
     given = dict(backend.kwargs.get("options", {}))
     options = _room(given)
     if options == given:
-        return compiled
+        return Steps(compiled, compiled, options["capacity"])
     patches = torch._inductor.list_mode_options(backend.kwargs["mode"]) if "mode" in backend.kwargs else {}
-    return torch.compile(
+    call = torch.compile(
         model._call_impl,
         backend=backend.compiler_fn,
         fullgraph=context.fullgraph,
         dynamic=backend.dynamic,
         options={**patches, **options},
     )
+    return Steps(compiled, call, options["capacity"])
 
 
 def _room(options: dict[str, Any]) -> dict[str, Any]:

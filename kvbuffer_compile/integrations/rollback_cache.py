@@ -10,9 +10,10 @@ import functools
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from kvbuffer_compile import runtime
+from kvbuffer_compile.accounts import Account
 
 
 class RollbackLayer(LinearAttentionCacheLayerMixin):
@@ -20,7 +21,6 @@ class RollbackLayer(LinearAttentionCacheLayerMixin):
 
     tokens: what the layer has seen since it was adopted. since_start: whether that is all it has ever seen.
     uncropped: tokens since the last crop; they must stay rows, for the next crop may take back any of them.
-    holding: whether states flush only when their buffers are full, for that reason.
     """
 
     is_croppable = True
@@ -28,48 +28,66 @@ class RollbackLayer(LinearAttentionCacheLayerMixin):
     tokens: int
     since_start: bool
     uncropped: int
-    holding: bool
 
     @property
     def states(self) -> list[Tensor]:
         """The recurrent states the layer has; there may be layers with convolutions only."""
         return [s for s in self.recurrent_states.values() if s is not None]
 
+    @property
+    def empty(self) -> bool:
+        """Whether no token is left of what the layer may have seen."""
+        return self.since_start and self.tokens == 0
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, given as a negative number; 0 shortens what convolutions have recorded."""
         count = abs(tokens_to_remove)
         if count and self.since_start and count == self.tokens:
-            for state in self.states:
-                state.zero_()
-            self.has_previous_state = dict.fromkeys(self.has_previous_state, False)
-        elif count:
-            for state in self.states:
-                runtime.rollback(state, count)
-        super().crop(tokens_to_remove)
+            self._forget()
+        elif self.tokens or not self.since_start:
+            if count:
+                for state in self.states:
+                    runtime.rollback(state, count)
+            super().crop(tokens_to_remove)
+            self._widen()
         self.tokens -= count
         self.uncropped = 0
-        if self.holding:
-            self._flush_at_capacity(False)
+        for account in self._accounts():
+            account.release()
+
+    def _forget(self) -> None:
+        """As before the first token."""
+        for state in self.states:
+            runtime.declare_zero(state)
+        self.has_previous_state = dict.fromkeys(self.has_previous_state, False)
+        forget_attention(self)
+
+    def _widen(self) -> None:
+        """Histories of convolutions are always of one width, so that no graph is compiled for a short one."""
         for index, conv in self.conv_states.items():
-            if conv is not None:  # always of one width, so that no graph is compiled for a short one
+            if conv is not None:
                 missing = int(self.conv_kernel_size[index] or 0) - conv.shape[-1]
                 self.conv_states[index] = torch.nn.functional.pad(conv, (missing, 0)).contiguous()
 
     def before(self) -> None:
         """To be called before each step: rows of tokens that may yet be taken back are not folded in."""
-        if self.uncropped and not self.holding:
-            self._flush_at_capacity(True)
+        if self.uncropped:
+            for account in self._accounts():
+                account.hold()
 
-    def _flush_at_capacity(self, holding: bool) -> None:
-        self.holding = holding
-        for state in self.states:
-            for account in runtime.accounts_of(state):
-                account.cursor[1].fill_(account.plan.capacity if holding else account.plan.flush)
+    def _accounts(self) -> list[Account]:
+        return [account for state in self.states for account in runtime.accounts_of(state)]
 
     def after(self, tokens: int) -> None:
         """To be called after a step of so many tokens."""
         self.tokens += tokens
         self.uncropped += tokens
+
+
+def forget_attention(layer: object) -> None:
+    """Let the attention of a layer, if it has one, be as before the first token: without keys, not with none."""
+    if isinstance(layer, DynamicLayer) and layer.is_initialized:
+        DynamicLayer.reset(layer)
 
 
 @functools.cache
@@ -89,7 +107,6 @@ def adopt(cache: Cache) -> None:
             layer.__class__ = _rollback_class(type(layer))
             assert isinstance(layer, RollbackLayer)
             layer.tokens = layer.uncropped = 0
-            layer.holding = False
             layer.since_start = not any(layer.has_previous_state.values())
     layers = layers_of(cache)
     if layers and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
@@ -103,6 +120,8 @@ def release(cache: Cache) -> None:
         if hasattr(layer, "record_past"):
             layer.record_past = False
         if isinstance(layer, RollbackLayer):
-            for name in ("tokens", "uncropped", "holding", "since_start"):
+            for account in layer._accounts():
+                account.release()
+            for name in ("tokens", "uncropped", "since_start"):
                 delattr(layer, name)
             layer.__class__ = layer.own_class

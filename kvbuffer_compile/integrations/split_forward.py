@@ -20,8 +20,35 @@ EMBEDDINGS = "inputs_embeds"  # [B, T, hidden]
 
 def token_count(inputs: dict[str, Any]) -> int:
     """How many tokens a call has."""
-    tokens = inputs[EMBEDDINGS] if inputs.get("input_ids") is None else inputs["input_ids"]
-    return int(tokens.shape[1])
+    return int(_tokens(inputs).shape[1])
+
+
+def token_batch(inputs: dict[str, Any]) -> int:
+    """How many sequences a call has."""
+    return int(_tokens(inputs).shape[0])
+
+
+def _tokens(inputs: dict[str, Any]) -> Tensor:
+    found = inputs[EMBEDDINGS] if inputs.get("input_ids") is None else inputs["input_ids"]
+    assert isinstance(found, Tensor)
+    return found
+
+
+def twice(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call on one token for two of them."""
+    return followed_by(inputs, inputs) | _masked(inputs, inputs)
+
+
+def followed_by(first: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of one call that does what two do; those that are not of a token each are the second's."""
+    dims = {**dict.fromkeys(PER_TOKEN, -1), EMBEDDINGS: 1}
+    both = {name: dim for name, dim in dims.items() if isinstance(then.get(name), Tensor) and name in first}
+    return then | {name: torch.cat([first[name], then[name]], dim) for name, dim in both.items()}
+
+
+def _masked(first: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
+    mask = then.get(SO_FAR)
+    return {SO_FAR: torch.cat([first[SO_FAR], mask], -1)} if isinstance(mask, Tensor) and mask.dim() == 2 else {}
 
 
 def split(inputs: dict[str, Any], tail: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -63,6 +90,27 @@ def _joined_layer(before: Tensor | None, after: Tensor | None) -> Tensor | None:
     if before is None or after is None:
         return after
     return torch.cat([F.pad(before, (0, after.shape[-1] - before.shape[-1])), after], -2)
+
+
+def first_token(out: Any) -> Any:
+    """What a call gives of its first token alone."""
+    return _of_tokens(out, slice(0, 1), 1)
+
+
+def last_tokens(out: Any, count: int) -> Any:
+    """What a call gives of its last tokens alone."""
+    return _of_tokens(out, slice(-count, None), None)
+
+
+def _of_tokens(out: Any, kept: slice, seen: int | None) -> Any:
+    """seen: how many tokens the attention of those kept is over, None for all."""
+    out["logits"] = out["logits"][:, kept]
+    for name, width in (("hidden_states", None), ("attentions", seen)):
+        if isinstance(out.get(name), Tensor):
+            out[name] = out[name][:, kept]
+        elif isinstance(out.get(name), tuple):
+            out[name] = tuple(None if x is None else x[..., kept, :width] for x in out[name])
+    return out
 
 
 def keep_logits(out: Any, count: int) -> Any:

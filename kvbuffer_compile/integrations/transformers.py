@@ -16,7 +16,7 @@ from transformers import Cache
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.integrations.adapters import MOST_TOKENS
 from kvbuffer_compile.integrations.recorded import RecordedForward
-from kvbuffer_compile.integrations.rollback_cache import adopt, release
+from kvbuffer_compile.integrations.rollback_cache import adopt, layers_of, release
 
 MOST_DRAFTS = MOST_TOKENS - 1  # a verify step takes the last accepted token as well
 ATTRIBUTE = "_kvbuffer_speculation"
@@ -48,12 +48,14 @@ def speculation_of(model: Any) -> Speculation | None:
 class Speculation:
     """What stands in for some methods of one model.
 
-    forward: how its calls run while tokens are recorded. caches: those being recorded.
+    forward: how its calls run while tokens are recorded. stateful: whether the model has states, as the library
+    says. caches: those being recorded.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.forward = RecordedForward(model)
+        self.stateful = bool(model._is_stateful)
         self.takes_cache_params = "cache_params" in inspect.signature(model.forward).parameters
         self.caches: list[Cache] = []
         self.own: dict[str, Any] = {}  # attributes that the instance had itself
@@ -79,6 +81,7 @@ class Speculation:
 
     def remove(self) -> None:
         self.release()
+        self.notice_compile()
         for name in self.before:
             if name in self.own:
                 setattr(self.model, name, self.own[name])
@@ -91,6 +94,7 @@ class Speculation:
             release(cache)
         self.caches.clear()
         self.forward.candidates = 0
+        self.forward.opening = None
 
     def notice_compile(self) -> None:
         """model.compile() was called since: what it made is what runs under ours from now on."""
@@ -161,10 +165,16 @@ class Speculation:
         return generator
 
     def record(self, cache: Cache) -> None:
-        """Make a cache one whose tokens can be taken back."""
-        if not any(cache is known for known in self.caches):
-            adopt(cache)
-            self.caches.append(cache)
+        """Make a cache one whose tokens can be taken back. StateError when the model keeps its states elsewhere."""
+        if any(cache is known for known in self.caches):
+            return
+        adopt(cache)
+        self.caches.append(cache)
+        if self.stateful and not layers_of(cache):
+            raise StateError(
+                f"speculation: {type(self.model).__name__} keeps its states outside the cache layers of transformers "
+                f"(its cache is a {type(cache).__name__}), where no token is taken back"
+            )
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """model(...): as it was, except on a cache that is being recorded."""
