@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from kvbuffer_compile.guard import GuardedState
 from kvbuffer_compile.integrations import chunked, fused
+from kvbuffer_compile.integrations.adapters import backend_of_trace
 
 Adapter = Callable[..., Any]
 # By the library that a module belongs to: the functions that modules of it hold under these names.
@@ -60,7 +61,7 @@ _searched: set[str] = set()  # modules
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def traced_for_us() -> bool:
     """Whether the graph at hand goes to a backend that says so: it has an attribute `rewrites_recurrences`."""
-    backend = adapters.backend_of_trace()
+    backend = backend_of_trace()
     backend = getattr(backend, "compiler_fn", backend)
     return bool(getattr(backend, "rewrites_recurrences", False))
 
