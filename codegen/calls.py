@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from kvbuffer_compile.errors import EmitError
-from kvbuffer_compile.ir import REDUCTIONS
+from kvbuffer_compile.ir import REDUCTIONS, Map
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ def _truth(cpp: str, triton: str, arity: int = 2) -> Call:
     return Call(f"truth({cpp})", f"({triton}).to(tl.float32)", arity)
 
 
-def _lib(name: str) -> Call:
-    return Call(f"std::{name}({{0}})", f"libdevice.{name}({{0}})", 1)
+def _lib(name: str, arity: int = 1) -> Call:
+    arguments = "{0}" if arity == 1 else "{0}, {1}"
+    return Call(f"std::{name}({arguments})", f"libdevice.{name}({arguments})", arity)
 
 
 def _tl(name: str) -> Call:
@@ -53,6 +54,15 @@ _LERP = Call(
     "tl.where(tl.abs({2}) < 0.5, {0} + {2} * ({1} - {0}), {1} - ({1} - {0}) * (1.0 - {2}))",
     3,
 )
+# With the sign of the divisor, as torch and Python have it.
+_REST = "libdevice.fmod({0}, {1})"
+_REMAINDER = Call(
+    "modulo({0}, {1})", f"tl.where(({_REST} != 0) & (({_REST} < 0) != ({{1}} < 0)), {_REST} + {{1}}, {_REST})", 2
+)
+_AND = _truth("({0} != 0) && ({1} != 0)", "({0} != 0) & ({1} != 0)")
+_OR = _truth("({0} != 0) || ({1} != 0)", "({0} != 0) | ({1} != 0)")
+_XOR = _truth("({0} != 0) != ({1} != 0)", "({0} != 0) != ({1} != 0)")
+_NOT = _truth("{0} == 0", "{0} == 0", 1)
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
 # Without overload: the Tensor and the Scalar one alike.
@@ -62,6 +72,9 @@ _BINARY = {
     "rsub": _same("{1} - {2} * {0}", 3, 1),
     "mul": _same("{0} * {1}", 2),
     "div": _same("{0} / {1}", 2),
+    "remainder": _REMAINDER,
+    "fmod": _lib("fmod", 2),
+    "copysign": _lib("copysign", 2),
     **{name: _truth(f"{{0}} {sign} {{1}}", f"{{0}} {sign} {{1}}") for name, sign in _COMPARE.items()},
 }
 # With overload "default".
@@ -69,7 +82,14 @@ _UNARY = {
     "neg": _same("-{0}", 1),
     "exp": Call("exponential({0})", "tl.exp({0})", 1),
     "log": _tl("log"), "exp2": _tl("exp2"), "log2": _tl("log2"),
-    "erf": _tl("erf"), "sin": _tl("sin"), "cos": _tl("cos"),
+    "erf": _tl("erf"), "sin": _tl("sin"), "cos": _tl("cos"), "tan": _lib("tan"),
+    "asin": _lib("asin"), "acos": _lib("acos"), "atan": _lib("atan"), "atan2": _lib("atan2", 2),
+    "sinh": _lib("sinh"), "cosh": _lib("cosh"), "asinh": _lib("asinh"), "acosh": _lib("acosh"), "atanh": _lib("atanh"),
+    "erfc": _lib("erfc"), "lgamma": _lib("lgamma"), "log10": _lib("log10"), "hypot": _lib("hypot", 2),
+    "trunc": _lib("trunc"), "positive": _same("{0}", 1),
+    "isnan": _truth("{0} != {0}", "{0} != {0}", 1),
+    "isinf": _truth("std::abs({0}) == Real(INFINITY)", 'tl.abs({0}) == float("inf")', 1),
+    "signbit": _truth("std::signbit({0})", "libdevice.signbit({0}) != 0", 1),
     "floor": _tl("floor"), "ceil": _tl("ceil"), "abs": _tl("abs"),
     "expm1": _lib("expm1"), "log1p": _lib("log1p"), "tanh": _lib("tanh"),
     "round": Call("std::nearbyint({0})", "libdevice.rint({0})", 1),
@@ -89,14 +109,12 @@ _UNARY = {
     "leaky_relu": Call("{0} > 0 ? {0} : {0} * {1}", "tl.where({0} > 0, {0}, {0} * {1})", 2, (0.01,)),
     "maximum": _MAX, "minimum": _MIN,
     "clamp": _CLAMP, "clamp_min": _MAX, "clamp_max": _MIN,
-    "logical_not": _truth("{0} == 0", "{0} == 0", 1),
-    "logical_and": _truth("({0} != 0) && ({1} != 0)", "({0} != 0) & ({1} != 0)"),
-    "logical_or": _truth("({0} != 0) || ({1} != 0)", "({0} != 0) | ({1} != 0)"),
-    "logical_xor": _truth("({0} != 0) != ({1} != 0)", "({0} != 0) != ({1} != 0)"),
+    "logical_not": _NOT, "logical_and": _AND, "logical_or": _OR, "logical_xor": _XOR, "bitwise_not": _NOT,
     "alias": _same("{0}", 1), "clone": _same("{0}", 1), "detach": _same("{0}", 1),
 }  # fmt: skip
 _OTHER = {
     "pow.Tensor_Scalar": _POW, "pow.Tensor_Tensor": _POW, "pow.Scalar": _POW,
+    "bitwise_and.Tensor": _AND, "bitwise_or.Tensor": _OR, "bitwise_xor.Tensor": _XOR,  # of truth values
     "where.self": _WHERE, "where.ScalarOther": _WHERE, "where.ScalarSelf": _WHERE, "where.Scalar": _WHERE,
     "clamp.Tensor": _CLAMP, "clamp_min.Tensor": _MAX, "clamp_max.Tensor": _MIN,
     "addcmul.default": _same("{0} + {1} * {2}", 3), "lerp.Tensor": _LERP, "lerp.Scalar": _LERP,
@@ -128,9 +146,12 @@ TRITON_REDUCTIONS = {
 assert set(CPP_REDUCTIONS) == set(TRITON_REDUCTIONS) == REDUCTIONS
 
 
-def known(fn: str) -> bool:
-    """Whether a Map of this overload can be printed."""
-    return fn in CALLS or fn in REDUCTIONS
+def spellable(op: Map) -> bool:
+    """Whether a Map can be printed."""
+    call = CALLS.get(op.fn)
+    if call is None:
+        return op.fn in REDUCTIONS
+    return call.arity - len(call.defaults) <= len(op.args) <= call.arity
 
 
 def cpp(fn: str, args: list[str | float]) -> str:

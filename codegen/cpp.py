@@ -11,10 +11,13 @@ The text is one translation unit without dependencies but the C++ library and Op
     run_item        one lane, or one tile of a lane: the recurrence itself (cpp_item, cpp_rows)
     append_shared   rows that several items share, after a flush
     step            the boxed op: checks, threads, cursors
+
+The last four once for each piece of a step that is cut by calls without a C++ spelling (pieces.py).
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib import resources
 
 import torch
@@ -22,9 +25,10 @@ import torch
 from kvbuffer_compile.codegen import cpp_entry
 from kvbuffer_compile.codegen.cpp_item import Item
 from kvbuffer_compile.codegen.cpp_rows import axes, row_types, updates
+from kvbuffer_compile.codegen.cpp_tree import TreeItem
 from kvbuffer_compile.codegen.cpp_values import FULL
 from kvbuffer_compile.codegen.cpp_verify import VerifyItem
-from kvbuffer_compile.codegen.schedule import Schedule, schedule
+from kvbuffer_compile.codegen.pieces import Piece, pieces
 from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir import Read
@@ -39,7 +43,9 @@ def emit(plan: Plan) -> str:
     """The source of the plan's op. EmitError when the plan says something that has no C++ spelling."""
     _check(plan)
     out = Source()
-    order = schedule(plan.program, in_place=plan.variant == "recurrent")
+    cut = pieces(plan.program, in_place=plan.variant == "recurrent")
+    if plan.several and len(cut) > 1:
+        raise EmitError(f"no C++ kernel for several tokens and {cut[0].calls[0].fn}\n{plan.program}")
     _head(out, plan)
     with out.block("namespace"):
         _constants(out, plan)
@@ -47,18 +53,30 @@ def emit(plan: Plan) -> str:
             out.line()
             out.lines(resources.files("kvbuffer_compile.codegen").joinpath(name).read_text(encoding="utf-8"))
         out.line()
-        _call(out, plan, order)
-        item = (VerifyItem if plan.variant == "verify" else Item)(out, plan, order)
-        item.emit()
-        if cpp_entry.shared(plan, order):
-            item.rows.emit_append_shared()
-        cpp_entry.emit_step(out, plan, order)
+        _types(out, plan, cut[0])
+        for n, piece in enumerate(cut):
+            with nullcontext() if piece.whole else out.block(f"namespace piece_{n}"):
+                _emit_piece(out, plan, piece)
+        names = [""] if len(cut) == 1 else [f"piece_{n}::" for n in range(len(cut))]
+        cpp_entry.register(out, [(_op(n, len(cut)), f"{name}step") for n, name in enumerate(names)])
     return str(out)
 
 
+def _op(n: int, count: int) -> str:
+    return "OP_NAME" if count == 1 else f'OP_NAME "_{n}"'
+
+
+def _emit_piece(out: Source, plan: Plan, piece: Piece) -> None:
+    _call(out, plan, piece)
+    kind = {"verify": VerifyItem, "tree": TreeItem}.get(plan.variant, Item)
+    item = kind(out, plan, piece)
+    item.emit()
+    if cpp_entry.shared(plan, piece):
+        item.rows.emit_append_shared()
+    cpp_entry.emit_step(out, plan, piece)
+
+
 def _check(plan: Plan) -> None:
-    if plan.variant == "tree":
-        raise EmitError(f"no C++ kernel for a tree of drafts\n{plan.program}")
     dtypes = {"state": plan.state_dtype, "compute": plan.compute}
     dtypes |= {f"row {v}": d for v, d in zip(plan.program.logged, plan.row_dtypes, strict=True)}
     for what, dtype in dtypes.items():
@@ -89,19 +107,22 @@ def _constants(out: Source, plan: Plan) -> None:
 # ------------------------------------------------------------------------------------------------- Call
 
 
-def _call(out: Source, plan: Plan, order: Schedule) -> None:
+def _types(out: Source, plan: Plan, piece: Piece) -> None:
     out.line(f"using State = {'Real' if plan.state_dtype == plan.compute else SCALARS[plan.state_dtype]};")
-    buffered = plan.variant != "recurrent"
-    logged = plan.program.logged if buffered else ()
-    if buffered:
+    if plan.variant != "recurrent":
         out.line(
             f"constexpr int64_t CAPACITY = {plan.capacity}, FLUSH = {plan.flush}, ROWS = {max(1, len(updates(plan)))};"
         )
-        for v, dtype in zip(logged, plan.row_dtypes, strict=True):
+        for v, dtype in zip(plan.program.logged, plan.row_dtypes, strict=True):
             out.line(f"using Row_{v} = {SCALARS[dtype]};")
         left, right = row_types(plan)
         out.line(f"using Left = {left}; using Right = {right};")
-        _room(out, plan, order)
+        _room(out, plan, piece)
+
+
+def _call(out: Source, plan: Plan, piece: Piece) -> None:
+    buffered = plan.variant != "recurrent"
+    logged = plan.program.logged if buffered else ()
     out.comment("The arguments of one call.")
     with out.block("struct Call", ";"):
         out.line("State* state;")
@@ -111,9 +132,9 @@ def _call(out: Source, plan: Plan, order: Schedule) -> None:
             out.line("int64_t cursor_row, cursor_sequence, sequences, tokens = 1;")
         for v in logged:
             out.line(f"View row_{v};")
-        for v in plan.program.inputs:
+        for v in piece.inputs:
             out.line(f"View in_{v};")
-        for v in plan.program.outputs:
+        for v in piece.outputs:
             out.line(f"Real* out_{v};")
         if plan.slots:
             out.comment("Where the sequences of a pool begin.")
@@ -121,6 +142,12 @@ def _call(out: Source, plan: Plan, order: Schedule) -> None:
             for v in logged:
                 out.line(f"const int64_t* row_begin_{v};")
         out.lines(LANE_METHODS % ("state_begin[at[0]]" if plan.slots else "0"))
+        if plan.variant == "tree":
+            out.line("const int32_t* parents;")
+            out.line("int64_t parents_sequence, parents_token;")
+            out.line("int64_t parent(int64_t b, int64_t t) const {")
+            out.line("  return parents[b * parents_sequence + t * parents_token];")
+            out.line("}")
         if buffered:
             out.lines(CURSOR_METHODS % ("cursor_begin[b]" if plan.slots else "b * cursor_sequence"))
 
@@ -140,7 +167,7 @@ int64_t owed(int64_t b) const { return mark(0, b); }
 bool flushes(int64_t b) const { return owed(b) >= 0 && (owed(b) >= mark(1, b) || owed(b) + tokens > CAPACITY); }"""
 
 
-def _room(out: Source, plan: Plan, order: Schedule) -> None:
+def _room(out: Source, plan: Plan, piece: Piece) -> None:
     outer, inner = (FULL[kind] for kind in axes(plan))
     out.comment("Owed rows of one item: pointers into the log where it can be read as it is, copies where not.")
     with out.block("struct Room", ";"):
@@ -150,7 +177,11 @@ def _room(out: Source, plan: Plan, order: Schedule) -> None:
         out.line("alignas(64) Left left_copy[CAPACITY * ROWS * K];")
         out.line("alignas(64) Right right_copy[CAPACITY * ROWS * V];")
         out.line(f"alignas(64) Real outer[CAPACITY * ROWS * {outer}], inner[CAPACITY * ROWS * {inner}];")
-        if plan.variant == "verify":
+        if plan.several:
             for kind, x, y in (("key", "K", "V"), ("value", "V", "K")):
-                count = max(1, sum(r.x.kind == kind for r in order.stages[0].reads))
+                count = max(1, sum(r.x.kind == kind for r in piece.schedule.stages[0].reads))
                 out.line(f"alignas(64) Real x_{kind}[CAPACITY * {count} * {x}], y_{kind}[CAPACITY * {count} * {y}];")
+        if plan.variant == "tree":
+            out.line("alignas(64) Real path_key[CAPACITY * K], path_value[CAPACITY * V];")
+            for v in plan.program.logged:
+                out.line(f"alignas(64) Real kept_{v}[CAPACITY{'' if v.kind == 'scalar' else f' * {FULL[v.kind]}'}];")

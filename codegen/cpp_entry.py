@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
 
 from kvbuffer_compile.codegen.cpp_rows import axes, owned
-from kvbuffer_compile.codegen.schedule import Schedule
+from kvbuffer_compile.codegen.pieces import Piece
 from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.ir import Var
 from kvbuffer_compile.plan import Plan
@@ -15,19 +16,19 @@ from kvbuffer_compile.plan import Plan
 DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
-def shared(plan: Plan, order: Schedule) -> list[Var]:
-    """Logged values whose rows are read by more items than one."""
-    if plan.variant == "recurrent":
+def shared(plan: Plan, piece: Piece) -> list[Var]:
+    """Logged values whose rows are read by more items than one, and overwritten after a flush by the same piece."""
+    if plan.variant == "recurrent" or not piece.whole:
         return []
-    return [v for v in plan.program.logged if not owned(plan, v, order.split)]
+    return [v for v in plan.program.logged if not owned(plan, v, piece.schedule.split)]
 
 
-def emit_step(out: Source, plan: Plan, order: Schedule) -> None:
-    """`step`, and its registration as the op's implementation on CPUs."""
+def emit_step(out: Source, plan: Plan, piece: Piece) -> None:
+    """`step`, the op of one piece."""
     program, buffered = plan.program, plan.variant != "recurrent"
     with out.block("void step(uint64_t* stack, uint64_t, uint64_t)"):
         names = ["state", *(["cursor", *(f"row_{v}" for v in program.logged)] if buffered else [])]
-        names += ["slots"] * plan.slots + [f"in_{v}" for v in program.inputs]
+        names += ["parents"] * (plan.variant == "tree") + ["slots"] * plan.slots + [f"in_{v}" for v in piece.inputs]
         for n, name in enumerate(names):
             out.line(f"const Argument arg_{name}(stack[{n}]);")
         out.line("Call call;")
@@ -36,28 +37,40 @@ def emit_step(out: Source, plan: Plan, order: Schedule) -> None:
             _cursor_and_rows(out, plan)
         if plan.slots:
             _slots(out, plan)
-        _operands(out, plan)
-        _outputs(out, plan)
-        _threads(out, plan, order)
+        _operands(out, plan, piece)
+        _outputs(out, plan, piece)
+        _threads(out, plan, piece)
         if buffered:
-            _advance(out)
-    _register(out)
+            _advance(out, plan, piece)
 
 
-def _operands(out: Source, plan: Plan) -> None:
+PARENTS = """\
+const int64_t *forest = arg_parents.sizes(), *parents = arg_parents.strides();
+check(arg_parents.type() == aoti_torch_dtype_int32() && arg_parents.dims() == 2, "parents", "must be int32 [N, T]");
+check(forest[0] == 1 || forest[0] == call.sequences, "parents", "must be those of one sequence, or of each");
+check(forest[1] == call.tokens, "parents", "must be one for each token");
+call.parents = arg_parents.data<int32_t>();
+call.parents_sequence = forest[0] == 1 ? 0 : parents[0], call.parents_token = parents[1];
+for (int64_t b = 0; b < forest[0]; ++b)
+  for (int64_t t = 0; t < call.tokens; ++t)
+    check(-1 <= call.parent(b, t) && call.parent(b, t) < t, "parents", "must come before their children");"""
+
+
+def _operands(out: Source, plan: Plan, piece: Piece) -> None:
     tokens = "-1"
-    if plan.variant == "verify":
-        tokens, first = "call.tokens", f"arg_in_{plan.program.inputs[0]}"
+    if plan.several:
+        tokens, first = "call.tokens", f"arg_in_{piece.inputs[0]}"
         out.line(f"call.tokens = {first}.dims() > LANES ? {first}.sizes()[LANES] : 0;")
         out.line('check(0 < call.tokens && call.tokens <= CAPACITY, "the number of tokens", "must be 1 ... capacity");')
-    for v in plan.program.inputs:
+    if plan.variant == "tree":
+        out.lines(PARENTS)
+    for v in piece.inputs:
         out.line(f'call.in_{v} = view(arg_in_{v}, "{v}", call.lanes, 0, {tokens}, {_size(v)});')
 
 
-def _outputs(out: Source, plan: Plan) -> None:
-    verify = plan.variant == "verify"
-    for n, v in enumerate(plan.program.outputs):
-        tail = [*(["call.tokens"] if verify else []), *([_size(v)] if v.kind != "scalar" else [])]
+def _outputs(out: Source, plan: Plan, piece: Piece) -> None:
+    for n, v in enumerate(piece.outputs):
+        tail = [*(["call.tokens"] if plan.several else []), *([_size(v)] if v.kind != "scalar" else [])]
         sizes = ", ".join([*(f"call.lanes[{i}]" for i in range(plan.layout.lanes)), *tail])
         dims = plan.layout.lanes + len(tail)
         with out.block():
@@ -137,14 +150,15 @@ def _begin(out: Source, name: str, data: str, stride: str, span: str) -> None:
     out.line(f"call.{name} = {name}.data(), {stride} = 0;")
 
 
-def _threads(out: Source, plan: Plan, order: Schedule) -> None:
+def _threads(out: Source, plan: Plan, piece: Piece) -> None:
+    order = piece.schedule
     out.line("int64_t lanes = 1;")
     out.line("for (int i = 0; i < LANES; ++i) lanes *= call.lanes[i];")
     full = "1" if order.split is None else "K" if order.split == "key" else "V"
     out.comment("Small work stays on one thread; with fewer lanes than threads a lane is cut into tiles.")
     out.line("const int64_t work = lanes * K * V;")
     out.line("const int threads = work < 16384 || omp_in_parallel() ? 1 : omp_get_max_threads();")
-    out.line(f"int64_t tile = {_tile(plan, order) or full};")
+    out.line(f"int64_t tile = {_tile(plan, piece) or full};")
     if order.split:
         out.line(f"const int64_t share = {full} * lanes / (2 * threads) / 16 * 16;")
         out.line("if (threads > 1 && lanes < 2 * threads) tile = std::max<int64_t>(16, share);")
@@ -153,20 +167,21 @@ def _threads(out: Source, plan: Plan, order: Schedule) -> None:
     with out.block("each_item(items, threads, large, [&](int64_t i)", ");"):
         out.line("const int64_t first = i % tiles * tile;")
         out.line(f"run_item(call, i / tiles, first, std::min<int64_t>(tile, {full} - first));")
-    if shared(plan, order):
+    if shared(plan, piece):
         out.line("bool flushed = false;")
         out.line("for (int64_t b = 0; b < call.sequences; ++b) flushed |= call.flushes(b);")
         with out.block("if (flushed)"):
             out.line("each_item(lanes, threads, false, [&](int64_t lane) { append_shared(call, lane); });")
 
 
-def _tile(plan: Plan, order: Schedule) -> int | None:
+def _tile(plan: Plan, piece: Piece) -> int | None:
     """Size of a tile that stays in the first-level cache (16 KB), for plain steps that meet their state twice.
 
     Only where a tile is contiguous: 1.32 -> 1.17 times a copy of 67 MB. Tiles of columns made it slower.
     """
     outer, inner = axes(plan)
-    twice = plan.variant == "recurrent" and order.fold_stage >= len(order.stages) - 1 > 0
+    order = piece.schedule
+    twice = piece.whole and plan.variant == "recurrent" and order.fold_stage >= len(order.stages) - 1 > 0
     if order.split != outer or not twice:
         return None
     sizes = dict(zip(("key", "value"), plan.sizes, strict=True))
@@ -174,16 +189,21 @@ def _tile(plan: Plan, order: Schedule) -> int | None:
     return rows if 0 < rows < sizes[outer] else None
 
 
-def _advance(out: Source) -> None:
+def _advance(out: Source, plan: Plan, piece: Piece) -> None:
     with out.block("for (int64_t b = 0; b < call.sequences; ++b)"):
-        out.line("if (call.flushes(b)) call.mark(0, b) = 0, call.mark(1, b) = FLUSH, call.mark(3, b) = 0;")
-        out.line("if (call.owed(b) >= 0) call.mark(0, b) += int32_t(call.tokens);")
-        out.line("++call.mark(2, b);")
+        if piece.first:
+            out.line("if (call.flushes(b)) call.mark(0, b) = 0, call.mark(1, b) = FLUSH, call.mark(3, b) = 0;")
+        if piece.last and plan.variant != "tree":
+            out.line("if (call.owed(b) >= 0) call.mark(0, b) += int32_t(call.tokens);")
+        if piece.last:
+            out.line("++call.mark(2, b);")
 
 
-def _register(out: Source) -> None:
+def register(out: Source, steps: Sequence[tuple[str, str]]) -> None:
+    """The functions as implementations of ops on CPUs. steps: the op's name as C++ has it, and the function."""
     with out.block("struct Registration", " registration;"):
         with out.block("Registration()"):
             out.line("TorchLibraryOpaque* library;")
             out.line('done(aoti_torch_library_init_impl("kvbuffer", "CPU", __FILE__, __LINE__, &library));')
-            out.line("done(aoti_torch_library_impl(library, OP_NAME, step));")
+            for name, function in steps:
+                out.line(f"done(aoti_torch_library_impl(library, {name}, {function}));")

@@ -1,4 +1,4 @@
-"""The function that computes one lane of a step, or one tile of it: printed from a Schedule."""
+"""The function that computes one lane of a piece of a step, or one tile of it: printed from the Schedule."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from kvbuffer_compile.codegen.cpp_rows import Rows, axes
 from kvbuffer_compile.codegen.cpp_values import FULL, Values
-from kvbuffer_compile.codegen.schedule import Fold, Old, Schedule
+from kvbuffer_compile.codegen.pieces import Piece
+from kvbuffer_compile.codegen.schedule import Fold, Old
 from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.ir import Kind, Var
 from kvbuffer_compile.plan import Plan
@@ -15,11 +16,12 @@ HEAD = "void run_item(const Call& call, int64_t lane, int64_t first, int64_t siz
 
 
 class Item:
-    """Prints `run_item`. out: where to; the plan; the schedule of its program."""
+    """Prints `run_item`. out: where to; the plan; which piece of its step."""
 
-    def __init__(self, out: Source, plan: Plan, schedule: Schedule) -> None:
-        self.out, self.plan, self.schedule = out, plan, schedule
-        self.values = Values(out, schedule.split, token=plan.variant == "verify")
+    def __init__(self, out: Source, plan: Plan, piece: Piece) -> None:
+        self.out, self.plan, self.piece = out, plan, piece
+        self.schedule = piece.schedule
+        self.values = Values(out, self.schedule.split, token=plan.several)
         self.outer, self.inner = axes(plan)
         self.buffered = plan.variant != "recurrent"
         self.rows = Rows(out, plan, self.values)
@@ -33,10 +35,13 @@ class Item:
             if self.buffered:
                 self._sequence()
             self._operands()
-            if self.buffered:
-                self.rows.gather()
-            self._block()
-            self._fold_alone()
+            if self.piece.first or self._reads_anything():
+                if self.buffered:
+                    self.rows.gather()
+                self._block()
+                self._fold_alone()
+            elif self.schedule.fold:
+                self._block()
             for number, stage in enumerate(self.schedule.stages):
                 self.values.steps(stage.steps)
                 if stage.reads:
@@ -50,19 +55,23 @@ class Item:
         with self.out.block("if (count < 0)"):
             self._no_outputs()
             self.out.line("return;")
-        self.out.line("const bool flush = call.flushes(sequence);")
+        self.out.line(f"const bool flush = {'call.flushes(sequence)' if self.piece.first else 'false'};")
 
     def _no_outputs(self) -> None:
-        for v in self.plan.program.outputs:
+        for v in self.piece.outputs:
             self._output(v, None)
 
     def _operands(self) -> None:
         nodes = (node for stage in self.schedule.stages for node in (*stage.steps, *stage.reads))
-        self.values.load_for(self.plan.program.inputs, nodes, self._roots())
+        self.values.load_for(self.piece.inputs, nodes, self._roots())
 
     def _roots(self) -> Iterable[Var]:
         fold = self.schedule.fold
-        return (*self.plan.program.outputs, *(fold.needs if fold else self.plan.program.logged))
+        kept = fold.needs if fold else self.plan.program.logged if self.piece.last else ()
+        return (*self.piece.outputs, *kept)
+
+    def _reads_anything(self) -> bool:
+        return any(stage.reads for stage in self.schedule.stages)
 
     def _block(self) -> None:
         offset = f" + first * call.state_{self.schedule.split}" if self.schedule.split else ""
@@ -75,7 +84,7 @@ class Item:
 
     def _fold_alone(self) -> None:
         """A program without reads still has to flush."""
-        if not any(g.reads for g in self.schedule.stages) and self.buffered:
+        if not self._reads_anything() and self.buffered:
             with self.out.block("if (flush)"):
                 self._run("fold_then_read", (), "fold")
 
@@ -88,7 +97,7 @@ class Item:
             self.values.declare(r.out)
         if not self.buffered:
             last = number == len(self.schedule.stages) - 2
-            if last and self.schedule.fold_stage <= number:
+            if last and self.schedule.fold and self.schedule.fold_stage <= number:
                 self._fold_in_place(reads)
             else:
                 self._run("read", reads, None, rest="first_half" if number == 0 else "ahead")
@@ -174,9 +183,9 @@ class Item:
         stages = self.schedule.stages
         if self.schedule.fold and self.schedule.fold_stage >= len(stages) - 1:
             self._fold_in_place(())
-        for v in self.plan.program.outputs:
+        for v in self.piece.outputs:
             self._output(v, self.values.name(v))
-        if self.buffered:
+        if self.buffered and self.piece.last:
             self.out.line("const int64_t to = flush ? 0 : count;")
             self.rows.append_all()
 

@@ -8,6 +8,7 @@ only products are formed and no slot that is not owed is ever loaded.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum, auto
 
 from kvbuffer_compile.codegen.cpp_values import FULL, Values
 from kvbuffer_compile.codegen.schedule import Old, steps_for
@@ -18,6 +19,14 @@ from kvbuffer_compile.plan import Plan
 APPEND = "void append_shared(const Call& call, int64_t lane)"
 
 
+class Place(Enum):
+    """Where rows are gathered from: the log, the log for another time, what this item has kept of a tree's nodes."""
+
+    log = auto()
+    log_again = auto()
+    room = auto()
+
+
 class Rows:
     """Prints the parts of an item that deal with the log."""
 
@@ -25,6 +34,7 @@ class Rows:
         self.out, self.plan, self.values = out, plan, values
         self.fades: list[Kind] = sorted({op.factor.kind for op in plan.program.events if isinstance(op, Decay)})
         self.outer, self.inner = axes(plan)
+        self.place = Place.log
 
     # ----------------------------------------------------------------------------------------- gathering
 
@@ -37,10 +47,28 @@ class Rows:
         self.out.line("int64_t rows = 0;")
         self._fades(declare=True)
         with self.out.block("for (int64_t slot = count - 1; slot >= 0; --slot)"):
-            for event in reversed(self.plan.program.events):
-                self.out.comment(f"{type(event).__name__.lower()} {', '.join(map(str, uses_of(event)))}")
-                self._update(event) if isinstance(event, Update) else self._decay(event)
+            self._slot()
         self._fold()
+
+    def gather_path(self) -> None:
+        """The same for the rows before node t of a tree: its ancestors in `room`, then the owed ones in the log."""
+        self.out.line("rows = 0;")
+        self._fades(declare=False)
+        with self.out.block(
+            "for (int64_t above = call.parent(sequence, t); above >= 0; above = call.parent(sequence, above))"
+        ):
+            self.place = Place.room
+            self._slot()
+        with self.out.block("for (int64_t slot = flush ? -1 : count - 1; slot >= 0; --slot)"):
+            self.place = Place.log_again
+            self._slot()
+        self.place = Place.log
+
+    def _slot(self) -> None:
+        """The events of one token, newest first."""
+        for event in reversed(self.plan.program.events):
+            self.out.comment(f"{type(event).__name__.lower()} {', '.join(map(str, uses_of(event)))}")
+            self._update(event) if isinstance(event, Update) else self._decay(event)
 
     def _fades(self, declare: bool) -> None:
         for kind in self.fades:
@@ -91,6 +119,8 @@ class Rows:
 
     def _ask_for_next(self, v: Var) -> None:
         """Rows that are copied: those of the next lane while this one's are. The others are asked for by add_rows."""
+        if self.place is not Place.log:
+            return
         row = f"call.row_{v}"
         self.out.line(f"ask_for({self._address(v)} + {row}.lane[AXES - 1], {row}.last, {self.values.length(v.kind)});")
 
@@ -115,9 +145,13 @@ class Rows:
         return f"static_cast<Row_{v}*>({row}.data) + {begin}{row}.at(at) + {slot} * {row}.slot{start}"
 
     def _stored(self, v: Var, room: str) -> str:
+        if self.place is Place.room:
+            return f"room.kept_{v} + above * {FULL[v.kind]}"
         return f"fetch({room}, {self._address(v)}, call.row_{v}.last, {self.values.length(v.kind)})"
 
     def _stored_number(self, v: Var) -> str:
+        if self.place is Place.room:
+            return f"room.kept_{v}[above]"
         return f"Real(widen(*({self._address(v)})))"
 
     # ------------------------------------------------------------------------------------------ folding

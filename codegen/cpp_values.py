@@ -19,11 +19,11 @@ TAKEN = frozenset(
     protected public register return short signed sizeof static struct switch template this throw true try
     typedef typename union unsigned using virtual void volatile while xor asm export concept requires
     Real Wide WideAny WIDTH LANES AXES INLINE UNROLL Bf16 F16 Dtype View Argument Block Fold Mode Pass Call Room State
-    K V CAPACITY FLUSH ROWS widen narrow get put splat truth maximum minimum exponential sigmoid softplus gelu total
-    sum mean largest smallest dots dot convert store fetch add_rows read_rows view load load_one fail check call
+    K V CAPACITY FLUSH ROWS widen narrow get put splat truth maximum minimum modulo exponential sigmoid softplus gelu
+    total sum mean largest smallest dots dot convert store fetch add_rows read_rows view load load_one fail check call
     std i at lane sequence count slot flush first size rows room weight left right fade fade_key fade_value fold
     later_key later_value t to m Reads Left Right read_many append_shared run_item step each_item
-    keep_row keep_column block""".split()
+    keep_row keep_column block above parent""".split()
 )
 FULL: dict[Kind, str] = {"key": "K", "value": "V"}
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from kvbuffer_compile.codegen.cpp_item import HEAD, Item
 from kvbuffer_compile.codegen.cpp_rows import fade_name
 from kvbuffer_compile.codegen.cpp_values import FULL
-from kvbuffer_compile.codegen.schedule import Old, Schedule, steps_for
+from kvbuffer_compile.codegen.pieces import Piece
+from kvbuffer_compile.codegen.schedule import Old, steps_for
 from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.ir import Decay, Kind, Update, Var
 from kvbuffer_compile.plan import Plan
@@ -23,9 +24,9 @@ EACH = "for (int64_t t = 0; t < call.tokens; ++t)"
 class VerifyItem(Item):
     """Prints `run_item` for T tokens, T known at run time."""
 
-    def __init__(self, out: Source, plan: Plan, schedule: Schedule) -> None:
-        super().__init__(out, plan, schedule)
-        first = schedule.stages[0].reads
+    def __init__(self, out: Source, plan: Plan, piece: Piece) -> None:
+        super().__init__(out, plan, piece)
+        first = self.schedule.stages[0].reads
         self.early: dict[Kind, list[Old]] = {k: [r for r in first if r.x.kind == k] for k in ("key", "value")}
 
     def emit(self) -> None:
@@ -55,13 +56,11 @@ class VerifyItem(Item):
         """room.x: the queries of all tokens times all decays of their own axis before them."""
         self.out.comment("The queries of all tokens, faded as the base sees them.")
         faded: list[Kind] = [k for k in ("key", "value") if self.early[k] and k in self.rows.fades]
-        kind: Kind
-        for kind in faded:
-            self.values.array(f"later_{kind}", kind)
-            self.values.each(kind, f"later_{kind}[i] = {fade_name(kind)}[i];")
+        self._later(faded)
         decays = [e.factor for e in self.plan.program.events if isinstance(e, Decay) and e.factor.kind in faded]
         queries = [r.x for r in self.schedule.stages[0].reads]
         with self.out.block(EACH):
+            self._later_of_token(faded)
             steps = steps_for(self.plan.program, [*queries, *decays])
             self.values.load_for(self.plan.program.inputs, steps, [*queries, *decays])
             self.values.steps(steps)
@@ -70,8 +69,20 @@ class VerifyItem(Item):
                     fade = f" * later_{kind}[i]" if kind in faded else ""
                     to = f"room.x_{kind}[(t * {len(reads)} + {n}) * {FULL[kind]} + i]"
                     self.values.each(kind, f"{to} = {self.values.name(read.x)}[i]{fade};")
-            for v in decays:
-                self.values.each(v.kind, f"later_{v.kind}[i] *= {self.values.name(v)}[i];")
+            self._later_of_next(decays, faded)
+
+    def _later(self, faded: Sequence[Kind]) -> None:
+        """later_key, later_value: the decays of an axis before the token at hand."""
+        for kind in faded:
+            self.values.array(f"later_{kind}", kind)
+            self.values.each(kind, f"later_{kind}[i] = {fade_name(kind)}[i];")
+
+    def _later_of_token(self, faded: Sequence[Kind]) -> None:
+        """Tokens follow each other: what the one before has left."""
+
+    def _later_of_next(self, decays: Sequence[Var], faded: Sequence[Kind]) -> None:
+        for v in decays:
+            self.values.each(v.kind, f"later_{v.kind}[i] *= {self.values.name(v)}[i];")
 
     def _one_pass(self) -> None:
         self.out.line(f"read_many<State>(block, flush, fold, {self._reads(self.outer)}, {self._reads(self.inner)});")
@@ -87,6 +98,7 @@ class VerifyItem(Item):
     # ------------------------------------------------------------------------------------------ each token
 
     def _token(self) -> None:
+        self._before_token()
         self._operands()
         for number, stage in enumerate(self.schedule.stages):
             self.values.steps(stage.steps)
@@ -97,6 +109,12 @@ class VerifyItem(Item):
         for v in self.plan.program.outputs:
             self._output(v, self.values.name(v))
         self.rows.append_all()
+        self._after_token()
+
+    def _before_token(self) -> None:
+        """The rows so far are those of all tokens before."""
+
+    def _after_token(self) -> None:
         with self.out.block("if (t + 1 < call.tokens)"):
             for event in self.plan.program.events:
                 self._push(event) if isinstance(event, Update) else self._fade(event.factor)

@@ -111,6 +111,10 @@ template <class X> INLINE X splat(Real x) {
 INLINE Real truth(bool x) { return x ? Real(1) : Real(0); }
 INLINE Real maximum(Real a, Real b) { return a != a || a > b ? a : b; }  // NaN wins, as in torch
 INLINE Real minimum(Real a, Real b) { return a != a || a < b ? a : b; }
+inline Real modulo(Real a, Real b) {
+  const Real rest = std::fmod(a, b);
+  return rest != 0 && (rest < 0) != (b < 0) ? rest + b : rest;
+}
 // exp without branches, so that loops over it become vectors: 2^n e^r with |r| <= ln2 / 2, error below 1 ulp.
 INLINE float exponential(float x) {
   const float clamped = x < -104.f ? -104.f : (x > 89.f ? 89.f : x);

@@ -88,17 +88,25 @@ class Schedule:
 
 def schedule(program: Program, in_place: bool) -> Schedule:
     """The stages of one token: up to its outputs and, in place, the fold, or else the values it logs."""
+    return arrange(*token_nodes(program, in_place))
+
+
+def token_nodes(program: Program, in_place: bool) -> tuple[list[Step | Old], Fold | None]:
+    """All that one token computes, in order, and, in place, its fold."""
     token = _Token(program)
     ir.run(program, token, {v.name: v for v in program.inputs})
     fold = token.fold() if in_place else None
-    roots = (*program.outputs, *(fold.needs if fold else program.logged))
-    nodes = _live(token.nodes, roots)
-    levels = _levels(program, nodes)
+    return live(token.nodes, (*program.outputs, *(fold.needs if fold else program.logged))), fold
+
+
+def arrange(nodes: list[Step | Old], fold: Fold | None) -> Schedule:
+    """Nodes in stages. What none of them computes is known from the start."""
+    levels = _levels(nodes)
     return Schedule(
         _stages(nodes, levels),
         _split(nodes),
         fold,
-        max((levels[v.name] for v in fold.needs), default=0) if fold else 0,
+        max((levels.get(v.name, 0) for v in fold.needs), default=0) if fold else 0,
     )
 
 
@@ -106,7 +114,7 @@ def steps_for(program: Program, roots: Iterable[Var]) -> tuple[Step, ...]:
     """The steps that compute `roots`, values that depend on no read."""
     token = _Token(program)
     ir.run(program, token, {v.name: v for v in program.inputs})
-    nodes = _live(token.nodes, roots)
+    nodes = live(token.nodes, roots)
     return tuple(n for n in nodes if not isinstance(n, Old))
 
 
@@ -237,7 +245,7 @@ def uses(node: Step | Old) -> tuple[Var, ...]:
             return (x,)
 
 
-def _live(nodes: list[Step | Old], roots: Iterable[Var]) -> list[Step | Old]:
+def live(nodes: list[Step | Old], roots: Iterable[Var]) -> list[Step | Old]:
     """The nodes that `roots` need, in order."""
     needed = set(roots)
     kept = []
@@ -248,11 +256,11 @@ def _live(nodes: list[Step | Old], roots: Iterable[Var]) -> list[Step | Old]:
     return kept[::-1]
 
 
-def _levels(program: Program, nodes: list[Step | Old]) -> dict[str, int]:
+def _levels(nodes: list[Step | Old]) -> dict[str, int]:
     """For each value, how many passes over the state must come before it."""
-    levels = {v.name: 0 for v in program.inputs}
+    levels: dict[str, int] = {}
     for node in nodes:
-        levels[node.out.name] = max((levels[v.name] for v in uses(node)), default=0) + isinstance(node, Old)
+        levels[node.out.name] = max((levels.get(v.name, 0) for v in uses(node)), default=0) + isinstance(node, Old)
     return levels
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvbuffer_compile import composite, ops, runtime
+from kvbuffer_compile import composite, ops, runtime, targets
 from kvbuffer_compile.accounts import Account
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.guard import plain_calls
@@ -117,7 +117,7 @@ class _Redirected(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.parents = parents
         self.done: set[int] = set()
-        self.trees = {ops.step_op(p): (ops.step_op(replace(p, variant="tree", target="aten")), p) for p in plans}
+        self.trees = {ops.step_op(p): (ops.step_op(_tree_plan(p)), p) for p in plans}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -129,6 +129,12 @@ class _Redirected(TorchDispatchMode):
         before = 2 + len(plan.program.logged)  # state, cursor and rows
         self.done.add(given[1].data_ptr())
         return op(*given[:before], self.parents.to(given[1].device, torch.int32), *given[before:])
+
+
+def _tree_plan(plan: Plan) -> Plan:
+    """The tree step of a state's verify plan: a C++ kernel where that is one, built now if it is the first."""
+    tree = replace(plan, variant="tree")
+    return tree if plan.target == "cpp" and targets.build(tree) == "cpp" else replace(tree, target="aten")
 
 
 # --------------------------------------------------------------------------------------------------- accept

@@ -8,13 +8,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kvbuffer_compile import composite, slots, tree
+from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.plan import Plan
+
+if TYPE_CHECKING:
+    from kvbuffer_compile.codegen.pieces import Piece
 
 LIBRARY = torch.library.Library("kvbuffer", "FRAGMENT")
 
@@ -26,6 +30,38 @@ def step_op(plan: Plan) -> Any:
     LIBRARY.define(plan.schema, tags=(torch.Tag.flexible_layout,))
     LIBRARY.impl(name, torch.compiler.disable(_composite(plan)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"kvbuffer::{name}", _fake(plan), lib=LIBRARY)
+    return getattr(torch.ops.kvbuffer, name).default
+
+
+@functools.cache
+def use_cpp(plan: Plan) -> None:
+    """Let a generated C++ kernel implement the plan's op on CPUs, or several with the calls between them that have no
+    C++ spelling. EmitError when that cannot be."""
+    from kvbuffer_compile import cut_step
+    from kvbuffer_compile.codegen import build
+    from kvbuffer_compile.codegen.pieces import built_as, pieces
+
+    step_op(plan)
+    one = built_as(plan)
+    cut = pieces(plan.program, in_place=plan.variant == "recurrent")
+    if len(cut) == 1:
+        build.load(plan)
+        return
+    if plan.variant == "tree" or (plan.variant == "verify" and plan.slots):
+        raise EmitError(f"no C++ kernel for {plan.variant} steps with {cut[0].calls[0].fn} on {plan}")
+    kernels = [_piece_op(one, n, piece) for n, piece in enumerate(cut)]
+    build.load(one)
+    step = cut_step.one_token(one, cut, kernels)
+    if plan.variant == "verify":
+        step = cut_step.several_tokens(plan, step)
+    LIBRARY.impl(plan.op_name, torch.compiler.disable(lambda *args: _returned(step(*args))), "CPU")
+
+
+@functools.cache
+def _piece_op(plan: Plan, n: int, piece: Piece) -> Any:
+    """The op of one piece of a step that is cut: registered by the kernels' library under this name."""
+    name = f"{plan.op_name}_{n}"
+    LIBRARY.define(plan.schema_of(name, piece.inputs, piece.outputs))
     return getattr(torch.ops.kvbuffer, name).default
 
 

@@ -146,17 +146,25 @@ class Plan:
         return f"step_{self.key}"
 
     @property
-    def schema(self) -> str:
-        """The step op's schema: what it writes is marked, so that functionalisation and Inductor keep the order."""
+    def side_arguments(self) -> tuple[str, ...]:
+        """The step op's arguments in front of the operands. What it writes is marked, so that functionalisation and
+        Inductor keep the order."""
         written = ["state"]
         if self.variant != "recurrent":
             written += ["cursor", *(f"row_{v}" for v in self.program.logged)]
-        args = [f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(written)]
-        args += ["Tensor parents"] * (self.variant == "tree") + ["Tensor slots"] * self.slots
-        args += [f"Tensor {v}" for v in self.program.inputs]
-        count = len(self.program.outputs)
-        returns = "Tensor" if count == 1 else "(" + ", ".join(["Tensor"] * count) + ")"
-        return f"{self.op_name}({', '.join(args)}) -> {returns}"
+        marked = [f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(written)]
+        return (*marked, *["Tensor parents"] * (self.variant == "tree"), *["Tensor slots"] * self.slots)
+
+    @property
+    def schema(self) -> str:
+        """The step op's schema."""
+        return self.schema_of(self.op_name, self.program.inputs, self.program.outputs)
+
+    def schema_of(self, name: str, inputs: tuple[Var, ...], outputs: tuple[Var, ...]) -> str:
+        """The schema of an op on this state with these operands."""
+        args = (*self.side_arguments, *(f"Tensor {v}" for v in inputs))
+        returns = "Tensor" if len(outputs) == 1 else "(" + ", ".join(["Tensor"] * len(outputs)) + ")"
+        return f"{name}({', '.join(args)}) -> {returns}"
 
     def row_shape(self, v: Var, lanes: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the rows of one logged value for a state whose lanes have these sizes."""

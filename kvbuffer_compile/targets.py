@@ -51,14 +51,12 @@ def build(plan: Plan) -> str:
 
 @functools.cache
 def _built(plan: Plan) -> bool:
-    from kvbuffer_compile.codegen import build as cpp
-
     ops.step_op(plan)
     try:
         if plan.target == "triton":
             ops.use_triton(plan, interpret=os.environ.get("TRITON_INTERPRET") == "1")
         else:
-            cpp.load(plan)
+            ops.use_cpp(plan)
     except EmitError as error:
         _warn_once(str(error))
         return False
@@ -67,11 +65,11 @@ def _built(plan: Plan) -> bool:
 
 def source(plan: Plan) -> tuple[str, str] | None:
     """The suffix and the text of the file that implements a plan's step; None for composite steps."""
-    from kvbuffer_compile.codegen import cpp, triton
+    from kvbuffer_compile.codegen import cpp, pieces, triton
 
     match plan.target:
         case "cpp":
-            return ".cpp", cpp.emit(plan)
+            return ".cpp", cpp.emit(pieces.built_as(plan))
         case "triton":
             return ".py", triton.emit(plan)
     return None

@@ -42,6 +42,7 @@ LEVELS = {
     "step": 4,
     "loops": 4,
     "check": 4,
+    "cut_step": 4,
     "targets": 4,
     "dump": 4,
     "recurrences": 4,

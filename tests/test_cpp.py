@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ co
 def built(plan: Plan):
     """The plan's op, with the generated kernel behind it."""
     op = ops.step_op(plan)
-    build.load(plan)
+    ops.use_cpp(plan)
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kvbuffer::{plan.op_name}", "CPU")
     return op
 
@@ -221,12 +221,13 @@ def spellable(fn: str) -> bool:
 
 def test_vocabulary():
     """Every row of the table against its ATen op, in one kernel, on values that include inf and NaN."""
-    values = {"x": ONE, "z": ONE.roll(5), "c": ONE > 0.5}
-    lines, expected = ["  c = aten.gt.Scalar(x, 0.5)"], {}
+    values = {"x": ONE, "z": ONE.roll(5), "c": ONE > 0.5, "w": ONE.roll(5) > 0.5}
+    lines, expected = ["  c = aten.gt.Scalar(x, 0.5)", "  w = aten.gt.Scalar(z, 0.5)"], {}
     for n, (fn, call) in enumerate(calls.CALLS.items()):
         assert spellable(fn), f"{fn} is not an op of torch, or takes other arguments"
         types = [str(a.type) for a in overload(fn)._schema.arguments][: call.arity - len(call.defaults)]
         names = ["c", "x", "z"] if fn.startswith("aten.where") else ["x", "z", "x"]
+        names = ["c", "w"] if fn.startswith("aten.bitwise") else names
         words = [v if t == "Tensor" or "Optional[Tensor]" in t else "0.75" for v, t in zip(names, types, strict=False)]
         lines.append(f"  t{n} = {fn}({', '.join(words)})")
         expected[f"t{n}"] = fn, overload(fn)(*(values.get(w, 0.75) for w in words)).float()
@@ -254,7 +255,7 @@ def test_exp_is_as_good_as_torchs():
 def test_an_unknown_op_is_named():
     text = "program over b tokens 1\n  input x: value(b)\n  y = aten.digamma.default(x)\n  return y"
     with pytest.raises(EmitError, match="digamma"):
-        cpp.emit(make_plan(parse(text)))
+        cpp.emit(make_plan(parse(text), "verify"))
 
 
 def test_reserved_words_may_be_names():

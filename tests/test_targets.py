@@ -5,8 +5,9 @@ import warnings
 import pytest
 import torch
 
-from kvbuffer_compile import targets
+from kvbuffer_compile import ops, targets
 from kvbuffer_compile.codegen import build
+from kvbuffer_compile.errors import EmitError
 from tests.test_runtime import draw, step
 
 B, H, K, V = 3, 2, 8, 16
@@ -49,15 +50,33 @@ def compare(plain, records, options=None, steps=6):
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
-def test_an_op_without_spelling_runs_in_composite_steps(records, told):
-    plans = compare(odd_step, records)
-    assert {p.target for p in plans} == {"aten"} and "U" in plans[0].program.signature
-    (message,) = about_speed(told)
-    assert "aten.digamma.default" in message
+def test_an_op_without_spelling_cuts_the_step(records, told, tmp_path):
+    plans = compare(odd_step, records, {"dump": tmp_path})
+    assert {p.target for p in plans} == {"cpp"} and "U" in plans[0].program.signature
+    assert not about_speed(told)
+    assert "namespace piece_1" in next(tmp_path.rglob("*.cpp")).read_text()
+
+
+@pytest.fixture
+def unbuildable(monkeypatch):
+    def library(source):
+        raise EmitError("the compiler is broken")
+
+    monkeypatch.setattr(build, "library", library)
+    monkeypatch.setattr(build, "_loaded", set())
+    ops.use_cpp.cache_clear()
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
-def test_composite_steps_must_pay_too(records, told):
+def test_what_cannot_be_built_runs_in_composite_steps(records, told, unbuildable):
+    plans = compare(odd_step, records, {"flush": 5})
+    assert {p.target for p in plans} == {"aten"}
+    (message,) = about_speed(told)
+    assert "the compiler is broken" in message
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
+def test_composite_steps_must_pay_too(records, told, unbuildable):
     """The plan for a kernel that could not be built is no plan for composite steps."""
     compare(odd_step, records, {"flush": "auto"})
     assert not [plan for r in records for _, plan in r.states if getattr(plan, "target", "aten") != "aten"]
