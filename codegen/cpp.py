@@ -24,7 +24,7 @@ import torch
 
 from kvbuffer_compile.codegen import cpp_entry
 from kvbuffer_compile.codegen.cpp_item import Item
-from kvbuffer_compile.codegen.cpp_rows import axes, row_types, updates
+from kvbuffer_compile.codegen.cpp_log import axes, row_types, updates
 from kvbuffer_compile.codegen.cpp_tree import TreeItem
 from kvbuffer_compile.codegen.cpp_values import FULL
 from kvbuffer_compile.codegen.cpp_verify import VerifyItem

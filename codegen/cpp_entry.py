@@ -7,7 +7,7 @@ from math import prod
 
 import torch
 
-from kvbuffer_compile.codegen.cpp_rows import axes, owned
+from kvbuffer_compile.codegen.cpp_log import axes, owned
 from kvbuffer_compile.codegen.pieces import Piece
 from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.ir import Var

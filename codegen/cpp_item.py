@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from kvbuffer_compile.codegen.cpp_rows import Rows, axes
+from kvbuffer_compile.codegen.cpp_log import axes
+from kvbuffer_compile.codegen.cpp_rows import Rows
 from kvbuffer_compile.codegen.cpp_values import FULL, Values
 from kvbuffer_compile.codegen.pieces import Piece
 from kvbuffer_compile.codegen.schedule import Fold, Old

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvbuffer_compile.codegen.cpp_rows import fade_name
+from kvbuffer_compile.codegen.cpp_log import fade_name
 from kvbuffer_compile.codegen.cpp_values import FULL
 from kvbuffer_compile.codegen.cpp_verify import VerifyItem
 from kvbuffer_compile.ir import Kind, Var

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvbuffer_compile.codegen.cpp_item import HEAD, Item
-from kvbuffer_compile.codegen.cpp_rows import fade_name
+from kvbuffer_compile.codegen.cpp_log import fade_name
 from kvbuffer_compile.codegen.cpp_values import FULL
 from kvbuffer_compile.codegen.pieces import Piece
 from kvbuffer_compile.codegen.schedule import Old, steps_for
