@@ -43,6 +43,7 @@ class Account:
         self.seen = _geometry(owner)
         self.base = owner._base if owner._is_view() else None
         self.storage = self.state.untyped_storage().data_ptr()
+        self._storage = self.state.untyped_storage()._cdata  # valid as long as self.state is there
         self.rivals: list[Account] = []
         self.aliased = False
         self.exposed = False
@@ -59,6 +60,11 @@ class Account:
     def row_bytes(self) -> int:
         """Memory the account holds besides the state."""
         return sum(t.untyped_storage().nbytes() for t in (self.cursor, *self.rows))
+
+    @property
+    def storage_users(self) -> int:
+        """How many tensors, arrays and views hold the state's memory, this account's alias among them."""
+        return storage_users(self._storage)
 
     def matches(self, owner: Tensor, plan: Plan) -> bool:
         """Whether this account can go on serving `owner` under `plan`."""
@@ -129,6 +135,11 @@ class Account:
 
 def _geometry(t: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
     return t.data_ptr(), t.shape, t.stride()
+
+
+def storage_users(handle: int) -> int:
+    """How many hold a storage. handle: its `_cdata`; asking takes one more hold."""
+    return int(torch._C._storage_Use_Count(handle)) - 1
 
 
 def alias(owner: Tensor, place: Place | None = None) -> Tensor:

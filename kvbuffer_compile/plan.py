@@ -39,6 +39,7 @@ adding its length to cursor[0], before anything else happens to the state.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass, field
@@ -124,9 +125,14 @@ class Plan:
     @property
     def key(self) -> str:
         """A content hash that names the op and the kernels of this plan, equal in every process."""
-        parts = (self.program, self.layout, self.variant, self.sizes, self.flush, self.capacity,
-                 self.state_dtype, self.row_dtypes, self.compute, self.target, self.slots)  # fmt: skip
-        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+        return _hash(self.program, self.layout, self.variant, self.sizes, self.flush, self.capacity,
+                     self.state_dtype, self.row_dtypes, self.compute, self.target, self.slots)  # fmt: skip
+
+    @functools.cached_property
+    def rows_key(self) -> str:
+        """A content hash of all that says what rows mean: asked at every step, for every state."""
+        return _hash(self.program, self.layout, self.sizes, self.flush, self.capacity,
+                     self.state_dtype, self.row_dtypes, self.compute)  # fmt: skip
 
     @property
     def several(self) -> bool:
@@ -135,10 +141,7 @@ class Plan:
 
     def shares_rows(self, other: Plan) -> bool:
         """Whether rows written under one plan can be read under the other (decode and verify of one recurrence)."""
-        return all(
-            getattr(self, name) == getattr(other, name)
-            for name in ("program", "layout", "sizes", "flush", "capacity", "state_dtype", "row_dtypes", "compute")
-        )
+        return self.rows_key == other.rows_key
 
     @property
     def op_name(self) -> str:
@@ -197,3 +200,7 @@ class Plan:
         sizes = f"K={self.sizes[0]} V={self.sizes[1]}"
         head = f"{self.variant} L={self.flush} capacity={self.capacity} {sizes} target={self.target}"
         return f"{head}\n  rows {rows or '-'}\n  {self.why}".rstrip()
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]

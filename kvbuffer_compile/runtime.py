@@ -19,7 +19,7 @@ import torch._functorch.config
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from kvbuffer_compile.accounts import Account, Key, Place, alias
+from kvbuffer_compile.accounts import Account, Key, Place, alias, storage_users
 from kvbuffer_compile.guard import GuardedState, on_touch, plain_calls
 from kvbuffer_compile.overlap import covers, overlap
 from kvbuffer_compile.plan import Plan
@@ -75,10 +75,9 @@ def check_aliases(accounts: Sequence[Account]) -> None:
         owners = {id(a.owner()) for a in holders}
         bases = {id(a.base) for a in holders if a.base is not None} - owners
         known = len(holders) + len(owners) + len(bases)
-        handle = holders[0].state.untyped_storage()
-        unknown = torch._C._storage_Use_Count(handle._cdata) - 1 - known
+        aliased = holders[0].storage_users > known
         for account in holders:
-            account.aliased = unknown > 0
+            account.aliased = aliased
 
 
 def close(account: Account) -> None:
@@ -102,10 +101,9 @@ def _owner_died(key: Key) -> None:
     account = _accounts.pop(key, None)
     if account is None or sys.is_finalizing():
         return
-    handle = account.state.untyped_storage()
-    # the dying owner, our aliases of it, this handle; a tensor that it was a view of may be the user's as well
-    ours = 2 + sum(a.owner() is None for a in _on_storage[account.storage])
-    if torch._C._storage_Use_Count(handle._cdata) > ours:
+    # the dying owner and our aliases of it; a tensor that it was a view of may be the user's as well
+    ours = 1 + sum(a.owner() is None for a in _on_storage[account.storage])
+    if account.storage_users > ours:
         account.settle()
     _forget_storage(account)
 
@@ -165,7 +163,7 @@ def declare_zero(state: Tensor) -> None:
     """
     with plain_calls():
         accounts = list(_overlapping(state))
-        alone = torch._C._storage_Use_Count(state.untyped_storage()._cdata) - 1 <= 1 + len(accounts)
+        alone = storage_users(state.untyped_storage()._cdata) <= 1 + len(accounts)
         own = [a for a in accounts if a.owner() is state and a.place is None]
     if len(own) < len(accounts) or not alone or not guard(state):
         state.zero_()
