@@ -156,6 +156,9 @@ struct Reads {
   int64_t x_stride = 0;
   Real* y = nullptr;
   int64_t y_stride = 0;
+  // Which of several groups of reads over the same rows asks for what is needed next: each a share of the rows, in turn, so
+  // that memory is busy all the time. All of it in the first group: 4 tokens of GDN took 2.08 ms instead of 1.57.
+  INLINE int64_t shares() const { return count < 8 ? 1 : count < 16 ? 2 : 4; }
 };
 // R reads across, N times sizeof(X) of columns from c on, rows [r, end).
 template <int R, int N, class X, class T>
@@ -163,11 +166,12 @@ INLINE void tile_across(const Block<T>& s, const Reads& reads, int64_t j, int64_
   constexpr int step = sizeof(X) / sizeof(Real);
   const Real* const x = reads.x + j * reads.x_stride;
   Real* const y = reads.y + j * reads.y_stride + c;
+  const int64_t shares = reads.shares(), turn = j / R;
   X sums[R][N];
   UNROLL for (int i = 0; i < R; ++i) UNROLL for (int n = 0; n < N; ++n) sums[i][n] = get<X>(y + i * reads.y_stride + n * step);
   for (; r < end; ++r) {
     X v[N];
-    if (N == 4 && j == 0)
+    if (N == 4 && (r & (shares - 1)) == turn)
       UNROLL for (int n = 0; n < N; n += LINE<T>) __builtin_prefetch(s.data + (r + FAR) * s.row_stride + c + n * step, 0, 2);
     UNROLL for (int n = 0; n < N; ++n) v[n] = get<X>(s.data + r * s.row_stride + (c + n * step) * s.column_stride);
     UNROLL for (int i = 0; i < R; ++i) {
@@ -180,12 +184,14 @@ INLINE void tile_across(const Block<T>& s, const Reads& reads, int64_t j, int64_
 // R reads along, U rows from r on.
 template <int R, int U, class T> INLINE void tile_along(const Block<T>& s, const Reads& reads, int64_t j, int64_t r) {
   const Real* const z = reads.x + j * reads.x_stride;
+  const int64_t shares = reads.shares(), turn = j / R;
   Wide sums[R][U] = {};
   Real tail[R][U] = {}, out[U];
   const int64_t whole = s.column_stride == 1 ? s.columns / WIDTH * WIDTH : 0;
   for (int64_t c = 0; c < whole; c += WIDTH) {
     Wide v[U];
-    if (j == 0) UNROLL for (int u = 0; u < U; ++u) __builtin_prefetch(s.data + (r + u + FAR) * s.row_stride + c, 0, 2);
+    UNROLL for (int u = 0; u < U; ++u)
+      if (((r + u) & (shares - 1)) == turn) __builtin_prefetch(s.data + (r + u + FAR) * s.row_stride + c, 0, 2);
     UNROLL for (int u = 0; u < U; ++u) v[u] = get<Wide>(s.data + (r + u) * s.row_stride + c);
     UNROLL for (int i = 0; i < R; ++i) {
       const Wide at = get<Wide>(z + i * reads.x_stride + c);
