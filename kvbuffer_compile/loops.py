@@ -1,4 +1,5 @@
-"""Loops as ops (`scan`, `while_loop`) written out token by token, so that their carries can be lifted.
+"""Loops as ops (`scan`, `associative_scan`, `while_loop`) written out token by token, so that their carries can be
+lifted.
 
 Done on the graph that Dynamo captured, where a loop's body is a graph of its own. Only loops of at most MOST_TRIPS
 trips whose number is fixed: the length of what a scan runs over, or a counter that starts at a constant and alone
@@ -20,18 +21,19 @@ from torch.fx.node import map_arg
 MOST_TRIPS = 16
 LARGEST_CONSTANT = 16  # elements of a value that is computed here: counters and positions
 SCAN, WHILE = torch.ops.higher_order.scan, torch.ops.higher_order.while_loop
+ASSOCIATIVE = torch.ops.higher_order.associative_scan
 FACTORIES = (torch.zeros, torch.ones, torch.full, torch.tensor, torch.arange)
 
 
 def unrolled(gm: GraphModule) -> GraphModule | None:
     """A copy of the graph with its short loops written out; None when it has none."""
-    if not any(n.target in (SCAN, WHILE) for n in gm.graph.nodes):
+    if not any(n.target in WRITERS for n in gm.graph.nodes):
         return None
     new = GraphModule(gm, copy.deepcopy(gm.graph))
     new.meta.update(gm.meta)
     for fresh, old in zip(new.graph.nodes, gm.graph.nodes, strict=True):
         fresh.meta = dict(old.meta)  # fake tensors are shared, not copied
-    done = [_write_out(new, n) for n in list(new.graph.nodes) if n.target in (SCAN, WHILE)]
+    done = [_write_out(new, n) for n in list(new.graph.nodes) if n.target in WRITERS]
     if not any(done):
         return None
     new.delete_all_unused_submodules()
@@ -42,7 +44,7 @@ def unrolled(gm: GraphModule) -> GraphModule | None:
 
 def _write_out(gm: GraphModule, loop: Node) -> bool:
     writer = _Writer(loop)
-    results = (_scan if loop.target is SCAN else _while)(gm, loop, writer)
+    results = WRITERS[loop.target](gm, loop, writer)
     if results is None:
         return False
     for user in list(loop.users):
@@ -73,6 +75,21 @@ def _scan(gm: GraphModule, loop: Node, writer: _Writer) -> list[Any] | None:
     return [*values, *stacked]
 
 
+def _associative(gm: GraphModule, loop: Node, writer: _Writer) -> list[Any] | None:
+    """What is combined of all elements up to each, stacked."""
+    body, over, others = loop.args
+    graph = _body(gm, body)
+    assert isinstance(over, list | tuple) and isinstance(others, list | tuple)
+    length = _length(over)
+    if graph is None or length is None:
+        return None
+    values = [[writer.call(torch.select, x, 0, 0) for x in over]]
+    for trip in range(1, length):
+        at = [writer.call(torch.select, x, 0, trip) for x in over]
+        values.append(writer.inline(graph, [*values[-1], *at, *others]))
+    return [writer.call(torch.stack, [writer.node(x) for x in each]) for each in zip(*values, strict=True)]
+
+
 def _length(over: Sequence[Any]) -> int | None:
     """How many trips a scan makes, None when that is not fixed or too many."""
     example = over[0].meta.get("example_value") if over and isinstance(over[0], Node) else None
@@ -97,6 +114,11 @@ def _while(gm: GraphModule, loop: Node, writer: _Writer) -> list[Any] | None:
         values = writer.inline(graph, [*values, *others])
     writer.undo()
     return None
+
+
+WRITERS: dict[Any, Callable[[GraphModule, Node, _Writer], list[Any] | None]] = {
+    SCAN: _scan, ASSOCIATIVE: _associative, WHILE: _while,
+}  # fmt: skip
 
 
 def _body(gm: GraphModule, node: Any) -> Graph | None:

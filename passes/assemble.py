@@ -21,12 +21,13 @@ from kvbuffer_compile.ir import (
     result,
     verify,
 )
+from kvbuffer_compile.passes.chained import chained
 from kvbuffer_compile.passes.coordinates import Coordinates, coordinates
 from kvbuffer_compile.passes.factor import Axes, Factoring
-from kvbuffer_compile.passes.graph import shape
 from kvbuffer_compile.passes.labels import TokenAtom, resolved
 from kvbuffer_compile.passes.lifted import Output
 from kvbuffer_compile.passes.maps import Opening
+from kvbuffer_compile.passes.nodes import shape
 from kvbuffer_compile.passes.operands import Inserter, Operands
 from kvbuffer_compile.passes.order import DecayEvent, Event, Ordering, ReadEvent, UpdateEvent
 from kvbuffer_compile.passes.sequences import all_tokens, tokens_of
@@ -82,7 +83,7 @@ def assemble(walk: Walk, axes: Axes, tainted: Tainted, inserter: Inserter) -> As
     factoring = Factoring(values, axes)
     opening = Opening(values, axes, walk.reads, tainted)
     _supported(walk)
-    events = [opening.event(e) for e in Ordering(walk, factoring).events()]
+    events = [opening.event(e) for e in Ordering(chained(walk, factoring), factoring).events()]
     outside = [leaf for e in events for x in _exprs(e) for leaf in leaves(x) if leaf.node not in walk.reads]
     place = coordinates(walk.state, walk.home, axes, values, outside, walk.reads.values())
     _contiguous(walk, place)

@@ -10,7 +10,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from kvbuffer_compile.passes.forms import Write
-from kvbuffer_compile.passes.graph import read, shape, tensor
+from kvbuffer_compile.passes.graph import read
+from kvbuffer_compile.passes.nodes import shape, tensor
 
 
 def copied(gm: GraphModule) -> GraphModule:

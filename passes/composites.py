@@ -10,7 +10,8 @@ from torch.fx import GraphModule, Node
 
 from kvbuffer_compile.passes.captured import candidates
 from kvbuffer_compile.passes.forms import Cast, Choice, Product, Quotient, Sum, is_view, operands
-from kvbuffer_compile.passes.graph import argument, read, tensor
+from kvbuffer_compile.passes.graph import read
+from kvbuffer_compile.passes.nodes import argument, tensor
 from kvbuffer_compile.passes.operands import Inserter
 
 aten = torch.ops.aten

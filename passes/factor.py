@@ -13,6 +13,7 @@ from itertools import product as cross
 from torch.fx import Node
 
 from kvbuffer_compile.passes.forms import (
+    WIDEST,
     Cast,
     Choice,
     Contract,
@@ -22,12 +23,12 @@ from kvbuffer_compile.passes.forms import (
     Quotient,
     Reduce,
     Sum,
-    is_view,
 )
-from kvbuffer_compile.passes.graph import read, shape
+from kvbuffer_compile.passes.graph import read
 from kvbuffer_compile.passes.labels import Atom, Dim, Labels, aligned, fresh, resolve
+from kvbuffer_compile.passes.nodes import shape
 from kvbuffer_compile.passes.terms import Call, Expr, Factor, Leaf, Mask, Number, Refusal, Term, held, leaves, product
-from kvbuffer_compile.passes.vary import WIDEST, Values, is_zero, pull, unreduced
+from kvbuffer_compile.passes.vary import Values, can_peel, is_zero, pull, unreduced
 
 EXP = "aten.exp.default"
 
@@ -80,9 +81,9 @@ class Factoring:
         if not isinstance(factor, Leaf):
             return (factor,)
         node, labels = factor.node, factor.labels
-        while is_view(read(node)) or isinstance(read(node), Cast):
+        while can_peel(read(node)) or isinstance(read(node), Cast):
             inner = pull(node, labels)
-            if inner is None:
+            if not inner:
                 return (factor,)
             node, labels = inner[0]
         form = read(node)
@@ -122,10 +123,10 @@ class Factoring:
                 return self._reduce(form, labels)
             case Pointwise(fn, (Node() as x,)) if fn == EXP:
                 return [tuple(self._exp(t, Leaf(node, labels)) for t in self._operand(x, labels))]
-        inner = pull(node, labels) if is_view(form) or (isinstance(form, Cast) and form.exact) else None
+        inner = pull(node, labels) if can_peel(form) or (isinstance(form, Cast) and form.exact) else None
         if inner is None:
             raise _full(Leaf(node, labels))
-        return self.open(*inner[0])
+        return self.open(*inner[0]) if inner else []
 
     def _operand(self, x: Operand, labels: Labels) -> list[Term]:
         if isinstance(x, Node):

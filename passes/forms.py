@@ -12,6 +12,7 @@ from typing import Any
 from torch.fx import Node
 
 Operand = Node | float | int | bool
+WIDEST = 16  # positions that are looked at one by one; terms of a sum, the largest rank among them
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,29 @@ class Token:
 
 @dataclass(frozen=True)
 class Slice:
-    """A contiguous part of a dim of x."""
+    """A part of a dim of x: every `step`-th of its positions."""
 
     x: Node
     dim: int
     start: int
+    step: int = 1
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tensors of one shape, one behind the other along a dim."""
+
+    xs: tuple[Node, ...]
+    dim: int
+
+
+@dataclass(frozen=True)
+class Join:
+    """A short dim of which each position comes from somewhere: a tensor at one of its positions, a tensor that has no
+    such dim (None), or a number everywhere."""
+
+    dim: int
+    parts: tuple[tuple[Operand, int | None], ...]
 
 
 @dataclass(frozen=True)
@@ -137,6 +156,15 @@ class Variance:
 
 
 @dataclass(frozen=True)
+class Cumulative:
+    """Running sums or products of x along a dim. fn: "cumsum" or "cumprod"."""
+
+    x: Node
+    dim: int
+    fn: str
+
+
+@dataclass(frozen=True)
 class Pointwise:
     """Any other elementwise call, broadcasting its tensor arguments."""
 
@@ -170,8 +198,8 @@ class Opaque:
 
 
 Form = (
-    Regroup | Permute | Same | Cast | Expand | Select | Token | Slice | Product | Quotient | Sum | Choice | Contract
-    | Reduce | Variance | Pointwise | Constant | Write | Metadata | Opaque
+    Regroup | Permute | Same | Cast | Expand | Select | Token | Slice | Blocks | Join | Product | Quotient | Sum
+    | Choice | Contract | Reduce | Variance | Cumulative | Pointwise | Constant | Write | Metadata | Opaque
 )  # fmt: skip
 
 
@@ -182,8 +210,10 @@ def operands(form: Form) -> list[Node]:
             found: tuple[Any, ...] = (x, y)
         case Choice(condition, x, y):
             found = (condition, x, y)
-        case Pointwise(_, args):
+        case Pointwise(_, args) | Blocks(args):
             found = args
+        case Join(_, parts):
+            found = tuple(dict.fromkeys(x for x, _ in parts))
         case Constant() | Metadata() | Opaque():
             found = ()
         case _:

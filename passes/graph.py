@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from kvbuffer_compile.passes.forms import (
@@ -18,6 +16,7 @@ from kvbuffer_compile.passes.forms import (
     Choice,
     Constant,
     Contract,
+    Cumulative,
     Expand,
     Form,
     Metadata,
@@ -36,21 +35,11 @@ from kvbuffer_compile.passes.forms import (
     Variance,
     Write,
 )
-from kvbuffer_compile.passes.labels import Size, size_of
+from kvbuffer_compile.passes.joins import JOINS
+from kvbuffer_compile.passes.labels import size_of
+from kvbuffer_compile.passes.nodes import argument, operand, positive, rank_of, shape, tensor
 
 aten = torch.ops.aten
-
-
-def tensor(node: Node) -> Tensor | None:
-    """The fake tensor a node computes, None for anything but a tensor."""
-    value = node.meta.get("val")
-    return value if isinstance(value, Tensor) else None
-
-
-def shape(node: Node) -> tuple[Size, ...]:
-    """Sizes of the tensor a node computes; () for a number."""
-    value = tensor(node)
-    return () if value is None else tuple(size_of(n) for n in value.shape)
 
 
 def read(node: Node) -> Form:
@@ -75,23 +64,6 @@ def read(node: Node) -> Form:
 # ---------------------------------------------------------------------------------------------- readers
 
 
-def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument given by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _x(node: Node) -> Any:
-    return argument(node, 0, "self")
-
-
-def _rank(node: Node) -> int:
-    return len(shape(node))
-
-
-def _dim(dim: int, rank: int) -> int:
-    return dim % rank if rank else 0
-
-
 def _getitem(node: Node) -> Form:
     """One piece of a split or unbound tensor."""
     whole, index = node.args
@@ -99,11 +71,11 @@ def _getitem(node: Node) -> Form:
     if not isinstance(whole, Node) or not isinstance(index, int):
         return Opaque()
     if target == "aten.unbind.int":
-        x = _x(whole)
-        return Select(x, _dim(argument(whole, 1, "dim", 0), _rank(x)), index)
+        x = operand(whole)
+        return Select(x, positive(argument(whole, 1, "dim", 0), rank_of(x)), index)
     if target in ("aten.split.Tensor", "aten.split_with_sizes.default"):
-        x = _x(whole)
-        dim = _dim(argument(whole, 2, "dim", 0), _rank(x))
+        x = operand(whole)
+        dim = positive(argument(whole, 2, "dim", 0), rank_of(x))
         sizes = [size_of(piece.shape[dim]) for piece in whole.meta["val"][:index]]
         return Slice(x, dim, sum(sizes)) if all(isinstance(n, int) for n in sizes) else Opaque()
     if target == "aten.var_mean.correction":
@@ -114,21 +86,21 @@ def _getitem(node: Node) -> Form:
 
 def _permute(node: Node) -> Form:
     order = argument(node, 1, "dims")
-    return Permute(_x(node), tuple(_dim(d, len(order)) for d in order))
+    return Permute(operand(node), tuple(positive(d, len(order)) for d in order))
 
 
 def _transpose(node: Node) -> Form:
-    rank = _rank(node)
+    rank = rank_of(node)
     order = list(range(rank))
-    a, b = _dim(argument(node, 1, "dim0", 0), rank), _dim(argument(node, 2, "dim1", 1), rank)
+    a, b = positive(argument(node, 1, "dim0", 0), rank), positive(argument(node, 2, "dim1", 1), rank)
     if rank > 1:
         order[a], order[b] = order[b], order[a]
-    return Permute(_x(node), tuple(order))
+    return Permute(operand(node), tuple(order))
 
 
 def _select(node: Node) -> Form:
-    x, index = _x(node), argument(node, 2, "index")
-    dim = _dim(argument(node, 1, "dim"), _rank(x))
+    x, index = operand(node), argument(node, 2, "index")
+    dim = positive(argument(node, 1, "dim"), rank_of(x))
     size = shape(x)[dim]
     if not isinstance(index, int) or (index < 0 and not isinstance(size, int)):
         return Opaque()
@@ -136,19 +108,19 @@ def _select(node: Node) -> Form:
 
 
 def _slice(node: Node) -> Form:
-    x, step = _x(node), argument(node, 4, "step", 1)
-    dim = _dim(argument(node, 1, "dim", 0), _rank(x))
+    x, step = operand(node), argument(node, 4, "step", 1)
+    dim = positive(argument(node, 1, "dim", 0), rank_of(x))
     start = argument(node, 2, "start") or 0
     size = shape(x)[dim]
     if shape(node) == shape(x) and step == 1:
         return Same(x)
-    if step != 1 or not isinstance(start, int) or not isinstance(size, int):
+    if not all(isinstance(n, int) for n in (step, start, size)):
         return Opaque()
-    return Slice(x, dim, max(start + size, 0) if start < 0 else start)
+    return Slice(x, dim, max(start + size, 0) if start < 0 else start, step)
 
 
 def _cast(node: Node) -> Form:
-    return cast(node, _x(node))
+    return cast(node, operand(node))
 
 
 def cast(node: Node, x: Node) -> Form:
@@ -166,8 +138,8 @@ def _copy(node: Node) -> Form:
 
 
 def _repeat(node: Node) -> Form:
-    x = _x(node)
-    sizes = ((1,) * _rank(node) + shape(x))[-_rank(node) :]
+    x = operand(node)
+    sizes = ((1,) * rank_of(node) + shape(x))[-rank_of(node) :]
     repeats = argument(node, 1, "repeats")
     plain = all(size == 1 or n == 1 for size, n in zip(sizes, repeats, strict=True))
     return Expand(x) if plain else Opaque()
@@ -178,42 +150,46 @@ def _sum(sign: int) -> Callable[[Node], Form]:
         alpha = node.kwargs.get("alpha", argument(node, 2, "alpha", 1))
         if not isinstance(alpha, int | float):
             return Opaque()
-        return Sum(_x(node), argument(node, 1, "other"), sign * alpha)
+        return Sum(operand(node), argument(node, 1, "other"), sign * alpha)
 
     return reader
 
 
 def _rsub(node: Node) -> Form:
     alpha = node.kwargs.get("alpha", argument(node, 2, "alpha", 1))
-    return Sum(argument(node, 1, "other"), _x(node), -alpha) if isinstance(alpha, int | float) else Opaque()
+    return Sum(argument(node, 1, "other"), operand(node), -alpha) if isinstance(alpha, int | float) else Opaque()
 
 
 def _div(node: Node) -> Form:
     if node.kwargs.get("rounding_mode") is not None:
         return _pointwise(node)
-    return Quotient(_x(node), argument(node, 1, "other"))
+    return Quotient(operand(node), argument(node, 1, "other"))
 
 
 def _reduce(fn: str) -> Callable[[Node], Form]:
     def reader(node: Node) -> Form:
-        x = _x(node)
-        rank = _rank(x)
+        x = operand(node)
+        rank = rank_of(x)
         overall = str(node.target).endswith(".default") and fn in ("sum", "mean")
         dims = None if overall else argument(node, 1, "dim")
         given = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
         keep = bool(argument(node, 2, "keepdim", False)) and not overall
-        return Reduce(x, tuple(sorted(_dim(d, rank) for d in given)), keep, fn)
+        return Reduce(x, tuple(sorted(positive(d, rank) for d in given)), keep, fn)
 
     return reader
 
 
 def _variance(node: Node) -> Variance:
     """var, or the first of var_mean."""
-    x = _x(node)
-    rank, given = _rank(x), argument(node, 1, "dim")
-    dims = tuple(sorted(_dim(d, rank) for d in given or range(rank)))
+    x = operand(node)
+    rank, given = rank_of(x), argument(node, 1, "dim")
+    dims = tuple(sorted(positive(d, rank) for d in given or range(rank)))
     correction = node.kwargs.get("correction")
     return Variance(x, dims, bool(node.kwargs.get("keepdim")), 1 if correction is None else correction)  # type: ignore[arg-type]
+
+
+def _cumulative(fn: str) -> Callable[[Node], Form]:
+    return lambda n: Cumulative(operand(n), positive(argument(n, 1, "dim"), rank_of(n)), fn)
 
 
 def _contract(*letters: str) -> Callable[[Node], Form]:
@@ -260,22 +236,22 @@ READERS: dict[str, Callable[[Node], Form]] = {
     **dict.fromkeys(
         ("aten.view.default", "aten._unsafe_view", "aten.reshape", "aten.unsqueeze", "aten.squeeze", "aten.flatten",
          "aten.unflatten", "aten._reshape_alias"),
-        lambda n: Regroup(_x(n)),
+        lambda n: Regroup(operand(n)),
     ),
     **dict.fromkeys(("aten.permute", "aten.permute_copy"), _permute),
     **dict.fromkeys(("aten.transpose", "aten.t"), _transpose),
     **dict.fromkeys(("aten.clone", "aten.alias", "aten.detach", "aten.lift_fresh_copy", "prims.view_of"), _cast),
     **dict.fromkeys(("aten._to_copy", "prims.convert_element_type", "aten.to"), _cast),
     "aten.copy": _copy,
-    "aten.expand": lambda n: Expand(_x(n)),
+    "aten.expand": lambda n: Expand(operand(n)),
     "aten.repeat": _repeat,
     "aten.select.int": _select,
     "aten.slice.Tensor": _slice,
-    "aten.mul": lambda n: Product(_x(n), argument(n, 1, "other")),
-    "aten.square": lambda n: Product(_x(n), _x(n)),
-    "aten.neg": lambda n: Product(_x(n), -1.0),
+    "aten.mul": lambda n: Product(operand(n), argument(n, 1, "other")),
+    "aten.square": lambda n: Product(operand(n), operand(n)),
+    "aten.neg": lambda n: Product(operand(n), -1.0),
     "aten.div": _div,
-    "aten.reciprocal": lambda n: Quotient(1.0, _x(n)),
+    "aten.reciprocal": lambda n: Quotient(1.0, operand(n)),
     "aten.add": _sum(1),
     "aten.sub": _sum(-1),
     "aten.rsub": _rsub,
@@ -287,14 +263,16 @@ READERS: dict[str, Callable[[Node], Form]] = {
     "aten.dot": _contract("c", "c", ""),
     **{f"aten.{fn}": _reduce(fn) for fn in ("sum", "mean", "amax", "amin", "prod", "any", "all")},
     "aten.var.correction": _variance,
+    **{f"aten.{fn}.default": _cumulative(fn) for fn in ("cumsum", "cumprod")},
     **dict.fromkeys(("aten.full", "aten.full_like", "aten.fill.Scalar"), _filled(1, "fill_value")),
     "aten.new_full": _filled(2, "fill_value"),
     "aten.scalar_tensor": _filled(0, "s"),
     **dict.fromkeys(("aten.zeros", "aten.zeros_like", "aten.new_zeros", "aten.zero"), _filled(-1, "", 0.0)),
     **dict.fromkeys(("aten.ones", "aten.ones_like", "aten.new_ones"), _filled(-1, "", 1.0)),
     **dict.fromkeys(("aten.empty", "aten.empty_like", "aten.new_empty", "aten.empty_permuted"), _filled(-1, "")),
-    "aten.copy_": lambda n: Write(_x(n), argument(n, 1, "src")),
+    **JOINS,
+    "aten.copy_": lambda n: Write(operand(n), argument(n, 1, "src")),
     "kvbuffer.sequence": lambda n: Metadata(),  # its one token, written out beside it, is what uses the state
-    "kvbuffer.stands_for": lambda n: Same(_x(n)),
-    "kvbuffer.token": lambda n: Token(_x(n), argument(n, 1, "dim")),
+    "kvbuffer.stands_for": lambda n: Same(operand(n)),
+    "kvbuffer.token": lambda n: Token(operand(n), argument(n, 1, "dim")),
 }  # fmt: skip

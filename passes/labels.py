@@ -10,6 +10,7 @@ Labels are positions in one use of a node, not a property of it: the same tensor
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
@@ -42,6 +43,26 @@ class TokenAtom(Atom):
 
 Dim = tuple[Atom, ...]
 Labels = tuple[Dim, ...]
+
+
+@functools.cache
+def _pin(size: Size, at: int) -> Atom:
+    return Atom(size, at)
+
+
+def pinned(size: Size, at: int) -> Dim:
+    """A dim of this size held at a position. Equal ones are the same atom."""
+    return () if size == 1 else (_pin(size, at),)
+
+
+def position(dim: Dim) -> int | None:
+    """Where a dim is held, None when it is not."""
+    at = 0
+    for atom in resolve(dim):
+        if atom.at is None or not isinstance(atom.size, int) or isinstance(atom, TokenAtom):
+            return None
+        at = at * atom.size + atom.at
+    return at
 
 
 def size_of(size: Any) -> Size:
@@ -106,25 +127,24 @@ def _deal(rest: deque[Atom], size: Size) -> Dim | None:
         left = quotient(size, atom.size)
         if left is None:
             inner = quotient(atom.size, size)
-            if inner is None or not _split(atom, size, inner):
+            parts = None if inner is None else _split(atom, size, inner)
+            if parts is None:
                 return None
-            atom, last = resolve([atom])[0], resolve([atom])[1:]
-            rest.extendleft(reversed(last))
-            left = 1
+            atom, left = parts[0], 1
+            rest.appendleft(parts[1])
         dim.append(atom)
         size = left
     return tuple(dim)
 
 
-def _split(atom: Atom, outer: Size, inner: Size) -> bool:
-    """Split an atom in two; False for a fixed atom whose position cannot be split."""
+def _split(atom: Atom, outer: Size, inner: Size) -> tuple[Atom, Atom] | None:
+    """An atom in two: a free one everywhere, a held one here. None when its position cannot be split."""
     if atom.at is None:
         atom.parts = (Atom(outer), Atom(inner))
-    elif isinstance(inner, int):
-        atom.parts = (Atom(outer, atom.at // inner), Atom(inner, atom.at % inner))
-    else:
-        return False
-    return True
+        return atom.parts
+    if isinstance(atom, TokenAtom) or not isinstance(inner, int):
+        return None
+    return _pin(outer, atom.at // inner), _pin(inner, atom.at % inner)
 
 
 def fixed(labels: Labels, atom: Atom, at: int) -> Labels:
@@ -132,7 +152,7 @@ def fixed(labels: Labels, atom: Atom, at: int) -> Labels:
     where: dict[Atom, Atom] = {}
     for part in reversed(resolve([atom])):
         assert isinstance(part.size, int)
-        where[part] = Atom(part.size, at % part.size)
+        where[part] = _pin(part.size, at % part.size)
         at //= part.size
     return tuple(tuple(where.get(a, a) for a in resolve(dim)) for dim in labels)
 

@@ -1,7 +1,7 @@
 """Lift: find the recurrences in a captured graph by their algebra.
 
 walk      each candidate state forwards: versions, reads, the next state           (walk.py)
-queries   reads of several queries at once into one read for each                   (queries.py)
+queries   reads of several queries or tokens at once into one read for each         (queries.py)
 axes      which indices are the key and the value axis, from what reads contract    (order.py)
 factor    decays, addends and keys into factors that run along one axis             (factor.py)
 assemble  events in order, operands in state coordinates: a Program                 (assemble.py)
@@ -108,6 +108,8 @@ def _assemble(walk: Walk, bits: dict[Node, int], index: int, inserter: Inserter)
     """The first choice of axes for which everything factorises. The reason of the first, preferred one otherwise."""
     if walk.write is None and not walk.reads:
         raise Refusal(walk.state, "not-written", "no next state is stored, and the state is never read")
+    if walk.apart:
+        raise Refusal(next(iter(walk.apart)), "wider-read", "not all states that one call reads can be told apart")
     first: Refusal | None = None
     for axes in choices(walk):
         try:

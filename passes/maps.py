@@ -20,8 +20,9 @@ from kvbuffer_compile.passes.forms import (
     Sum,
     Variance,
 )
-from kvbuffer_compile.passes.graph import read, shape
+from kvbuffer_compile.passes.graph import read
 from kvbuffer_compile.passes.labels import Atom, Dim, Labels, aligned, fresh, resolve, resolved
+from kvbuffer_compile.passes.nodes import shape
 from kvbuffer_compile.passes.order import SUM, DecayEvent, Event, ReadEvent, UpdateEvent
 from kvbuffer_compile.passes.terms import Call, Expr, Fetch, Leaf, Refusal, add, mul, where
 from kvbuffer_compile.passes.vary import Values, unreduced

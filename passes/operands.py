@@ -15,8 +15,8 @@ from kvbuffer_compile.ir import Kind
 from kvbuffer_compile.memory import overload
 from kvbuffer_compile.passes.coordinates import Coordinates
 from kvbuffer_compile.passes.factor import Axes
-from kvbuffer_compile.passes.graph import shape, tensor
 from kvbuffer_compile.passes.labels import Atom, Dim, Labels, Size, TokenAtom, resolved
+from kvbuffer_compile.passes.nodes import shape, tensor
 from kvbuffer_compile.passes.terms import Call, Expr, Leaf, Number, Ones, Refusal, leaves
 from kvbuffer_compile.passes.vary import Values
 
@@ -203,7 +203,8 @@ class Operands:
         node, labels = self._of_all_tokens(node, resolved(labels))
         flat = [a for dim in labels for a in dim]
         varying = self.values.vary(node, labels)
-        if len(set(flat)) < len(flat):
+        free = [a for a in flat if a.at is None]
+        if len(set(free)) < len(free):
             raise Refusal(node, "diagonal", "an operand runs along one axis of the state twice")
         if any(len(dim) > 1 for dim in labels):
             node = self.inserter.call(aten.reshape.default, node, [self.inserter.size(a.size) for a in flat])

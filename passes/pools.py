@@ -19,8 +19,9 @@ from torch.fx import Graph, GraphModule, Node
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.passes.captured import written
 from kvbuffer_compile.passes.forms import Cast, Constant, Metadata
-from kvbuffer_compile.passes.graph import argument, read, shape, tensor
+from kvbuffer_compile.passes.graph import read
 from kvbuffer_compile.passes.lifted import Lifted, Pool
+from kvbuffer_compile.passes.nodes import argument, shape, tensor
 from kvbuffer_compile.plan import Plan
 
 aten = torch.ops.aten

@@ -1,52 +1,85 @@
-"""Several queries that read one state at once, taken apart: each is a read of its own."""
+"""Several reads in one node taken apart: of several queries of one state, or of the states of several tokens."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from math import prod
 
 import torch
 from torch.fx import Node
 
-from kvbuffer_compile.passes.graph import shape
+from kvbuffer_compile.passes.forms import WIDEST
 from kvbuffer_compile.passes.labels import Dim, resolved
+from kvbuffer_compile.passes.nodes import shape
 from kvbuffer_compile.passes.operands import Inserter
 from kvbuffer_compile.passes.terms import held
-from kvbuffer_compile.passes.vary import WIDEST
 from kvbuffer_compile.passes.versions import ReadOut
 from kvbuffer_compile.passes.walk import Walk
 
 aten = torch.ops.aten
-Queries = dict[Node, list[tuple[tuple[int, ...], Node]]]  # read -> (position of each query, its node)
+Place = tuple[int, ...]
+Queries = dict[Node, list[tuple[Place, Node]]]  # read -> (position of each query, its node)
 
 
 def taken_apart(walks: list[Walk], insert: Inserter) -> Queries:
     """Nodes that select each query of a wide read from it; all other users get them stacked again."""
     found: Queries = {}
     for walk in walks:
-        for node, read in walk.reads.items():
-            flat, at = _dims(walk, read)
-            sizes = [flat[i].size for i in at]
-            if at and node not in found and all(isinstance(n, int) for n in sizes) and prod(map(int, sizes)) <= WIDEST:
-                found[node] = _selected(node, flat, at, insert)
+        for node in [*walk.reads, *walk.apart]:
+            if node in found:
+                continue
+            places = sorted(place for place, _ in _single(walk, node))
+            if len(places) > 1 and _are_all(places):
+                found[node] = _selected(node, _flat(walk, node), walk, places, insert)
     return found
 
 
-def _dims(walk: Walk, read: ReadOut) -> tuple[Dim, list[int]]:
-    """The atoms of a read one by one, and which of them are queries: no index of the state."""
-    flat = tuple(a for dim in resolved(read.labels) for a in dim)
-    return flat, [i for i, a in enumerate(flat) if a.at is None and not walk.own([a])]
+def _flat(walk: Walk, node: Node) -> Dim:
+    """The atoms of a read one by one."""
+    read = walk.reads[node] if node in walk.reads else walk.apart[node][0]
+    return tuple(a for dim in resolved(read.labels) for a in dim)
 
 
-def _selected(node: Node, flat: Dim, at: list[int], insert: Inserter) -> list[tuple[tuple[int, ...], Node]]:
-    users = list(node.users)
+def _foreign(walk: Walk, flat: Dim) -> list[int]:
+    """Which atoms are no index of the state: they count queries or tokens."""
+    return [i for i, a in enumerate(flat) if not walk.own([a])]
+
+
+def _single(walk: Walk, node: Node) -> list[tuple[Place, ReadOut]]:
+    """The reads of one query and one version each that a node consists of, by position; none when they are too many."""
+    out = []
+    for read in [walk.reads[node]] if node in walk.reads else walk.apart[node]:
+        flat = tuple(a for dim in resolved(read.labels) for a in dim)
+        at = _foreign(walk, flat)
+        sizes = [flat[i].size for i in at if flat[i].at is None]
+        if not all(isinstance(n, int) for n in sizes) or prod(map(int, sizes)) > WIDEST:
+            return []
+        ranges = [range(int(a.size)) if a.at is None else range(a.at, a.at + 1) for a in (flat[i] for i in at)]
+        for place in product(*ranges):
+            factors, labels = read.factors, tuple((a,) for i, a in enumerate(flat) if i not in at)
+            for i, index in zip(at, place, strict=True):
+                if flat[i].at is None:
+                    factors = tuple(held(f, flat[i], index) for f in factors)
+            out.append((place, replace(read, factors=factors, labels=labels)))
+    return out
+
+
+def _are_all(places: list[Place]) -> bool:
+    """Whether every position is there once, in order."""
+    sizes = [max(each) + 1 for each in zip(*places, strict=True)]
+    return places == list(product(*map(range, sizes)))
+
+
+def _selected(node: Node, flat: Dim, walk: Walk, places: list[Place], insert: Inserter) -> list[tuple[Place, Node]]:
+    users, at = list(node.users), _foreign(walk, flat)
     apart = insert.call(aten.reshape.default, node, [insert.size(a.size) for a in flat])
     out = []
-    for position in product(*(range(int(flat[i].size)) for i in at)):
+    for place in places:
         one = apart
-        for dim, index in reversed(list(zip(at, position, strict=True))):
+        for dim, index in reversed(list(zip(at, place, strict=True))):
             one = insert.call(aten.select.int, one, dim, index)
-        out.append((position, one))
+        out.append((place, one))
     whole = _stacked([one for _, one in out], at, flat, insert)
     whole = insert.call(aten.reshape.default, whole, [insert.size(n) for n in shape(node)])
     for user in users:
@@ -67,20 +100,10 @@ def _stacked(nodes: list[Node], at: list[int], flat: Dim, insert: Inserter) -> N
 
 
 def adopt(walk: Walk, queries: Queries) -> Walk:
-    """The walk with a read for each query in place of each wide read."""
-    reads: dict[Node, ReadOut] = {}
-    for node, read in walk.reads.items():
-        if node in queries:
-            reads |= {one: _query(walk, read, position, one) for position, one in queries[node]}
-        else:
-            reads[node] = read
-    walk.reads = reads
+    """The walk with reads of one query and one version each in place of wide ones."""
+    for node in [n for n in (*walk.reads, *walk.apart) if n in queries]:
+        single, nodes = dict(_single(walk, node)), dict(queries[node])
+        if single.keys() == nodes.keys():
+            walk.reads.pop(node, None), walk.apart.pop(node, None)
+            walk.reads |= {one: replace(single[place], node=one) for place, one in nodes.items()}
     return walk
-
-
-def _query(walk: Walk, read: ReadOut, position: tuple[int, ...], node: Node) -> ReadOut:
-    flat, at = _dims(walk, read)
-    factors, labels = read.factors, tuple((a,) for i, a in enumerate(flat) if i not in at)
-    for i, index in zip(at, position, strict=True):
-        factors = tuple(held(f, flat[i], index) for f in factors)
-    return ReadOut(node, read.version, factors, read.contracted, labels)

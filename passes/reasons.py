@@ -88,7 +88,7 @@ def _operands(node: Node) -> list[Node]:
 def _is_vector(walk: Walk) -> bool:
     """Whether something as wide as the whole state is added to it, and no read keeps an axis apart as its values."""
     values = Values(walk.reads)
-    added = [t for version in {lin.version for lin in walk.values.values()} for t in version.addends]
+    added = [t for version in {lin.version for lins in walk.values.values() for lin in lins} for t in version.addends]
     if not added or any(_keeps_an_axis(walk, r, values) for r in walk.reads.values()):
         return False
     return not any(_factor(walk, axes, values, added) for axes in _pairs(walk))

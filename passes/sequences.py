@@ -16,8 +16,9 @@ from kvbuffer_compile.ir import Kind, Map, run
 from kvbuffer_compile.memory import call_arguments, overload
 from kvbuffer_compile.passes.captured import copied
 from kvbuffer_compile.passes.forms import Cast, is_view
-from kvbuffer_compile.passes.graph import aten, read, shape
+from kvbuffer_compile.passes.graph import aten, read
 from kvbuffer_compile.passes.labels import Size
+from kvbuffer_compile.passes.nodes import shape
 from kvbuffer_compile.passes.operands import Inserter
 from kvbuffer_compile.passes.terms import Refusal
 from kvbuffer_compile.passes.walk import Walk

@@ -12,9 +12,10 @@ from torch.fx import GraphModule, Node
 
 from kvbuffer_compile.passes.captured import written
 from kvbuffer_compile.passes.forms import Constant, Metadata, Regroup, Same, Select
-from kvbuffer_compile.passes.graph import argument, read, shape
+from kvbuffer_compile.passes.graph import read
 from kvbuffer_compile.passes.labels import Size
 from kvbuffer_compile.passes.lifted import Part
+from kvbuffer_compile.passes.nodes import argument, shape
 
 aten = torch.ops.aten
 Place = tuple[int, int]  # a dim, and the position in it

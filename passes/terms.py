@@ -21,6 +21,17 @@ class Refusal(Exception):
         self.node, self.rule, self.reason = node, rule, reason
 
 
+def nonlinear(node: Node) -> Refusal:
+    """Something is done to the state that is no algebra."""
+    reason = f"{node.target} is applied to the state; it may only be scaled, contracted with a key and added to"
+    return Refusal(node, "nonlinear", reason)
+
+
+def in_part(node: Node) -> Refusal:
+    """Less than the state is used."""
+    return Refusal(node, "partial", "a part of the state is taken; only the whole state may be used")
+
+
 @dataclass(frozen=True)
 class Leaf:
     """The value of a node whose dims run over `labels`, constant along every other index."""

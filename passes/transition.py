@@ -13,8 +13,9 @@ from torch.fx import Node
 
 from kvbuffer_compile.passes.factor import Axes, Factoring
 from kvbuffer_compile.passes.forms import Cast, Choice, Operand, Pointwise
-from kvbuffer_compile.passes.graph import read, shape, tensor
+from kvbuffer_compile.passes.graph import read
 from kvbuffer_compile.passes.labels import Atom, Dim, Labels, aligned, atoms_of, resolve, resolved
+from kvbuffer_compile.passes.nodes import shape, tensor
 from kvbuffer_compile.passes.operands import Inserter
 from kvbuffer_compile.passes.terms import Call, Expr, Factor, Leaf, Mask, Refusal, Term, leaves
 from kvbuffer_compile.passes.vary import Values, is_zero
@@ -120,7 +121,7 @@ class _Matrix(Factoring):
         return super()._opened(node, labels)
 
     def _diagonal(self, x: Operand, y: Operand, labels: Labels, node: Node) -> list[Term]:
-        if not (is_zero(y) if isinstance(y, Node) else y == 0):
+        if not is_zero(y):
             raise Refusal(node, "full-rank", f"{node} is no diagonal matrix")
         return self._product(self._operand(x, labels), [(IDENTITY,)])
 

@@ -35,7 +35,7 @@ LARGE, TOO_LARGE = 8e6, 2e9  # bytes of a state in float64; evaluating holds abo
 _OPAQUE = frozenset(
     {
         aten.mm, aten.addmm, aten.convolution, aten.embedding, aten.index, aten.index_select, aten.gather,
-        aten.cumsum, aten.topk, aten.sort, aten.scatter, aten.index_put, aten._grouped_mm,
+        aten.topk, aten.sort, aten.scatter, aten.index_put, aten._grouped_mm,
         aten._scaled_dot_product_flash_attention_for_cpu, aten._softmax,
     }
 )  # fmt: skip

@@ -7,11 +7,16 @@ from collections.abc import Iterable
 from torch.fx import Node
 
 from kvbuffer_compile.passes.forms import (
+    WIDEST,
+    Blocks,
     Cast,
     Choice,
     Constant,
     Contract,
     Expand,
+    Form,
+    Join,
+    Operand,
     Permute,
     Pointwise,
     Product,
@@ -27,7 +32,7 @@ from kvbuffer_compile.passes.forms import (
     is_view,
     operands,
 )
-from kvbuffer_compile.passes.graph import read, shape
+from kvbuffer_compile.passes.graph import read
 from kvbuffer_compile.passes.labels import (
     Atom,
     Dim,
@@ -37,13 +42,15 @@ from kvbuffer_compile.passes.labels import (
     aligned,
     atoms_of,
     fresh,
+    pinned,
+    position,
     regroup,
     resolve,
     resolved,
 )
+from kvbuffer_compile.passes.nodes import shape
 
 Use = tuple[Node, Labels]  # a node at one place where it is used
-WIDEST = 16  # contractions that are looked through when they may be products with weights; also the largest rank
 
 
 def pull(node: Node, labels: Labels) -> list[Use] | None:
@@ -57,12 +64,13 @@ def pull(node: Node, labels: Labels) -> list[Use] | None:
             return [(x, tuple(labels[order.index(i)] for i in range(len(order))))]
         case Same(x) | Cast(x, _):
             return [(x, labels)]
-        case Select(x, dim) | Token(x, dim):
-            return [(x, (*labels[:dim], _position(shape(x)[dim], form), *labels[dim:]))]
-        case Slice(x, dim):
-            if shape(node)[dim] != 1:
-                return None
-            return [(x, (*labels[:dim], _position(shape(x)[dim], form), *labels[dim + 1 :]))]
+        case Select(x, dim, index):
+            return [(x, (*labels[:dim], pinned(shape(x)[dim], index), *labels[dim:]))]
+        case Token(x, dim):
+            size = shape(x)[dim]
+            return [(x, (*labels[:dim], () if size == 1 else (TokenAtom(size),), *labels[dim:]))]
+        case Slice() | Blocks() | Join():
+            return _pull_position(form, labels, shape(node)[form.dim])
         case Contract():
             return pull_contract(form, labels)
         case Reduce(x, dims, keep, _) | Variance(x, dims, keep, _):
@@ -73,14 +81,31 @@ def pull(node: Node, labels: Labels) -> list[Use] | None:
             return None
 
 
-def _position(size: Size, form: Select | Slice | Token) -> Dim:
-    if size == 1:
-        return ()
-    match form:
-        case Token():
-            return (TokenAtom(size),)
-        case Select(_, _, index) | Slice(_, _, index):
-            return (Atom(size, index),)
+def _pull_position(form: Slice | Blocks | Join, labels: Labels, size: Size) -> list[Use] | None:
+    """Where one position of a dim of this size comes from; None when the dim is not held."""
+    dim, before, after = form.dim, labels[: form.dim], labels[form.dim + 1 :]
+    if isinstance(form, Blocks):
+        found = regroup((labels[dim],), (len(form.xs), shape(form.xs[0])[dim])) if _begins_held(labels[dim]) else None
+        at = None if found is None else position(found[0])
+        return None if found is None or at is None else [(form.xs[at], (*before, found[1], *after))]
+    at = position(labels[dim]) if labels[dim] or size == 1 else None
+    if at is None:
+        return None
+    if isinstance(form, Slice):
+        return [(form.x, (*before, pinned(shape(form.x)[dim], form.start + at * form.step), *after))]
+    x, index = form.parts[at]
+    if not isinstance(x, Node):
+        return [] if x == 0 else None
+    return [(x, (*before, *(() if index is None else (pinned(shape(x)[dim], index),)), *after))]
+
+
+def _begins_held(dim: Dim) -> bool:
+    return position(resolve(dim)[:1]) is not None
+
+
+def can_peel(form: Form) -> bool:
+    """Whether the form only rearranges its operands, in their own dtype."""
+    return is_view(form) or isinstance(form, Blocks | Join)
 
 
 def unreduced(sizes: Iterable[Size], dims: tuple[int, ...], keep: bool, labels: Labels) -> Labels:
@@ -100,9 +125,11 @@ def pull_contract(form: Contract, labels: Labels) -> list[Use] | None:
     return [(form.x, tuple(env[i] for i in left)), (form.y, tuple(env[i] for i in right))]
 
 
-def is_zero(node: Node) -> bool:
-    """Whether a node is zero everywhere by construction."""
-    form = read(node)
+def is_zero(x: Operand) -> bool:
+    """Whether an operand is zero everywhere by construction."""
+    if not isinstance(x, Node):
+        return x == 0
+    form = read(x)
     while is_view(form) or isinstance(form, Cast):
         form = read(operands(form)[0])
     return isinstance(form, Constant) and form.value == 0
@@ -142,9 +169,9 @@ class Values:
 
     def peel(self, node: Node, labels: Labels) -> Use:
         """The same value behind all views: constants along broadcast dims come to light, casts and arithmetic stay."""
-        while node not in self.stops and is_view(read(node)):
+        while node not in self.stops and can_peel(read(node)):
             inner = pull(node, labels)
-            if inner is None:
+            if not inner:
                 break
             node, labels = inner[0]
         return node, labels

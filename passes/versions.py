@@ -6,21 +6,23 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+from kvbuffer_compile.passes.forms import WIDEST
 from kvbuffer_compile.passes.labels import Dim, Labels
 from kvbuffer_compile.passes.terms import Refusal, Term
-from kvbuffer_compile.passes.vary import WIDEST
 
 
 @dataclass(eq=False)
 class Version:
     """terms: (parent, factors), one on an ordinary chain, more where branches meet; addends: products.
 
-    base: the latest version that every path to this one goes through; depth: its number of bases.
+    plain: nothing of the state is in it, only the addends. base: the latest version that every path to this one goes
+    through; depth: its number of bases.
     """
 
     node: Node
     terms: tuple[tuple[Version, Term], ...] = ()
     addends: tuple[Term, ...] = ()
+    plain: bool = False
     base: Version | None = field(init=False, default=None)
     depth: int = field(init=False, default=0)
 

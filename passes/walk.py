@@ -8,16 +8,19 @@ expands. A contraction over an index of the state makes a read, and ends the wal
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch.fx import Node
 
 from kvbuffer_compile.passes.forms import (
+    Blocks,
     Cast,
     Choice,
     Contract,
+    Cumulative,
     Expand,
     Form,
+    Join,
     Metadata,
     Opaque,
     Operand,
@@ -35,7 +38,7 @@ from kvbuffer_compile.passes.forms import (
     Write,
     operands,
 )
-from kvbuffer_compile.passes.graph import read, shape
+from kvbuffer_compile.passes.graph import read
 from kvbuffer_compile.passes.labels import (
     Atom,
     Dim,
@@ -48,26 +51,32 @@ from kvbuffer_compile.passes.labels import (
     resolve,
     resolved,
 )
-from kvbuffer_compile.passes.terms import Call, Expr, Leaf, Mask, Refusal, Term, held, mean, times
+from kvbuffer_compile.passes.nodes import shape
+from kvbuffer_compile.passes.pieces import Pieces, rearranged, together
+from kvbuffer_compile.passes.terms import Call, Expr, Leaf, Mask, Refusal, Term, in_part, mean, nonlinear, times
 from kvbuffer_compile.passes.transition import applied
 from kvbuffer_compile.passes.vary import is_zero
 from kvbuffer_compile.passes.versions import Lin, ReadOut, Version
+
+Case = Mapping[Operand, Lin]
 
 
 class Walk:
     """All uses of one state. Raises Refusal at the first that is not algebra.
 
-    reads: by node; write: the copy_ that stores the next state; after: the next state; returned: its position among
-    the outputs when it is not stored; active: an addition or a contraction was met; sequence: the call that decodes
-    several tokens at once, of which one was walked through.
+    values: what depends on the state, as one image of it, or as several with an index held at different positions
+    (pieces.py). reads: by node; apart: reads of several pieces in one node; write: the copy_ that stores the next
+    state; after: the next state; returned: its position among the outputs when it is not stored; active: an addition or
+    a contraction was met; sequence: the call that decodes several tokens at once, of which one was walked through.
     """
 
     def __init__(self, state: Node, order: dict[Node, int]) -> None:
         self.state = state
         self.home = fresh(shape(state))
         self.root = Version(state)
-        self.values: dict[Node, Lin] = {state: Lin(self.root, self.home)}
+        self.values: dict[Node, Pieces] = {state: (Lin(self.root, self.home),)}
         self.reads: dict[Node, ReadOut] = {}
+        self.apart: dict[Node, list[ReadOut]] = {}
         self.write: Node | None = None
         self.after: Lin | None = None
         self.returned: int | None = None
@@ -92,53 +101,68 @@ class Walk:
             if node.op == "output":
                 self._output(node)
                 continue
-            lin = self._visit(node)
-            if lin is not None:
-                self.values[node] = lin
+            pieces = self._visit(node)
+            if any(not lin.version.plain for lin in pieces):
+                self.values[node] = pieces
                 push(node.users)
         self._finish()
         return self
 
     def own(self, atoms: Iterable[Atom]) -> bool:
         """Whether any of these is an index of the state."""
-        return not atoms_of(self.home).isdisjoint(resolve(atoms))
+        return not self.own_atoms.isdisjoint(resolve(atoms))
+
+    @property
+    def own_atoms(self) -> frozenset[Atom]:
+        """The indices of the state."""
+        return atoms_of(self.home)
 
     # ------------------------------------------------------------------------------------------- rules
 
-    def _visit(self, node: Node) -> Lin | None:
+    def _visit(self, node: Node) -> Pieces:
         form = read(node)
         if isinstance(form, Metadata):
-            return None
+            return ()
         if isinstance(form, Opaque):
-            raise self._nonlinear(node)
+            raise nonlinear(node)
         if isinstance(form, Write):
             self._write(node, form)
-            return None
-        if all(x not in self.values for x in operands(form)):
-            return None  # the state only lends its shape
-        return self._arithmetic(node, form)
+            return ()
+        known = [x for x in operands(form) if x in self.values]
+        if not known:
+            return ()  # the state only lends its shape
+        if isinstance(form, Slice | Blocks | Join | Select):
+            return rearranged(node, form, {x: self.values[x] for x in known}, self.own_atoms)
+        if isinstance(form, Sum | Choice):
+            whose = list(dict.fromkeys(known))
+            meeting = together(node, [self.values[x] for x in whose], self.own_atoms)
+            cases: list[Case] = [dict(zip(whose, lins, strict=True)) for lins in meeting]
+        else:
+            cases = [dict.fromkeys(known, lin) for lin in self.values[known[0]]]
+        found = [self._arithmetic(node, form, case) for case in cases]
+        return tuple(lin for lin in found if lin is not None)
 
-    def _arithmetic(self, node: Node, form: Form) -> Lin | None:
+    def _arithmetic(self, node: Node, form: Form, lins: Case) -> Lin | None:
+        """lins: the image of each operand that depends on the state."""
         match form:
             case Product(x, y):
-                return self._product(node, x, y)
+                return self._product(node, x, y, lins)
             case Quotient(x, y):
-                return self._quotient(node, x, y)
+                return self._quotient(node, x, y, lins)
             case Sum(x, y, scale):
-                return self._sum(node, [(x, ()), (y, () if scale == 1 else (scale,))])
+                return self._sum(node, [(x, ()), (y, () if scale == 1 else (scale,))], lins)
             case Choice(condition, x, y):
-                return self._choice(node, condition, x, y)
+                return self._choice(node, condition, (x, y), lins)
             case Contract():
-                return self._contract(node, form)
-            case Reduce():
-                return self._reduce(node, form)
-            case Pointwise() | Variance():
-                raise self._nonlinear(node)
+                return self._contract(node, form, lins)
+            case Reduce(x):
+                return self._reduce(node, form, lins[x])
+            case Pointwise() | Variance() | Cumulative():
+                raise nonlinear(node)
             case _:
-                return self._view(node, form)
+                return self._view(node, form, next(iter(lins.values())))
 
-    def _view(self, node: Node, form: Form) -> Lin:
-        lin = self.values[operands(form)[0]]
+    def _view(self, node: Node, form: Form, lin: Lin) -> Lin:
         labels: Labels | None = lin.labels
         match form:
             case Regroup():
@@ -147,77 +171,61 @@ class Walk:
                 labels = tuple(lin.labels[i] for i in order)
             case Expand():
                 labels = broadcast(lin.labels, shape(node))
-            case Select(_, dim, index):
-                return self._select(node, lin, dim, index)
-            case Slice() | Token():
-                raise self._part(node)
+            case Token():
+                raise in_part(node)
             case Cast(_, exact) if not exact:
-                raise self._nonlinear(node)
+                raise nonlinear(node)
         if labels is None:
             raise Refusal(node, "reshape", "the state is reshaped across its axes in a way that cannot be followed")
         return Lin(lin.version, labels, lin.factors)
 
-    def _select(self, node: Node, lin: Lin, dim: int, index: int) -> Lin:
-        """One position of an index along which the state is constant. Of its own indices: a part of the state."""
-        atoms, factors = lin.labels[dim], lin.factors
-        if self.own(atoms):
-            raise self._part(node)
-        for atom in reversed(resolve(atoms)):
-            if not isinstance(atom.size, int):
-                raise self._part(node)
-            factors = tuple(held(f, atom, index % atom.size) for f in factors)
-            index //= atom.size
-        return Lin(lin.version, lin.labels[:dim] + lin.labels[dim + 1 :], factors)
+    def _product(self, node: Node, x: Operand, y: Operand, lins: Case) -> Lin:
+        if x in lins and y in lins:
+            raise nonlinear(node)
+        return self._scaled(node, *((x, y) if x in lins else (y, x)), lins)
 
-    def _product(self, node: Node, x: Operand, y: Operand) -> Lin:
-        if self._is_lin(x) and self._is_lin(y):
-            raise self._nonlinear(node)
-        return self._scaled(node, *((x, y) if self._is_lin(x) else (y, x)))
-
-    def _quotient(self, node: Node, x: Operand, y: Operand) -> Lin:
-        if self._is_lin(y):
-            raise self._nonlinear(node)
+    def _quotient(self, node: Node, x: Operand, y: Operand, lins: Case) -> Lin:
+        if y in lins:
+            raise nonlinear(node)
         if isinstance(y, Node):
-            return self._scaled(node, x, y, reciprocal=True)
-        return self._scaled(node, x, 1 / y)
+            return self._scaled(node, x, y, lins, reciprocal=True)
+        return self._scaled(node, x, 1 / y, lins)
 
-    def _scaled(self, node: Node, x: Operand, y: Operand, reciprocal: bool = False) -> Lin:
-        assert isinstance(x, Node)
-        lin = self.values[x]
+    def _scaled(self, node: Node, x: Operand, y: Operand, lins: Case, reciprocal: bool = False) -> Lin:
+        lin = lins[x]
         labels = broadcast(lin.labels, shape(node))
         factor = _plain(y, labels)
         factor = Call("aten.reciprocal.default", (factor,)) if reciprocal else factor
         return Lin(lin.version, labels, times(lin.factors, factor))
 
-    def _sum(self, node: Node, parts: list[tuple[Operand, Term]]) -> Lin:
+    def _sum(self, node: Node, parts: list[tuple[Operand, Term]], lins: Case) -> Lin:
         """A new version, unless only zeros are added to the state."""
-        lins = [(self.values[x], rest) for x, rest in parts if isinstance(x, Node) and x in self.values]
-        plain = [(x, rest) for x, rest in parts if not self._is_lin(x) and not _zero(x)]
-        labels = broadcast(lins[0][0].labels, shape(node))
-        wide = not atoms_of(labels) <= atoms_of(self.home)
-        if wide or any(resolved(lin.labels) != resolved(labels) for lin, _ in lins):
-            raise Refusal(node, "wider-sum", "a value with more indices than the state is added to it")
-        if len(lins) == 1 and not plain:
-            lin, rest = lins[0]
+        labels = next(iter(lins.values())).labels
+        given = [(lins[x], rest) for x, rest in parts if x in lins]
+        carried = [(lin, rest) for lin, rest in given if not lin.version.plain]
+        plain = [(x, rest) for x, rest in parts if x not in lins and not is_zero(x)]
+        addends = [(_plain(x, labels), *rest) for x, rest in plain]
+        addends += [(*a, *lin.factors, *rest) for lin, rest in given if lin.version.plain for a in lin.version.addends]
+        if len(carried) == 1 and not addends:
+            lin, rest = carried[0]
             return Lin(lin.version, labels, (*lin.factors, *rest))
         self.active = True
-        terms = tuple((lin.version, (*lin.factors, *rest)) for lin, rest in lins)
-        addends = tuple((_plain(x, labels), *rest) for x, rest in plain)
-        return Lin(Version(node, terms, addends), labels)
+        terms = tuple((lin.version, (*lin.factors, *rest)) for lin, rest in carried)
+        return Lin(Version(node, terms, tuple(addends), plain=not terms), labels)
 
-    def _choice(self, node: Node, condition: Node, x: Operand, y: Operand) -> Lin:
-        if self._is_lin(condition):
-            raise self._nonlinear(node)
-        lin = next(self.values[z] for z in (x, y) if isinstance(z, Node) and z in self.values)
-        chosen = _plain(condition, broadcast(lin.labels, shape(node)))
-        return self._sum(node, [(x, (Mask(chosen, True),)), (y, (Mask(chosen, False),))])
+    def _choice(self, node: Node, condition: Node, sides: tuple[Operand, Operand], lins: Case) -> Lin:
+        if condition in lins:
+            raise nonlinear(node)
+        labels = next(iter(lins.values())).labels
+        chosen = _plain(condition, labels)
+        return self._sum(node, [(x, (Mask(chosen, keep),)) for x, keep in zip(sides, (True, False), strict=True)], lins)
 
-    def _contract(self, node: Node, form: Contract) -> Lin | None:
+    def _contract(self, node: Node, form: Contract, lins: Case) -> Lin | None:
         left, right, out = form.letters
-        if self._is_lin(form.x) and self._is_lin(form.y):
-            raise self._nonlinear(node)
-        mine, theirs, other = (left, right, form.y) if self._is_lin(form.x) else (right, left, form.x)
-        lin = self.values[form.x if self._is_lin(form.x) else form.y]
+        if form.x in lins and form.y in lins:
+            raise nonlinear(node)
+        mine, theirs, other = (left, right, form.y) if form.x in lins else (right, left, form.x)
+        lin = lins[form.x if form.x in lins else form.y]
         env: dict[str, Dim] = dict(zip(theirs, fresh(shape(other)), strict=True))
         env.update(zip(mine, lin.labels, strict=True))
         factor = Leaf(other, tuple(env[i] for i in theirs))
@@ -229,10 +237,9 @@ class Walk:
             return moved[0]
         return self._summed(node, lin, (*lin.factors, factor), env["c"], labels)
 
-    def _reduce(self, node: Node, form: Reduce) -> Lin | None:
-        lin = self.values[form.x]
+    def _reduce(self, node: Node, form: Reduce, lin: Lin) -> Lin | None:
         if form.fn not in ("sum", "mean"):
-            raise self._nonlinear(node)
+            raise nonlinear(node)
         contracted = tuple(a for i in form.dims for a in lin.labels[i])
         kept = [() if i in form.dims else dim for i, dim in enumerate(lin.labels)]
         labels = tuple(d for i, d in enumerate(kept) if form.keep or i not in form.dims)
@@ -243,10 +250,16 @@ class Walk:
         contracted = resolve(contracted)
         if not contracted:
             return Lin(lin.version, labels, factors)
-        if not frozenset(contracted) <= atoms_of(self.home):
+        if not frozenset(contracted) <= self.own_atoms:
             raise Refusal(node, "wider-read", "a sum runs over an index of the state and one of its operand at once")
+        if lin.version.plain:
+            raise Refusal(node, "wider-read", "values of the state are read together with values that are none")
         self.active = True
-        self.reads[node] = ReadOut(node, lin.version, factors, contracted, labels)
+        found = ReadOut(node, lin.version, factors, contracted, labels)
+        if any(a.at is not None for dim in labels for a in resolve(dim)):
+            self.apart.setdefault(node, []).append(found)
+        else:
+            self.reads[node] = found
         return None
 
     # ------------------------------------------------------------------------------------------- ends
@@ -256,7 +269,7 @@ class Walk:
             raise Refusal(node, "partial-write", "the state is written elsewhere, in part, or twice")
         if form.x not in self.values:
             raise Refusal(node, "overwritten", "the next state is not a sum with the old one: the state is overwritten")
-        self.write, self.after = node, self.values[form.x]
+        self.write, self.after = node, self._whole(form.x)
 
     def _output(self, node: Node) -> None:
         outputs = node.args[0]
@@ -266,7 +279,13 @@ class Walk:
             value = next(iter(at.values()))
             raise Refusal(value, "escapes", "the state itself is returned from the graph, which needs it in memory")
         ((self.returned, value),) = at.items()
-        self.after = self.values[value]
+        self.after = self._whole(value)
+
+    def _whole(self, node: Node) -> Lin:
+        first, *others = self.values[node]
+        if others:
+            raise Refusal(node, "escapes", "the states of several tokens are returned from the graph")
+        return first
 
     def _finish(self) -> None:
         if self.after is None:
@@ -274,22 +293,6 @@ class Walk:
         if resolved(self.after.labels) != resolved(self.home):
             raise Refusal(self.state, "layout", "the next state is stored with its axes in another order")
 
-    # ---------------------------------------------------------------------------------------- reasons
-
-    def _is_lin(self, x: Operand) -> bool:
-        return isinstance(x, Node) and x in self.values
-
-    def _nonlinear(self, node: Node) -> Refusal:
-        reason = f"{node.target} is applied to the state; it may only be scaled, contracted with a key and added to"
-        return Refusal(node, "nonlinear", reason)
-
-    def _part(self, node: Node) -> Refusal:
-        return Refusal(node, "partial", "a part of the state is taken; only the whole state may be used")
-
 
 def _plain(x: Operand, labels: Labels) -> Expr:
     return Leaf(x, aligned(labels, shape(x))) if isinstance(x, Node) else x
-
-
-def _zero(x: Operand) -> bool:
-    return is_zero(x) if isinstance(x, Node) else x == 0

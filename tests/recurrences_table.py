@@ -19,7 +19,7 @@ from kvbuffer_compile.backend import GraphRecord, compile_graph, observers
 from kvbuffer_compile.ir import Decay, Map, Program, Read, Update, Var
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.plan import Plan
-from tests import forms, graph_forms, near_misses, zoo
+from tests import forms, graph_forms, near_misses, scan_forms, zoo
 from tests.lifting import traced
 from tests.steps import Sizes
 
@@ -137,8 +137,14 @@ def of_forms(given: Iterable[forms.Form]) -> Iterator[Row]:
         yield from of_step(form.name, form.step, (*form.start(g, sizes), *form.inputs(sizes, g)))
 
 
+def of_scans(steps: Iterable[Any]) -> Iterator[Row]:
+    """Three tokens each."""
+    return of_forms(scan_forms.form(step, 3) for step in steps)
+
+
 def of_near_misses() -> Iterator[Row]:
     yield from of_forms(form for form, _ in graph_forms.NEAR)
+    yield from of_scans(scan_forms.NEAR)
     for name, (step, _) in near_misses.NEAR_MISSES.items():
         g = torch.Generator().manual_seed(0)
         state = torch.randn(2, 3, 4, 5, generator=g)
@@ -177,6 +183,7 @@ def sections() -> dict[str, Any]:
     return {
         "Forms": lambda: of_forms(forms.forms()),
         "In the forms that graphs give them": lambda: of_forms(graph_forms.GRAPH_FORMS),
+        "Several tokens by an associative scan": lambda: of_scans(scan_forms.CAPTURED),
         "Near-misses": of_near_misses,
         "Architectures of transformers": lambda: (r for a in zoo.ARCHS.values() for r in of_architecture(a)),
     }

@@ -19,12 +19,14 @@ from torch.fx import GraphModule, Node
 
 from kvbuffer_compile.passes import (
     assemble,
+    chained,
     factor,
     graph,
     labels,
     lift,
     operands,
     order,
+    pieces,
     queries,
     terms,
     transition,
@@ -32,11 +34,21 @@ from kvbuffer_compile.passes import (
     vary,
     walk,
 )
-from kvbuffer_compile.passes.forms import Cast, Constant, Contract, Permute, Pointwise, Product, Same, Select
+from kvbuffer_compile.passes.forms import (
+    Blocks,
+    Cast,
+    Constant,
+    Contract,
+    Permute,
+    Pointwise,
+    Product,
+    Same,
+    Select,
+)
 from kvbuffer_compile.passes.labels import Atom, resolve
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
 from kvbuffer_compile.passes.terms import Mask
-from tests import forms, graph_forms, near_misses
+from tests import forms, graph_forms, near_misses, scan_forms
 from tests.lifting import TOLERANCE, disagreement, evaluate, traced
 from tests.steps import GROUPED_EQUAL, Sizes, grouped_cases
 
@@ -90,6 +102,9 @@ def battery() -> Iterator[tuple[str, Callable[..., Any], tuple[Tensor, ...]]]:
         g = torch.Generator().manual_seed(0)
         form = plain[name]
         yield name, form.step, (*form.start(g, EQUAL), *form.inputs(EQUAL, g))
+    for form in _SCANS:
+        g = torch.Generator().manual_seed(0)
+        yield form.name, form.step, (*form.start(g, EQUAL), *form.inputs(EQUAL, g))
     for case in grouped_cases():
         yield case.name, case.step, case.make(GROUPED_EQUAL)
     for name, (step, _) in near_misses.NEAR_MISSES.items():
@@ -99,6 +114,9 @@ def battery() -> Iterator[tuple[str, Callable[..., Any], tuple[Tensor, ...]]]:
 
 _TOKEN = forms.operands("qkvgb")
 _FORMS = tuple(forms.Form(step.__name__, ("",), step, ("BHKV",), _TOKEN) for step in (mean_read, tokens, bonus, halves))
+_SCANS = tuple(
+    scan_forms.form(step, 3) for step in (scan_forms.gated, scan_forms.logarithms, scan_forms.state_in_front)
+)
 _CHOSEN = (
     "gated_delta_rule", "kda", "rwkv6", "rwkv7", "dplr", "gated_oja_rule", "ttt", "gated_delta_product2", "chosen",
     "multiplied_mask", "reset", "flat_lanes", "merged_lanes", "matrix", "diagonal_and_low_rank", "several_queries",
@@ -211,12 +229,18 @@ MUTANTS = (
        replace(form, start=form.start + 1) if hasattr(form := f(n), "start") else form),
     # walking the state forwards
     Mutant("sum without scales", walk.Walk, "_sum",
-           lambda f: lambda self, node, parts: f(self, node, [(x, ()) for x, _ in parts])),
+           lambda f: lambda self, node, parts, lins: f(self, node, [(x, ()) for x, _ in parts], lins)),
     Mutant("choice of one branch", walk, "Mask", lambda f: lambda condition, keep: Mask(condition, True)),
     Mutant("quotient as product", walk.Walk, "_scaled",
-           lambda f: lambda self, node, x, y, reciprocal=False: f(self, node, x, y)),
+           lambda f: lambda self, node, x, y, lins, reciprocal=False: f(self, node, x, y, lins)),
     Mutant("mean as sum", walk, "mean", _constant(1.0)),
-    Mutant("all is zero", walk, "_zero", _constant(True)),
+    Mutant("all is zero", walk, "is_zero", _constant(True)),
+    # the states of several tokens
+    op("aten.cat.default", lambda f: lambda n: _backwards(f(n))),
+    Mutant("slices from the front", pieces, "_sliced",
+           lambda f: lambda lin, form, size: f(lin, replace(form, start=0), size)),
+    Mutant("the chain forgets", chained.Written, "after",
+           lambda f: lambda self, other: None if (step := f(self, other)) is None else (step[0], step[1][:1] * 2)),
     # versions
     Mutant("no factors on addends", order, "relative",
            lambda f: lambda v, b: (f(v, b)[0], [t[:1] for t in f(v, b)[1]])),
@@ -270,10 +294,14 @@ MUTANTS = (
            lambda f: lambda self, x, y, l, node: [(transition.IDENTITY,)]),
     Mutant("columns forgotten", transition, "_read",
            lambda f: lambda node, lin, factors, index: f(node, lin, factors[:1], index)),
-    Mutant("one query for all", queries, "_query",
-           lambda f: lambda w, read, position, node: f(w, read, tuple(0 for _ in position), node)),
+    Mutant("one query for all", queries, "_single",
+           lambda f: lambda w, node: [(place, f(w, node)[0][1]) for place, _ in f(w, node)]),
     # fused calls
 )  # fmt: skip
+
+
+def _backwards(form: Any) -> Any:
+    return replace(form, xs=form.xs[::-1]) if isinstance(form, Blocks) else form
 
 
 def _rotated(original: Any, self: Any, node: Node, have: list[Atom], axis: Any) -> Node:

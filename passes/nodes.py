@@ -1,0 +1,42 @@
+"""What a node of a graph computes, and the arguments of its call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from kvbuffer_compile.passes.labels import Size, size_of
+
+
+def tensor(node: Node) -> Tensor | None:
+    """The fake tensor a node computes, None for anything but a tensor."""
+    value = node.meta.get("val")
+    return value if isinstance(value, Tensor) else None
+
+
+def shape(node: Node) -> tuple[Size, ...]:
+    """Sizes of the tensor a node computes; () for a number."""
+    value = tensor(node)
+    return () if value is None else tuple(size_of(n) for n in value.shape)
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def operand(node: Node) -> Any:
+    """The tensor that a call is made on."""
+    return argument(node, 0, "self")
+
+
+def rank_of(node: Node) -> int:
+    """How many dims a node has."""
+    return len(shape(node))
+
+
+def positive(dim: int, rank: int) -> int:
+    """A dim counted from the front."""
+    return dim % rank if rank else 0
