@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,10 +13,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from kvbuffer_compile import composite, ops
 from kvbuffer_compile.guard import plain_calls
+from kvbuffer_compile.overlap import address, has_memory, provide
 from kvbuffer_compile.plan import Plan
 
 Place = tuple[int, int]  # a slice of a tensor: a dim, and the position in it
 Key = tuple[int, Place | None]  # of an account: id of the user's tensor, and the slice of it that is the state
+
+
+class Keeper(Protocol):
+    """Whoever finds accounts by their tensors and their memory."""
+
+    def owner_died(self, key: Key) -> None: ...
+
+    def moved(self, account: Account, before: int) -> None: ...
 
 
 class Account:
@@ -31,18 +40,20 @@ class Account:
     may not hold what it should, because rows are owed or because it was never made zero. drafts: the parents of a tree
     whose rows lie behind the owed ones until anything else happens to the state. held: the counts at which sequences
     flush next when they are no longer held.
+    first, most: of a state without memory, the count at which it first flushes, and no less than what it owes.
     """
 
-    def __init__(self, owner: Tensor, plan: Plan, phase: int, place: Place | None, died: Callable[[Key], None]) -> None:
+    def __init__(self, owner: Tensor, plan: Plan, phase: int, place: Place | None, keeper: Keeper) -> None:
         self.plan = plan
         self.phase = phase
         self.place = place
         self.state = alias(owner, place)
         key = self.key = (id(owner), place)
-        self.owner = weakref.ref(owner, lambda _: died(key))
+        self.owner = weakref.ref(owner, lambda _: keeper.owner_died(key))
+        self.keeper = keeper
         self.seen = _geometry(owner)
         self.base = owner._base if owner._is_view() else None
-        self.storage = self.state.untyped_storage().data_ptr()
+        self.storage = address(self.state)
         self._storage = self.state.untyped_storage()._cdata  # valid as long as self.state is there
         self.rivals: list[Account] = []
         self.aliased = False
@@ -52,6 +63,9 @@ class Account:
         self.drafts: Tensor | None = None
         self.steps: int | Tensor = 0  # of all sequences, or one by one
         self.held: Tensor | None = None
+        self.without_memory = not has_memory(self.state)
+        self.first = phase
+        self.most = 0
         with torch.inference_mode(False):
             self.cursor, self.rows = _allocate(self.state, plan)
         self.cursor[1].fill_(phase)
@@ -81,6 +95,7 @@ class Account:
         if self.dirty:
             # whoever looks may be a tracer: what is folded in are the real tensors
             with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), plain_calls():
+                self.provide()
                 composite.flush(self.plan, self.state, self.cursor, self.rows, self.unsettled)
                 self.cursor[1].fill_(self.phase)
             self.dirty = False  # not before: a flush that ran out of memory is still owed
@@ -97,7 +112,8 @@ class Account:
         limit = self.fresh_rows - (self.plan.flush - self.phase) if zero else self.phase
         self.cursor[3].fill_(int(zero))
         self.cursor[0].clamp_(max=0)
-        self.cursor[1].fill_(max(1, limit))
+        self.first, self.most = max(1, limit), 0
+        self.cursor[1].fill_(self.first)
 
     def begin(self) -> None:
         """From now on the state is zero, whatever its memory holds."""
@@ -107,7 +123,7 @@ class Account:
     @functools.cached_property
     def fresh_rows(self) -> int:
         """How many rows the state owes before its first flush when it is known to be zero."""
-        return self.plan.fresh_rows(tuple(self.plan.layout.canonical(self.state).shape[:-2]))
+        return self.plan.fresh_rows(self.plan.layout.sizes(self.state.shape)[:-2])
 
     def hold(self) -> None:
         """Flush only when the buffer is full, so that as many tokens as can be may be taken back."""
@@ -122,8 +138,27 @@ class Account:
             self.cursor[1].copy_(torch.where(kept, self.cursor[1], self.held))
             self.held = None
 
-    def finished(self, plan: Plan) -> None:
-        """A step has gone through."""
+    def provide(self) -> None:
+        """Let the state have memory; what that then holds is not read."""
+        if self.without_memory:
+            provide(self.state)
+            self.without_memory = False
+            owner, before = self.owner(), self.storage
+            self.storage = address(self.state)
+            self.seen = self.seen if owner is None else _geometry(owner)
+            self.keeper.moved(self, before)
+
+    def expect(self, tokens: int) -> None:
+        """To be called before a step of so many tokens: if it may flush, the state has memory from now on."""
+        if self.without_memory:
+            limit = self.first if self.held is None else self.plan.capacity
+            if self.most >= limit or self.most + tokens > self.plan.capacity:
+                self.provide()
+
+    def finished(self, plan: Plan, tokens: int) -> None:
+        """A step of so many tokens has gone through."""
+        if self.without_memory:
+            self.most += tokens
         self.steps = self.cursor[2].clone() if plan.slots else self.steps + 1
 
     def take_back_unfinished(self, tokens: int) -> None:
@@ -151,13 +186,15 @@ def alias(owner: Tensor, place: Place | None = None) -> Tensor:
         offset += at * strides.pop(dim)
         del sizes[dim]
     with torch.inference_mode(False), torch.no_grad():
+        if not has_memory(owner):
+            return owner.data  # set_ would provide memory
         return torch.empty(0, dtype=owner.dtype, device=owner.device).set_(
             owner.untyped_storage(), offset, sizes, strides
         )
 
 
 def _allocate(state: Tensor, plan: Plan) -> tuple[Tensor, list[Tensor]]:
-    lanes = tuple(plan.layout.canonical(state).shape[:-2])
+    lanes = plan.layout.sizes(state.shape)[:-2]
     cursor = ops.new_cursor(plan, lanes, state.device)
     rows = [
         torch.empty(plan.row_shape(v, lanes), dtype=dtype, device=state.device)

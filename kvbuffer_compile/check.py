@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from kvbuffer_compile import composite
 from kvbuffer_compile.accounts import Account
 from kvbuffer_compile.errors import StateError
+from kvbuffer_compile.overlap import has_memory
 from kvbuffer_compile.passes.lifted import Part
 from kvbuffer_compile.passes.rewrite import Spliced
 
@@ -60,7 +61,9 @@ def _itself(state: Tensor) -> Tensor:
 
 def dense(account: Account) -> Tensor:
     """A copy of the state with its owed rows folded in; the account itself is left as it is."""
-    state = torch.empty_like(account.state).copy_(account.state)
+    state = torch.empty_like(account.state)
+    if has_memory(account.state):
+        state.copy_(account.state)
     cursor = account.cursor.clone()
     composite.flush(account.plan, state, cursor, account.rows, account.unsettled)
     return state

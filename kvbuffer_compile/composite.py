@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kvbuffer_compile.ir import Decay, Kind, Update, run
-from kvbuffer_compile.memory import Buffered, Dense, along, widen
+from kvbuffer_compile.memory import Buffered, Dense, Zero, along, widen
+from kvbuffer_compile.overlap import has_memory
 from kvbuffer_compile.plan import Plan
 
 
@@ -21,11 +22,11 @@ from kvbuffer_compile.plan import Plan
 class Stored:
     """A base with its owed rows in low-rank form: S = diag(fade) base + left^T right.
 
-    base: [*lanes, K, V]. fades: the product of all owed decays, by kind. left: [*lanes, n, K], right: [*lanes, n, V],
-    decayed to now; zero for slots that hold nothing.
+    base: [*lanes, K, V], or nothing. fades: the product of all owed decays, by kind. left: [*lanes, n, K], right:
+    [*lanes, n, V], decayed to now; zero for slots that hold nothing.
     """
 
-    base: Tensor
+    base: Dense | Zero
     fades: dict[Kind, Tensor]
     left: Tensor | None
     right: Tensor | None
@@ -37,7 +38,7 @@ class Stored:
             faded = faded * self.fades["scalar"][..., None]
         if kind in self.fades:
             faded = faded * self.fades[kind]
-        out = Dense(self.base).read(faded, kind)
+        out = self.base.read(faded, kind)
         if other in self.fades:
             out = out * self.fades[other]
         if self.left is None or self.right is None:
@@ -47,7 +48,8 @@ class Stored:
 
     def dense(self) -> Tensor:
         """The state these rows and this base stand for."""
-        out = self.base
+        assert isinstance(self.base, Dense), "a state without memory cannot be made"
+        out = self.base.state
         for kind, fade in self.fades.items():
             out = out * along(fade, kind)
         if self.left is None or self.right is None:
@@ -60,12 +62,13 @@ def owed_slots(plan: Plan, owed: Tensor) -> Tensor:
     return torch.arange(plan.capacity, device=owed.device) < owed[:, None]
 
 
-def condense(plan: Plan, base: Tensor, used: Tensor, rows: Sequence[Tensor]) -> Stored:
+def condense(plan: Plan, base: Dense | Zero, used: Tensor, rows: Sequence[Tensor]) -> Stored:
     """The rows in low-rank form.
 
     base: [N, *lanes, K, V]; used: which slots count, [N, capacity]; rows as in the calling convention.
     """
-    used = used.view(-1, *[1] * (base.dim() - 3), plan.capacity)
+    lanes = len(plan.program.lanes) + (not plan.layout.sequence)
+    used = used.view(-1, *[1] * (lanes - 1), plan.capacity)
     log = {
         v.name: (row.to(plan.compute), v.kind) for v, row in zip(plan.program.logged, rows, strict=True)
     }  # garbage in unused slots is masked where it is used: an unused gate is 1, an unused row is 0
@@ -141,7 +144,7 @@ def recurrent_step(plan: Plan, state: Tensor, operands: Sequence[Tensor]) -> tup
     memory = Dense(view.to(plan.compute))
     env = run(plan.program, memory, _inputs(plan, operands))
     view.copy_(memory.state)
-    return tuple(_full(plan, env[v.name], v.kind, view) for v in plan.program.outputs)
+    return tuple(_full(env[v.name], v.kind, tuple(view.shape)) for v in plan.program.outputs)
 
 
 def buffered_step(
@@ -149,11 +152,11 @@ def buffered_step(
 ) -> tuple[Tensor, ...]:
     """One buffered step of one token, or of T tokens for the verify variant, as defined in plan.py."""
     tokens = inputs_by_token(plan, operands)
-    view = plan.layout.canonical(state)
     owed = cursor[0]
-    flush(plan, state, cursor, rows, overflowing(plan, cursor, len(tokens)))
+    if has_memory(state):  # else its owner knows that nothing overflows
+        flush(plan, state, cursor, rows, overflowing(plan, cursor, len(tokens)))
     spread = () if plan.layout.sequence else (None,)  # lane of size 1 for the one cursor
-    base = readable(view[spread].to(plan.compute), cursor)
+    base = readable(plan, state, cursor)
     memory = Buffered(condense(plan, base, owed_slots(plan, owed), rows), plan.sizes)
     runs = [run(plan.program, memory, {n: x[spread] for n, x in inputs.items()}) for inputs in tokens]
 
@@ -163,7 +166,8 @@ def buffered_step(
             store(row, env[v.name], owed + t, active, v.kind)
     cursor[0] += len(tokens) * active
     cursor[2] += 1
-    return tuple(stacked(plan, [env[v.name] for env in runs], v.kind, view, active) for v in plan.program.outputs)
+    shape = plan.layout.sizes(state.shape)
+    return tuple(stacked(plan, [env[v.name] for env in runs], v.kind, shape, active) for v in plan.program.outputs)
 
 
 def overflowing(plan: Plan, cursor: Tensor, tokens: int) -> Tensor:
@@ -182,18 +186,22 @@ def flush(plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tensor], whi
     view = plan.layout.canonical(state)
     base = view if plan.layout.sequence else view[None]
     used = owed_slots(plan, cursor[0])
-    dense = condense(plan, readable(base.to(plan.compute), cursor), used, rows).dense()
+    dense = condense(plan, readable(plan, state, cursor), used, rows).dense()
     base.copy_(torch.where(which.view(-1, *[1] * (base.dim() - 1)), dense.to(base.dtype), base))
     cursor[0].masked_fill_(which, 0)
     cursor[1].masked_fill_(which, plan.flush)
     cursor[3].masked_fill_(which, 0)
 
 
-def readable(base: Tensor, cursor: Tensor) -> Tensor:
-    """The state as it may be read: zero for sequences that have none yet, whatever its memory holds."""
+def readable(plan: Plan, state: Tensor, cursor: Tensor) -> Dense | Zero:
+    """The state as it may be read, [N, *lanes, K, V]: zero for sequences that have none yet, whatever memory holds."""
+    if not has_memory(state):
+        return Zero(plan.sizes)
+    view = plan.layout.canonical(state)
+    base = (view if plan.layout.sequence else view[None]).to(plan.compute)
     if cursor.device.type == "cpu" and not bool(cursor[3].any()):
-        return base
-    return torch.where((cursor[3] > 0).view(-1, *[1] * (base.dim() - 1)), 0, base)
+        return Dense(base)
+    return Dense(torch.where((cursor[3] > 0).view(-1, *[1] * (base.dim() - 1)), 0, base))
 
 
 def inputs_by_token(plan: Plan, operands: Sequence[Tensor]) -> list[dict[str, Tensor]]:
@@ -232,22 +240,22 @@ def store(row: Tensor, value: Tensor, owed: Tensor, active: Tensor, kind: Kind) 
     slots[b, at] = torch.where(keep, value.to(row.dtype).expand_as(old), old)
 
 
-def _full(plan: Plan, value: Tensor, kind: Kind, view: Tensor) -> Tensor:
-    """An output at full lane sizes, contiguous."""
-    tail = {"scalar": (), "key": view.shape[-2:-1], "value": view.shape[-1:]}[kind]
-    return value.expand(*view.shape[:-2], *tail).contiguous()
+def _full(value: Tensor, kind: Kind, shape: tuple[int, ...]) -> Tensor:
+    """An output at full lane sizes, contiguous. shape: [*lanes, K, V]."""
+    tail = {"scalar": (), "key": shape[-2:-1], "value": shape[-1:]}[kind]
+    return value.expand(*shape[:-2], *tail).contiguous()
 
 
-def stacked(plan: Plan, values: list[Tensor], kind: Kind, view: Tensor, active: Tensor) -> Tensor:
+def stacked(plan: Plan, values: list[Tensor], kind: Kind, shape: tuple[int, ...], active: Tensor) -> Tensor:
     """One output of all tokens."""
-    done = [_finished(plan, value, kind, view, active) for value in values]
+    done = [_finished(plan, value, kind, shape, active) for value in values]
     return torch.stack(done, dim=plan.layout.lanes) if plan.several else done[0]
 
 
-def _finished(plan: Plan, value: Tensor, kind: Kind, view: Tensor, active: Tensor) -> Tensor:
+def _finished(plan: Plan, value: Tensor, kind: Kind, shape: tuple[int, ...], active: Tensor) -> Tensor:
     """An output with zeros for padding sequences."""
     if plan.layout.sequence:
         value = torch.where(active.view(-1, *[1] * (value.dim() - 1)), value, 0)
     else:
         value = torch.where(active[0], value[0], 0)
-    return _full(plan, value, kind, view)
+    return _full(value, kind, shape)

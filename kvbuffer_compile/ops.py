@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvbuffer_compile import composite, slots, tree
 from kvbuffer_compile.errors import EmitError
+from kvbuffer_compile.overlap import has_memory
 from kvbuffer_compile.plan import Plan
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ def use_triton(plan: Plan, interpret: bool = False) -> None:
         return _returned(tuple(launch(state, None, None, (), operands)))
 
     def buffered(state: Tensor, cursor: Tensor, *rest: Tensor) -> Any:
+        if not has_memory(state):  # the kernel wants its strides; this is neither read nor written, and gone at once
+            state = torch.empty_strided(state.shape, state.stride(), dtype=state.dtype, device=state.device)
         return _returned(tuple(launch(state, cursor, tickets_of(cursor), rest[:split], rest[split:])))
 
     step = recurrent if plan.variant == "recurrent" else buffered

@@ -1,10 +1,27 @@
-"""Whether two tensors on one storage share memory, told from their strides alone."""
+"""Where the memory of tensors is, and whether two on one storage share some, told from their strides alone."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 Reach = list[tuple[int, int, int]]  # by stride, largest first: the stride, the last index of one and of the other
+
+
+def has_memory(t: Tensor) -> bool:
+    """Whether there is memory behind a tensor: states that are zero do without while they can."""
+    return t.numel() == 0 or t.untyped_storage().nbytes() > 0
+
+
+def address(t: Tensor) -> int:
+    """What tensors on the same memory have in common; without memory, those on the same storage."""
+    storage = t.untyped_storage()
+    return storage.data_ptr() or int(storage._cdata)
+
+
+def provide(t: Tensor) -> None:
+    """Put memory behind a tensor that has none, whatever that then holds."""
+    if not has_memory(t):
+        t.untyped_storage().resize_(_span(t)[1])
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:

@@ -42,6 +42,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -88,11 +89,19 @@ class Layout:
 
     def canonical(self, state: Tensor) -> Tensor:
         """The state as a view [*lanes, K, V]; never a copy."""
+        return state.view(self._parts(state.shape)).permute(self.order)
+
+    def sizes(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of `canonical` for a state of this shape."""
+        parts = self._parts(shape)
+        return tuple(parts[i] for i in self.order)
+
+    def _parts(self, shape: Sequence[int]) -> list[int]:
         sizes: list[int] = []
-        for n, parts in zip(state.shape, self.dims, strict=True):
+        for n, parts in zip(shape, self.dims, strict=True):
             known = math.prod(p for p in parts if p is not None)
             sizes += [n // known if p is None else p for p in parts]
-        return state.view(sizes).permute(self.order)
+        return sizes
 
     def __str__(self) -> str:
         dims = " x ".join("(" + " ".join("?" if p is None else str(p) for p in d) + ")" for d in self.dims)

@@ -7,10 +7,9 @@ rows into the state. Everything that reads a state elsewhere settles first (guar
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,14 +18,14 @@ import torch._functorch.config
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from kvbuffer_compile.accounts import Account, Key, Place, alias, storage_users
+from kvbuffer_compile.accounts import Account, Place, alias, storage_users
 from kvbuffer_compile.guard import GuardedState, on_touch, plain_calls
-from kvbuffer_compile.overlap import covers, overlap
+from kvbuffer_compile.ledger import Ledger
+from kvbuffer_compile.overlap import address, covers, provide
 from kvbuffer_compile.plan import Plan
 from kvbuffer_compile.take_back import Counts, take_back
 
-_accounts: dict[Key, Account] = {}
-_on_storage: dict[int, list[Account]] = {}  # by storage address: several states may share one allocation
+_ledger = Ledger()
 
 
 def open_account(owner: Tensor, plan: Plan, phase: int, place: Place | None = None) -> Account:
@@ -34,25 +33,26 @@ def open_account(owner: Tensor, plan: Plan, phase: int, place: Place | None = No
 
     place: the slice of owner that is the state; None when it is all of it.
     """
-    account = _accounts.get((id(owner), place))
+    account = _ledger.accounts.get((id(owner), place))
     if account is not None and account.matches(owner, plan):
         for rival in account.rivals:
             rival.settle()
         return account
     if account is not None:
         close(account)
-    account = Account(owner, plan, phase, place, _owner_died)
-    for rival in _overlapping(account.state):
+    if place is not None:
+        _make_zero(id(owner))
+    account = Account(owner, plan, phase, place, _ledger)
+    for rival in _ledger.overlapping(account.state):
         rival.settle()
         rival.rivals.append(account)
         account.rivals.append(rival)
-    if place is not None:
-        _make_zero(id(owner))
-    _accounts[account.key] = account
-    _on_storage.setdefault(account.storage, []).append(account)
+    _ledger.add(account)
     account.exposed = not guard(owner) or (account.base is not None and not guard(account.base))
     if _fresh.pop(id(owner), None) is not None:
         account.begin()
+    if plan.slots:
+        account.provide()
     return account
 
 
@@ -68,55 +68,15 @@ def guard(owner: Tensor) -> bool:
 
 
 def check_aliases(accounts: Sequence[Account]) -> None:
-    """Find states whose storage someone else holds now: a tensor made before the state was guarded, a NumPy array, a
-    view that another compiled graph returned."""
-    for storage in {a.storage for a in accounts}:
-        holders = _on_storage[storage]
-        owners = {id(a.owner()) for a in holders}
-        bases = {id(a.base) for a in holders if a.base is not None} - owners
-        known = len(holders) + len(owners) + len(bases)
-        aliased = holders[0].storage_users > known
-        for account in holders:
-            account.aliased = aliased
+    """Find states whose storage someone else holds now."""
+    for account in {a.storage: a for a in accounts}.values():
+        _ledger.check_aliases(account)
 
 
 def close(account: Account) -> None:
     """Settle and forget an account."""
     account.settle()
-    del _accounts[account.key]
-    _forget_storage(account)
-
-
-def _forget_storage(account: Account) -> None:
-    for rival in account.rivals:
-        rival.rivals.remove(account)
-    holders = _on_storage[account.storage]
-    holders.remove(account)
-    if not holders:
-        del _on_storage[account.storage]
-
-
-def _owner_died(key: Key) -> None:
-    """The user's tensor is going: free its rows, folding them in first if its storage lives on in another tensor."""
-    account = _accounts.pop(key, None)
-    if account is None or sys.is_finalizing():
-        return
-    # the dying owner and our aliases of it; a tensor that it was a view of may be the user's as well
-    ours = 1 + sum(a.owner() is None for a in _on_storage[account.storage])
-    if account.storage_users > ours:
-        account.settle()
-    _forget_storage(account)
-
-
-def _overlapping(t: Tensor) -> Iterator[Account]:
-    for account in tuple(_on_storage.get(t.untyped_storage().data_ptr(), ())):
-        if overlap(account.state, t):
-            yield account
-
-
-def _reached(tensor: Tensor, exposed: bool) -> Iterable[Account]:
-    """The accounts that an access to a tensor is about; to its memory as such, all that lie there."""
-    return tuple(_on_storage.get(tensor.untyped_storage().data_ptr(), ())) if exposed else _overlapping(tensor)
+    _ledger.remove(account)
 
 
 def touch(
@@ -129,10 +89,13 @@ def touch(
     """
     later: list[Callable[[], None]] = []
     for key in [k for k, fresh in _fresh.items() if _same_memory(fresh(), tensor)] if _fresh else ():
-        if not (zeros and key == id(tensor)):
+        if zeros and key == id(tensor):
+            provide(tensor)
+        else:
             _make_zero(key)
-    for account in _reached(tensor, exposed) if _on_storage else ():
+    for account in _ledger.reached(tensor, exposed) if _ledger else ():
         account.exposed |= exposed
+        account.provide()
         if overwritten and account.owner() is tensor:
             later.append(functools.partial(_overwritten, account, zeros))
         else:
@@ -162,7 +125,7 @@ def declare_zero(state: Tensor) -> None:
     For caches that make their states themselves: torch.empty will do. Memory that others hold as well is made zero.
     """
     with plain_calls():
-        accounts = list(_overlapping(state))
+        accounts = list(_ledger.overlapping(state))
         alone = storage_users(state.untyped_storage()._cdata) <= 1 + len(accounts)
         own = [a for a in accounts if a.owner() is state and a.place is None]
     if len(own) < len(accounts) or not alone or not guard(state):
@@ -175,10 +138,12 @@ def declare_zero(state: Tensor) -> None:
 
 
 def zero_state(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A new state that is known to be zero."""
+    """A new state that is zero, with no memory before a step that may flush or anyone else needs it."""
     with torch.inference_mode(False):
         state = torch.empty(*sizes, dtype=dtype, device=device)
     declare_zero(state)
+    with plain_calls():
+        state.untyped_storage().resize_(0)
     return state
 
 
@@ -188,11 +153,12 @@ def _make_zero(key: int) -> None:
     state = found() if found is not None else None
     if state is not None:
         with _disable_current_modes(), torch.no_grad():
+            provide(state)
             alias(state).zero_()
 
 
 def _same_memory(fresh: Tensor | None, tensor: Tensor) -> bool:
-    return fresh is not None and fresh.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    return fresh is not None and address(fresh) == address(tensor)
 
 
 # ----------------------------------------------------------------------------------------- public calls
@@ -230,7 +196,7 @@ def tensors_in(obj: Any) -> Iterator[Tensor]:
 def accounts_of(obj: Any) -> list[Account]:
     """The accounts of the states reachable from obj (a tensor, cache, module or container)."""
     with plain_calls():
-        found = [a for t in tensors_in(obj) for a in _overlapping(t)]
+        found = [a for t in tensors_in(obj) for a in _ledger.overlapping(t)]
     return list(dict.fromkeys(found))
 
 
@@ -249,7 +215,7 @@ def rollback(obj: Any, n: Counts) -> None:
 
 def whole_accounts(tensors: Sequence[Tensor], call: str) -> list[Account]:
     """The accounts of the states in a list of tensors; ValueError when a state is there in part, or has no rows."""
-    accounts = list(dict.fromkeys(a for t in tensors for a in _overlapping(t)))
+    accounts = list(dict.fromkeys(a for t in tensors for a in _ledger.overlapping(t)))
     for account in accounts:
         if not any(t is account.owner() or _covers(t, account) for t in tensors):
             raise ValueError(f"{call}: obj holds a part of a state, of which no tokens can be taken back by themselves")
@@ -262,8 +228,7 @@ def whole_accounts(tensors: Sequence[Tensor], call: str) -> list[Account]:
 
 
 def _covers(tensor: Tensor, account: Account) -> bool:
-    same = tensor.untyped_storage().data_ptr() == account.storage
-    return same and covers(tensor, account.state)
+    return address(tensor) == account.storage and covers(tensor, account.state)
 
 
 _rowless: dict[int, weakref.ref[Tensor]] = {}  # states that recurrent steps write: no token of theirs can be taken back

@@ -75,6 +75,8 @@ class Step(SettleOnly):
             runtime.check_aliases(accounts)
             self._hand_over(args, accounts)
             if self.original is not None and tree is None:
+                for account in accounts:
+                    account.provide()
                 out = check.run(self.original, self.states, self.parts, self.run, args, accounts)
             else:
                 out = self.run(args, accounts)
@@ -83,9 +85,12 @@ class Step(SettleOnly):
     def run(self, args: list[Any], accounts: list[Account]) -> Any:
         """The compiled graph on prepared inputs; a step that fails half-way is taken back."""
         states = [s for s in self.states if s.plan.variant != "recurrent"]
-        out = self._run(args, [s.tokens.of(args) for s in states], [s.plan for s in states], accounts)
-        for state, account in zip(states, accounts, strict=True):
-            account.finished(state.plan)
+        counts = [s.tokens.of(args) for s in states]
+        for account, tokens in zip(accounts, counts, strict=True):
+            account.expect(tokens)
+        out = self._run(args, counts, [s.plan for s in states], accounts)
+        for state, account, tokens in zip(states, accounts, counts, strict=True):
+            account.finished(state.plan, tokens)
             if account.aliased or account.exposed:
                 account.settle()
         return out

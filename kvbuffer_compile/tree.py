@@ -10,6 +10,7 @@ from torch import Tensor
 from kvbuffer_compile import composite
 from kvbuffer_compile.ir import run
 from kvbuffer_compile.memory import Buffered
+from kvbuffer_compile.overlap import has_memory
 from kvbuffer_compile.plan import Plan
 
 
@@ -20,10 +21,10 @@ def tree_step(
     tokens = composite.inputs_by_token(plan, operands)
     if len(tokens) > plan.capacity or parents.shape[1] != len(tokens):
         raise ValueError(f"{len(tokens)} drafts, {parents.shape[1]} parents, a buffer of {plan.capacity} rows")
-    composite.flush(plan, state, cursor, rows, composite.overflowing(plan, cursor, len(tokens)))
-    view = plan.layout.canonical(state)
+    if has_memory(state):
+        composite.flush(plan, state, cursor, rows, composite.overflowing(plan, cursor, len(tokens)))
     spread = () if plan.layout.sequence else (None,)
-    base = composite.readable(view[spread].to(plan.compute), cursor)
+    base = composite.readable(plan, state, cursor)
     owed = cursor[0]
     active = owed >= 0
     outputs = []
@@ -34,8 +35,9 @@ def tree_step(
             composite.store(row, env[v.name], owed + j, active, v.kind)
         outputs.append([env[v.name] for v in plan.program.outputs])
     cursor[2] += 1
+    shape = plan.layout.sizes(state.shape)
     by_output = zip(plan.program.outputs, zip(*outputs, strict=True), strict=True)
-    return tuple(composite.stacked(plan, list(values), v.kind, view, active) for v, values in by_output)
+    return tuple(composite.stacked(plan, list(values), v.kind, shape, active) for v, values in by_output)
 
 
 def _visible(plan: Plan, owed: Tensor, parents: Tensor) -> list[Tensor]:

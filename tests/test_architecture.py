@@ -34,6 +34,7 @@ LEVELS = {
     "tree": 4,
     "drafts": 4,
     "guard": 4,
+    "ledger": 4,
     "accounts": 4,
     "ops": 4,
     "slots": 4,

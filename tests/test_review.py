@@ -123,12 +123,12 @@ def test_one_number_of_a_state_can_be_formatted(pair):  # noqa: F811
 
 def test_rows_of_dropped_views_are_freed():
     stack = torch.randn(2, B, H, K, V)
-    before = len(runtime._accounts)
+    before = len(runtime._ledger.accounts)
     p = Pair(state=stack[0])
     p.run(2)
     del p
     gc.collect()
-    assert len(runtime._accounts) <= before
+    assert len(runtime._ledger.accounts) <= before
 
 
 def two_reads(S, q, k, v, g, beta):

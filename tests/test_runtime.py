@@ -262,10 +262,10 @@ def test_states_that_share_a_storage(records):
 def test_rows_are_freed_with_the_state():
     p = Pair()
     p.run(2)
-    before = len(runtime._accounts)
+    before = len(runtime._ledger.accounts)
     del p
     gc.collect()
-    assert len(runtime._accounts) < before
+    assert len(runtime._ledger.accounts) < before
 
 
 def test_rows_of_a_dead_state_are_folded_in_only_if_its_memory_lives_on(monkeypatch):
