@@ -31,7 +31,7 @@ def take_back(accounts: Sequence[Account], n: Counts) -> None:
     for account in accounts:
         slots = (counts // account.plan.program.tokens).to(account.cursor.device, torch.int32)
         account.drafts = None
-        if counts.device.type == "cpu" and counts.numel():
+        if not on_device(counts, account):
             account.most -= int(counts.min()) // account.plan.program.tokens
         account.cursor[0] -= torch.where(account.cursor[0] >= 0, slots, 0)
 
