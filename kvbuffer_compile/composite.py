@@ -1,7 +1,7 @@
 """The step ops in plain ATen: the definition that generated kernels are held against, right on every device.
 
-Everything is vectorised over sequences with different cursors; the arithmetic of the current token is
-`memory.Buffered` on top of the rows that are already stored.
+Everything is vectorised over sequences with different cursors. What is stored is put in low-rank form, and the tokens
+of the step run on that (ahead.py).
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbuffer_compile.ir import Decay, Kind, Update, run
-from kvbuffer_compile.memory import Buffered, Dense, Zero, along, widen
+from kvbuffer_compile.ahead import OTHER, common_lanes, run_ahead
+from kvbuffer_compile.ir import Decay, Kind, Update, Var, run
+from kvbuffer_compile.memory import Dense, Zero, along, widen
 from kvbuffer_compile.overlap import has_memory
 from kvbuffer_compile.plan import Plan
 
@@ -32,19 +33,22 @@ class Stored:
     right: Tensor | None
 
     def read(self, x: Tensor, kind: Kind) -> Tensor:
-        other: Kind = "value" if kind == "key" else "key"
-        faded = x
+        return self.read_many(x[..., None, :], kind)[..., 0, :]
+
+    def read_many(self, x: Tensor, kind: Kind) -> Tensor:
+        """Reads by n queries, [*lanes, n, K or V]."""
+        other, faded = OTHER[kind], x
         if "scalar" in self.fades:
-            faded = faded * self.fades["scalar"][..., None]
+            faded = faded * self.fades["scalar"][..., None, None]
         if kind in self.fades:
-            faded = faded * self.fades[kind]
-        out = self.base.read(faded, kind)
+            faded = faded * self.fades[kind][..., None, :]
+        out = self.base.read_many(faded, kind)
         if other in self.fades:
-            out = out * self.fades[other]
+            out = out * self.fades[other][..., None, :]
         if self.left is None or self.right is None:
             return out
         met, free = (self.left, self.right) if kind == "key" else (self.right, self.left)
-        return out + ((x[..., None, :] @ met.transpose(-1, -2)) @ free)[..., 0, :]
+        return out + (x @ met.transpose(-1, -2)) @ free
 
     def dense(self) -> Tensor:
         """The state these rows and this base stand for."""
@@ -57,20 +61,29 @@ class Stored:
         return out + self.left.transpose(-1, -2) @ self.right
 
 
+def slots_in_use(plan: Plan, owed: Tensor, more: int = 0) -> Tensor:
+    """Numbers of the slots that may hold rows, `more` of them not owed. On a GPU all: asking would stall the queue."""
+    most = (
+        min(plan.capacity, max(1, int(owed.max()) + more)) if owed.device.type == "cpu" and len(owed) else plan.capacity
+    )
+    return torch.arange(most, device=owed.device)
+
+
 def owed_slots(plan: Plan, owed: Tensor) -> Tensor:
-    """Which slots hold owed rows, [N, capacity]. owed: [N]."""
-    return torch.arange(plan.capacity, device=owed.device) < owed[:, None]
+    """Which slots hold owed rows, [N, slots]. owed: [N]."""
+    return slots_in_use(plan, owed) < owed[:, None]
 
 
 def condense(plan: Plan, base: Dense | Zero, used: Tensor, rows: Sequence[Tensor]) -> Stored:
     """The rows in low-rank form.
 
-    base: [N, *lanes, K, V]; used: which slots count, [N, capacity]; rows as in the calling convention.
+    base: [N, *lanes, K, V]; used: which of the first slots count, [N, slots]; rows as in the calling convention.
     """
-    lanes = len(plan.program.lanes) + (not plan.layout.sequence)
-    used = used.view(-1, *[1] * (lanes - 1), plan.capacity)
+    slots = used.shape[1]
+    used = used.view(-1, *[1] * (token_dim(plan) - 1), slots)
     log = {
-        v.name: (row.to(plan.compute), v.kind) for v, row in zip(plan.program.logged, rows, strict=True)
+        v.name: (row.narrow(slot_dim(row, v.kind), 0, slots).to(plan.compute), v.kind)
+        for v, row in zip(plan.program.logged, rows, strict=True)
     }  # garbage in unused slots is masked where it is used: an unused gate is 1, an unused row is 0
 
     after: dict[Kind, Tensor] = {}  # within a slot: product of the decays behind the event at hand
@@ -88,7 +101,7 @@ def condense(plan: Plan, base: Dense | Zero, used: Tensor, rows: Sequence[Tensor
         pairs = [(_shrink(left, later, "key"), _shrink(right, later, "value")) for left, right in pairs]
     if not pairs:
         return Stored(base, fades, None, None)
-    left, right = (torch.cat(_common(side), dim=-2) for side in zip(*pairs, strict=True))
+    left, right = (torch.cat(common_lanes(side), dim=-2) for side in zip(*pairs, strict=True))
     return Stored(base, fades, left, right)
 
 
@@ -129,12 +142,6 @@ def _over_slots(gates: dict[Kind, Tensor]) -> tuple[dict[Kind, Tensor], dict[Kin
     return later, total
 
 
-def _common(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same rows with common lane sizes (a key shared by a group has size 1 there)."""
-    lanes = torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))
-    return [t.expand(*lanes, *t.shape[-2:]) for t in tensors]
-
-
 # ------------------------------------------------------------------------------------------------ steps
 
 
@@ -151,23 +158,43 @@ def buffered_step(
     plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tensor], operands: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """One buffered step of one token, or of T tokens for the verify variant, as defined in plan.py."""
-    tokens = inputs_by_token(plan, operands)
+    count = token_count(plan, operands)
     owed = cursor[0]
     if has_memory(state):  # else its owner knows that nothing overflows
-        flush(plan, state, cursor, rows, overflowing(plan, cursor, len(tokens)))
-    spread = () if plan.layout.sequence else (None,)  # lane of size 1 for the one cursor
-    base = readable(plan, state, cursor)
-    memory = Buffered(condense(plan, base, owed_slots(plan, owed), rows), plan.sizes)
-    runs = [run(plan.program, memory, {n: x[spread] for n, x in inputs.items()}) for inputs in tokens]
+        flush(plan, state, cursor, rows, overflowing(plan, cursor, count))
+    shape = plan.layout.sizes(state.shape)
+    stored = condense(plan, readable(plan, state, cursor), owed_slots(plan, owed), rows)
+    values = run_tokens(plan, stored, inputs_of_tokens(plan, operands), shape)
 
     active = owed >= 0
     for v, row in zip(plan.program.logged, rows, strict=True):
-        for t, env in enumerate(runs):
-            store(row, env[v.name], owed + t, active, v.kind)
-    cursor[0] += len(tokens) * active
+        store(row, values[v], owed, active, v.kind)
+    cursor[0] += count * active
     cursor[2] += 1
-    shape = plan.layout.sizes(state.shape)
-    return tuple(stacked(plan, [env[v.name] for env in runs], v.kind, shape, active) for v in plan.program.outputs)
+    return tuple(finished(plan, values[v], v.kind, shape, active) for v in plan.program.outputs)
+
+
+def token_dim(plan: Plan) -> int:
+    """Where the tokens are in values of several: behind the lanes, one of size 1 among them where there is one cursor."""
+    return len(plan.program.lanes) + (not plan.layout.sequence)
+
+
+def inputs_of_tokens(plan: Plan, operands: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The program's inputs, [N, *lanes, T(, K or V)]."""
+    lanes = plan.layout.lanes
+    inputs = {n: x if plan.several else x.unsqueeze(lanes) for n, x in _inputs(plan, operands).items()}
+    return inputs if plan.layout.sequence else {n: x[None] for n, x in inputs.items()}
+
+
+def run_tokens(plan: Plan, stored: Stored, inputs: dict[str, Tensor], shape: tuple[int, ...]) -> dict[Var, Tensor]:
+    """Outputs and logged values of some tokens, a dim like in the inputs, on a stored state. shape: [*lanes, K, V]."""
+    axis, some = token_dim(plan), next(iter(inputs.values()))
+    count = max(x.shape[axis] for x in inputs.values())
+    rows = count * sum(isinstance(event, Update) for event in plan.program.events)
+    lanes = shape[:-2] if plan.layout.sequence else (1, *shape[:-2])
+    left, right = (some.new_zeros(*lanes, rows, n) for n in plan.sizes)
+    wanted = (*plan.program.outputs, *plan.program.logged)
+    return run_ahead(plan.program, stored, (left, right), inputs, axis, wanted)
 
 
 def overflowing(plan: Plan, cursor: Tensor, tokens: int) -> Tensor:
@@ -204,18 +231,6 @@ def readable(plan: Plan, state: Tensor, cursor: Tensor) -> Dense | Zero:
     return Dense(torch.where((cursor[3] > 0).view(-1, *[1] * (base.dim() - 1)), 0, base))
 
 
-def inputs_by_token(plan: Plan, operands: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-    """The program's inputs, token by token."""
-    inputs = _inputs(plan, operands)
-    if not plan.several:
-        return [inputs]
-    axis = plan.layout.lanes
-    return [
-        {n: x.select(axis, t if x.shape[axis] > 1 else 0) for n, x in inputs.items()}
-        for t in range(token_count(plan, operands))
-    ]
-
-
 def token_count(plan: Plan, operands: Sequence[Tensor]) -> int:
     """How many tokens a step with these operands decodes."""
     return max(x.shape[plan.layout.lanes] for x in operands) if plan.several else 1
@@ -225,37 +240,39 @@ def _inputs(plan: Plan, operands: Sequence[Tensor]) -> dict[str, Tensor]:
     return {v.name: x.to(plan.compute) for v, x in zip(plan.program.inputs, operands, strict=True)}
 
 
+def slot_dim(row: Tensor, kind: Kind) -> int:
+    """The dim of the slots."""
+    return row.dim() - (1 if kind == "scalar" else 2)
+
+
 def by_slot(row: Tensor, kind: Kind) -> Tensor:
     """Rows as a view [N, capacity, *lanes(, K or V)]."""
-    return row.movedim(row.dim() - (1 if kind == "scalar" else 2), 1)
+    return row.movedim(slot_dim(row, kind), 1)
 
 
-def store(row: Tensor, value: Tensor, owed: Tensor, active: Tensor, kind: Kind) -> None:
-    """row[b, ..., owed[b], ...] = value[b, ...] for active sequences."""
-    slots = by_slot(row, kind)
-    b = torch.arange(row.shape[0], device=row.device)
-    at = owed.clamp(0, slots.shape[1] - 1).long()
-    keep = active.view(-1, *[1] * (slots.dim() - 2))
+def store(row: Tensor, values: Tensor, first: Tensor, active: Tensor, kind: Kind) -> None:
+    """row[b, ..., first[b] + t, ...] = values[b, ..., t, ...] for active sequences and all tokens."""
+    slots, values = by_slot(row, kind), by_slot(values, kind)
+    b = torch.arange(row.shape[0], device=row.device)[:, None]
+    tokens = torch.arange(values.shape[1], device=row.device)
+    at = (first[:, None] + tokens).clamp(0, slots.shape[1] - 1)
+    keep = active.view(-1, *[1] * (slots.dim() - 1))
     old = slots[b, at]
-    slots[b, at] = torch.where(keep, value.to(row.dtype).expand_as(old), old)
+    slots[b, at] = torch.where(keep, values.to(row.dtype).expand_as(old), old)
 
 
-def _full(value: Tensor, kind: Kind, shape: tuple[int, ...]) -> Tensor:
-    """An output at full lane sizes, contiguous. shape: [*lanes, K, V]."""
-    tail = {"scalar": (), "key": shape[-2:-1], "value": shape[-1:]}[kind]
-    return value.expand(*shape[:-2], *tail).contiguous()
-
-
-def stacked(plan: Plan, values: list[Tensor], kind: Kind, shape: tuple[int, ...], active: Tensor) -> Tensor:
-    """One output of all tokens."""
-    done = [_finished(plan, value, kind, shape, active) for value in values]
-    return torch.stack(done, dim=plan.layout.lanes) if plan.several else done[0]
-
-
-def _finished(plan: Plan, value: Tensor, kind: Kind, shape: tuple[int, ...], active: Tensor) -> Tensor:
-    """An output with zeros for padding sequences."""
+def finished(plan: Plan, value: Tensor, kind: Kind, shape: tuple[int, ...], active: Tensor) -> Tensor:
+    """An output of all tokens, contiguous, with zeros for padding sequences. shape: [*lanes, K, V]."""
     if plan.layout.sequence:
         value = torch.where(active.view(-1, *[1] * (value.dim() - 1)), value, 0)
     else:
         value = torch.where(active[0], value[0], 0)
-    return _full(value, kind, shape)
+    lanes = plan.layout.lanes
+    if not plan.several:
+        return _full(value.select(lanes, 0), kind, shape)
+    return _full(value, kind, shape, value.shape[lanes])
+
+
+def _full(value: Tensor, kind: Kind, shape: tuple[int, ...], *tokens: int) -> Tensor:
+    tail = {"scalar": (), "key": shape[-2:-1], "value": shape[-1:]}[kind]
+    return value.expand(*shape[:-2], *tokens, *tail).contiguous()

@@ -16,6 +16,7 @@ from kvbuffer_compile import composite
 from kvbuffer_compile.codegen.pieces import Piece
 from kvbuffer_compile.ir import Map, Var
 from kvbuffer_compile.memory import apply_map
+from kvbuffer_compile.overlap import has_memory
 from kvbuffer_compile.plan import Plan
 
 Outputs = tuple[Tensor, ...]
@@ -50,7 +51,8 @@ def several_tokens(plan: Plan, step: Callable[..., Outputs]) -> Callable[..., Ou
     def verify(*args: Tensor) -> Outputs:
         (state, cursor, *rows), operands = args[:before], args[before:]
         axis, count = plan.layout.lanes, composite.token_count(plan, operands)
-        composite.flush(plan, state, cursor, rows, composite.overflowing(plan, cursor, count))
+        if has_memory(state):
+            composite.flush(plan, state, cursor, rows, composite.overflowing(plan, cursor, count))
         marks = cursor.clone()
         marks[1] = plan.capacity  # no flush before the last token: rejected ones must be taken back
         each = [step(state, marks, *rows, *(x.select(axis, t) for x in operands)) for t in range(count)]

@@ -74,6 +74,10 @@ class Dense:
             return (x[..., None, :] @ self.state)[..., 0, :]
         return (self.state @ x[..., :, None])[..., 0]
 
+    def read_many(self, x: Tensor, kind: Kind) -> Tensor:
+        """Reads by n queries at once, [*lanes, n, K or V]."""
+        return x @ (self.state if kind == "key" else self.state.transpose(-1, -2))
+
     def update(self, left: Tensor, right: Tensor, kinds: tuple[Kind, Kind]) -> None:
         self.state = self.state + along(left, kinds[0]) * along(right, kinds[1])
 
@@ -89,6 +93,8 @@ class Zero:
 
     def read(self, x: Tensor, kind: Kind) -> Tensor:
         return x.new_zeros((*x.shape[:-1], self.sizes[1] if kind == "key" else self.sizes[0]))
+
+    read_many = read
 
 
 @dataclass(frozen=True)

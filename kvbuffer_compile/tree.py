@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from kvbuffer_compile import composite
-from kvbuffer_compile.ir import run
-from kvbuffer_compile.memory import Buffered
 from kvbuffer_compile.overlap import has_memory
 from kvbuffer_compile.plan import Plan
 
@@ -18,32 +16,31 @@ def tree_step(
     plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tensor], parents: Tensor, operands: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """One tree step as defined in plan.py. Node by node: parents come first, so their rows are there to be read."""
-    tokens = composite.inputs_by_token(plan, operands)
-    if len(tokens) > plan.capacity or parents.shape[1] != len(tokens):
-        raise ValueError(f"{len(tokens)} drafts, {parents.shape[1]} parents, a buffer of {plan.capacity} rows")
+    count = composite.token_count(plan, operands)
+    if count > plan.capacity or parents.shape[1] != count:
+        raise ValueError(f"{count} drafts, {parents.shape[1]} parents, a buffer of {plan.capacity} rows")
     if has_memory(state):
-        composite.flush(plan, state, cursor, rows, composite.overflowing(plan, cursor, len(tokens)))
-    spread = () if plan.layout.sequence else (None,)
-    base = composite.readable(plan, state, cursor)
+        composite.flush(plan, state, cursor, rows, composite.overflowing(plan, cursor, count))
+    base, shape = composite.readable(plan, state, cursor), plan.layout.sizes(state.shape)
+    inputs, axis = composite.inputs_of_tokens(plan, operands), composite.token_dim(plan)
     owed = cursor[0]
     active = owed >= 0
-    outputs = []
+    nodes = []
     for j, used in enumerate(_visible(plan, owed, parents.expand(len(owed), -1))):
-        memory = Buffered(composite.condense(plan, base, used, rows), plan.sizes)
-        env = run(plan.program, memory, {name: x[spread] for name, x in tokens[j].items()})
+        node = {n: x.narrow(axis, j if x.shape[axis] > 1 else 0, 1) for n, x in inputs.items()}
+        values = composite.run_tokens(plan, composite.condense(plan, base, used, rows), node, shape)
         for v, row in zip(plan.program.logged, rows, strict=True):
-            composite.store(row, env[v.name], owed + j, active, v.kind)
-        outputs.append([env[v.name] for v in plan.program.outputs])
+            composite.store(row, values[v], owed + j, active, v.kind)
+        nodes.append(values)
     cursor[2] += 1
-    shape = plan.layout.sizes(state.shape)
-    by_output = zip(plan.program.outputs, zip(*outputs, strict=True), strict=True)
-    return tuple(composite.stacked(plan, list(values), v.kind, shape, active) for v, values in by_output)
+    together = {v: torch.cat([values[v] for values in nodes], axis) for v in plan.program.outputs}
+    return tuple(composite.finished(plan, x, v.kind, shape, active) for v, x in together.items())
 
 
 def _visible(plan: Plan, owed: Tensor, parents: Tensor) -> list[Tensor]:
-    """For each node the slots it sees, [N, capacity]."""
-    node = torch.arange(plan.capacity, device=owed.device) - owed[:, None]  # that lies in a slot; < 0: an owed row
+    """For each node the slots it sees, [N, slots]."""
     count = parents.shape[1]
+    node = composite.slots_in_use(plan, owed, count) - owed[:, None]  # that lies in a slot; < 0: an owed row
     inside, at = (node >= 0) & (node < count), node.clamp(0, count - 1)
     return [(node < 0) | (inside & above.gather(1, at)) for above in ancestors(parents).unbind(1)]
 

@@ -24,6 +24,7 @@ LEVELS = {
     "ir": 1,
     "text": 1,
     "memory": 2,
+    "ahead": 4,
     "sequence": 2,
     "plan": 2,
     "machine": 2,

@@ -372,16 +372,28 @@ def test_flags_and_compiler_are_part_of_the_key(cache, monkeypatch):
     assert build.library(SOURCE) != first
 
 
+STEPS = "buffered or recurrent or verify"
+CACHE = "library or entry or process or compiler or folder"
+
+
 @pytest.mark.nightly
-def test_under_the_sanitizers():
-    """The whole file once more with AddressSanitizer and UBSan in the kernels."""
+@pytest.mark.parametrize(
+    ("file", "chosen"),
+    [
+        ("test_cpp.py", STEPS),
+        ("test_cpp.py", f"not ({STEPS} or {CACHE})"),
+        ("test_cut.py", ""),
+        ("test_tree_cpp.py", ""),
+    ],
+)
+def test_under_the_sanitizers(file, chosen):
+    """The tests of kernels once more with AddressSanitizer and UBSan in these."""
     libraries = ["libasan.so", "libstdc++.so"]  # without the second, AddressSanitizer fails at the first exception
     paths = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in libraries
     ]
     env = {**os.environ, "KVBUFFER_SANITIZE": "1", "LD_PRELOAD": ":".join(paths), "ASAN_OPTIONS": "detect_leaks=0"}
-    skipped = "not library and not entry and not process and not compiler and not folder"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__)), "-k", skipped]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).with_name(file)), "-k", chosen]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
