@@ -175,7 +175,7 @@ def buffered_step(
 
 
 def token_dim(plan: Plan) -> int:
-    """Where the tokens are in values of several: behind the lanes, one of size 1 among them where there is one cursor."""
+    """Where the tokens are in values of several: behind the lanes, of which one of size 1 stands for one cursor."""
     return len(plan.program.lanes) + (not plan.layout.sequence)
 
 
