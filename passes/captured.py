@@ -43,6 +43,16 @@ def candidates(gm: GraphModule) -> list[Node]:
     ]
 
 
+def guards_of(gm: GraphModule) -> int:
+    """How much is known about symbolic sizes: a number that grows with each guard."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for n in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(n, torch.SymInt):
+                return len(n.node.shape_env.guards)
+    return 0
+
+
 def _outputs(gm: GraphModule) -> list[Node]:
     returned = gm.graph.output_node().args[0]
     return [n for n in returned if isinstance(n, Node)] if isinstance(returned, list | tuple) else []

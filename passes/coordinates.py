@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
+import sympy
 from torch.fx import Node
 
 from kvbuffer_compile.ir import Kind
 from kvbuffer_compile.passes.factor import Axes
-from kvbuffer_compile.passes.labels import Atom, Dim, Labels, resolve, resolved
+from kvbuffer_compile.passes.labels import Atom, Dim, Labels, resolve, resolved, specialised
 from kvbuffer_compile.passes.terms import Leaf, Refusal
 from kvbuffer_compile.passes.vary import Values
 from kvbuffer_compile.passes.versions import ReadOut
@@ -57,10 +57,10 @@ def coordinates(
         raise Refusal(state, "layout", "an axis of the state is spread over several of its dims")
     lanes = [p for p in flat if p not in (key, value)]
     order = [i for i, p in enumerate(flat) if p not in (key, value)] + [flat.index(key), flat.index(value)]
+    sizes = (_known(state, key), _known(state, value))
     dims = tuple(tuple(_size(p) for p in dim) for dim in parts)
     if any(dim.count(None) > 1 for dim in dims):
         raise Refusal(state, "layout", "a dim of the state stands for several sizes that are only known at run time")
-    sizes = (_known(state, home, key), _known(state, home, value))
     return Coordinates(Layout(dims, tuple(order)), tuple(lanes), key, value, sizes)
 
 
@@ -97,12 +97,7 @@ def _size(part: Dim) -> int | None:
     return size
 
 
-def _known(state: Node, home: Labels, axis: Dim) -> int:
+def _known(state: Node, axis: Dim) -> int:
     """The size of the key or value axis; a symbolic one becomes a guard, as it does in Inductor."""
     size = _size(axis)
-    if size is None:
-        if axis not in home:
-            raise Refusal(state, "dynamic-size", "an axis of the state has no fixed size")
-        symbolic: Any = state.meta["val"].shape[home.index(axis)]
-        size = int(symbolic)
-    return size
+    return specialised(sympy.Mul(*(a.size for a in axis)), state.meta["val"].shape) if size is None else size

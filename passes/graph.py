@@ -37,7 +37,7 @@ from kvbuffer_compile.passes.forms import (
 )
 from kvbuffer_compile.passes.joins import JOINS
 from kvbuffer_compile.passes.labels import size_of
-from kvbuffer_compile.passes.nodes import argument, operand, positive, rank_of, shape, tensor
+from kvbuffer_compile.passes.nodes import argument, have_one_shape, operand, positive, rank_of, shape, tensor
 
 aten = torch.ops.aten
 
@@ -126,7 +126,7 @@ def _cast(node: Node) -> Form:
 def cast(node: Node, x: Node) -> Form:
     """node as x in the dtype of node, both of one shape."""
     here, there = tensor(node), tensor(x)
-    if here is None or there is None or shape(node) != shape(x):
+    if here is None or there is None or not have_one_shape(node, x):
         return Opaque()
     exact = here.dtype.is_floating_point and there.dtype.is_floating_point
     return Same(x) if here.dtype == there.dtype else Cast(x, exact)

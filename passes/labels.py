@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import sympy
+from torch.utils._sympy.functions import FloorDiv
 
 Size: TypeAlias = int | sympy.Expr  # symbolic sizes are compared as expressions: `==` on a SymInt would add a guard
 
@@ -70,7 +71,40 @@ def size_of(size: Any) -> Size:
     if isinstance(size, int):
         return size
     expression = size.node.expr
+    if expression.has(FloorDiv):
+        expression = _without_quotients(expression, size.node.shape_env)
     return int(expression) if expression.is_Integer else expression
+
+
+def _without_quotients(expression: Any, environment: Any) -> Any:
+    """The expression with quotients that are a number or a symbol by the guards so far, as heads in a size that holds a
+    batch are."""
+    values = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # the older name
+    for part in sorted(expression.atoms(FloorDiv), key=str):
+        value = part.xreplace(values)
+        alike = [s for s, n in values.items() if n == value and s not in environment.replacements]
+        for simple in (value, *alike):
+            if environment._maybe_evaluate_static(sympy.Eq(part, simple)) == sympy.true:
+                expression = expression.xreplace({part: simple})
+                break
+    return expression
+
+
+def specialised(size: Size, near: Iterable[Any]) -> int:
+    """A size as a number: a guard where it is symbolic. near: sizes of the same graph, one of them symbolic."""
+    if isinstance(size, int):
+        return size
+    environment = next(n.node.shape_env for n in near if not isinstance(n, int))
+    return int(environment.evaluate_expr(size))
+
+
+def hint(size: Size, near: Iterable[Any]) -> int:
+    """What a size was when the graph was captured."""
+    if isinstance(size, int):
+        return size
+    environment = next(n.node.shape_env for n in near if not isinstance(n, int))
+    values = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+    return int(size.xreplace(values))
 
 
 def quotient(a: Size, b: Size) -> Size | None:
@@ -109,12 +143,27 @@ def regroup(labels: Labels, sizes: Sequence[Size]) -> Labels | None:
     """The labels after a reshape to `sizes`; None when the sizes cut an atom unevenly."""
     rest = deque(a for dim in labels for a in resolve(dim))
     out: list[Dim] = []
-    for size in sizes:
+    for i, size in enumerate(sizes):
+        before = tuple(rest)
         dim = _deal(rest, size)
         if dim is None:
-            return None
+            end = _unequal(before, sizes[i:])
+            return None if end is None else (*out, *end)
         out.append(dim)
     return None if rest else tuple(out)
+
+
+def _unequal(rest: Dim, sizes: Sequence[Size]) -> Labels | None:
+    """Labels where one atom becomes several dims, though its symbolic size is not seen to be their product."""
+    after = 0
+    while after < min(len(rest), len(sizes)) - 1 and rest[-1 - after].size == sizes[-1 - after]:
+        after += 1
+    inner = [n for n in sizes[: len(sizes) - after] if n != 1]
+    if after != len(rest) - 1 or len(inner) < 2 or isinstance(rest[0].size, int) or rest[0].at is not None:
+        return None
+    rest[0].parts = tuple(Atom(n) for n in inner)
+    parts = iter(resolve(rest))
+    return tuple(() if n == 1 else (next(parts),) for n in sizes)
 
 
 def _deal(rest: deque[Atom], size: Size) -> Dim | None:

@@ -10,7 +10,7 @@ outputs   the reads that the rest of the graph still needs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,13 +18,13 @@ from torch.fx import GraphModule, Node
 
 from kvbuffer_compile.ir import Program, Var, verify
 from kvbuffer_compile.passes.assemble import Assembled, assemble, trimmed
-from kvbuffer_compile.passes.captured import candidates, copied, source, written
+from kvbuffer_compile.passes.captured import candidates, copied, guards_of, source, written
 from kvbuffer_compile.passes.composites import opened
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
 from kvbuffer_compile.passes.operands import Inserter
 from kvbuffer_compile.passes.order import choices
 from kvbuffer_compile.passes.pools import taken
-from kvbuffer_compile.passes.queries import adopt, taken_apart
+from kvbuffer_compile.passes.queries import adopt, count, taken_apart
 from kvbuffer_compile.passes.reasons import refused, told
 from kvbuffer_compile.passes.sequences import opened_sequences, sequence_of, tokens_of
 from kvbuffer_compile.passes.stacked import apart, stacks
@@ -62,15 +62,26 @@ def _lift(gm: GraphModule, whole: frozenset[int]) -> LiftedGraph:
     found = [stack for stack in stacks(copy) if inputs.index(stack.state) not in whole]
     parts, pools = apart(copy, found), taken(copy)
     graph = LiftedGraph(opened_sequences(copy), parts, pools)
-    walks = _walks(graph)
-    queries = taken_apart(walks, Inserter(graph.gm.graph))
-    if queries:
-        graph.refused.clear()
-        walks = [adopt(walk, queries) for walk in _walks(graph)]
-    assembled = _assemble_all(graph, walks)
-    graph.found = _finish(graph, _acyclic(graph, assembled))
+    graph.found = _finish(graph, _acyclic(graph, _programs(graph)))
     graph.gm.graph.lint()
     return graph
+
+
+def _programs(graph: LiftedGraph) -> list[Assembled]:
+    """A program for each state that has one. A symbolic size that becomes known on the way changes what all values look
+    like: then it begins anew."""
+    while True:
+        graph.refused.clear()
+        guards = guards_of(graph.gm)
+        walks = _walks(graph)
+        count(walks)
+        queries = taken_apart(walks, Inserter(graph.gm.graph)) if guards == guards_of(graph.gm) else {}
+        if queries:
+            graph.refused.clear()
+            walks = [adopt(walk, queries) for walk in _walks(graph)]
+        assembled = list(_assembled(graph, walks, guards))
+        if guards == guards_of(graph.gm):
+            return assembled
 
 
 def _walks(graph: LiftedGraph) -> list[Walk]:
@@ -91,17 +102,17 @@ def _walks(graph: LiftedGraph) -> list[Walk]:
 # ------------------------------------------------------------------------------------------- assembling
 
 
-def _assemble_all(graph: LiftedGraph, walks: list[Walk]) -> list[Assembled]:
-    """A program for each walk, or the reason why not."""
+def _assembled(graph: LiftedGraph, walks: list[Walk], guards: int) -> Iterator[Assembled]:
+    """A program for each walk, or the reason why not, as long as no more is known about sizes."""
     bits = _dependence(graph.gm, walks)
     inserter = Inserter(graph.gm.graph)
-    out = []
     for i, walk in enumerate(walks):
+        if guards != guards_of(graph.gm):
+            return
         try:
-            out.append(_assemble(walk, bits, i, inserter))
+            yield _assemble(walk, bits, i, inserter)
         except Refusal as refusal:
             graph.refused.append(refused(walk, refusal, walk.write))
-    return out
 
 
 def _assemble(walk: Walk, bits: dict[Node, int], index: int, inserter: Inserter) -> Assembled:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kvbuffer_compile.passes.labels import Size, size_of
 
@@ -20,6 +21,14 @@ def shape(node: Node) -> tuple[Size, ...]:
     """Sizes of the tensor a node computes; () for a number."""
     value = tensor(node)
     return () if value is None else tuple(size_of(n) for n in value.shape)
+
+
+def have_one_shape(x: Node, y: Node) -> bool:
+    """Whether two tensors are known to have the same shape."""
+    a, b = tensor(x), tensor(y)
+    if a is None or b is None or a.dim() != b.dim():
+        return False
+    return shape(x) == shape(y) or all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:

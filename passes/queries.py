@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from kvbuffer_compile.passes.forms import WIDEST
-from kvbuffer_compile.passes.labels import Dim, resolved
+from kvbuffer_compile.passes.labels import Dim, hint, resolved, specialised
 from kvbuffer_compile.passes.nodes import shape
 from kvbuffer_compile.passes.operands import Inserter
 from kvbuffer_compile.passes.terms import held
@@ -20,6 +20,17 @@ from kvbuffer_compile.passes.walk import Walk
 aten = torch.ops.aten
 Place = tuple[int, ...]
 Queries = dict[Node, list[tuple[Place, Node]]]  # read -> (position of each query, its node)
+
+
+def count(walks: list[Walk]) -> None:
+    """Make numbers of queries known that are few but symbolic."""
+    for walk in walks:
+        for node in walk.reads if walk.write is not None else ():
+            sizes = node.meta["val"].shape
+            foreign = [a.size for a in _flat(walk, node) if not walk.own([a])]
+            if prod(hint(n, sizes) for n in foreign) <= WIDEST:
+                for n in foreign:
+                    specialised(n, sizes)
 
 
 def taken_apart(walks: list[Walk], insert: Inserter) -> Queries:

@@ -130,6 +130,17 @@ def grouped_queries(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta:
     return torch.einsum("bhnk,bhnkv->bhnv", q, S[:, :, None].expand(-1, -1, q.shape[2], -1, -1))
 
 
+# ------------------------------------------------------------------------------------------ several states
+
+
+def one_feeds_the_next(S: Tensor, T: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """What is read of the first state [.., K, V] is the key of the second, [.., V, V]."""
+    S.copy_(_token(S, k, v, g, beta))
+    key = torch.nn.functional.normalize(torch.tanh(read(S, q)), dim=-1)
+    T.copy_(_token(T, key, v, g, beta))
+    return read(T, key)
+
+
 # ------------------------------------------------------------------------------------------ near-misses
 
 
@@ -235,6 +246,7 @@ GRAPH_FORMS = (
     _form(diagonal_and_low_rank, "RDUUR"),
     _form(several_queries, "DRURRR", inputs=_queries),
     _form(grouped_queries, "DRURRR", inputs=_queries),
+    Form("one_feeds_the_next", ("DRUR", "DRUR"), one_feeds_the_next, ("BHKV", "BHVV"), _TOKEN),
 )
 
 NEAR = (

@@ -9,10 +9,12 @@ from kvbuffer_compile.backend import GraphRecord
 from tests.forms import SIZES, Form
 from tests.graph_forms import GRAPH_FORMS, NEAR
 from tests.lifting import capture, capture_plain, lifted_and_right
+from tests.oracle import check
 from tests.steps import Sizes
-from tests.test_forms import run_beside, signatures
+from tests.test_forms import FAST, run_beside, signatures
 
 NAMED = {"ids": lambda form: form.name}
+BATCHED = ("merged_lanes", "flat_lanes", "flat_state", "one_feeds_the_next", "grouped_queries")
 
 
 @pytest.mark.parametrize("form", GRAPH_FORMS, **NAMED)
@@ -38,6 +40,38 @@ def test_graph_forms_without_decompositions(form: Form) -> None:
     graph = lifted_and_right(capture_plain(form.step, *form.start(g), *form.inputs(SIZES, g)))
     kept = ["DUR"] if form.name == "mixed" else list(form.kept)  # lerp decomposes into two cases by its weight
     assert [x.program.signature for x in graph.found] == kept
+
+
+# Where a size of the state is a product of two that are both symbolic, neither is known to be fixed.
+FIXED = [form for form in GRAPH_FORMS if form.name != "flat_state"]
+
+
+@pytest.mark.parametrize("form", FIXED, **NAMED)
+def test_graph_forms_with_dynamic_shapes(form: Form) -> None:
+    g = torch.Generator().manual_seed(0)
+    (gm,) = capture(form.step, *form.start(g), *form.inputs(SIZES, g), dynamic=True)
+    assert [x.program.signature for x in lifted_and_right(gm).found] == list(form.kept)
+
+
+@pytest.mark.parametrize("form", [f for f in GRAPH_FORMS if f.name in BATCHED], **NAMED)
+def test_batches_of_any_size_run_buffered(form: Form, records: list[GraphRecord]) -> None:
+    """The second size makes the batch symbolic, merged with heads too; the third one needs no other graph."""
+    g = torch.Generator().manual_seed(0)
+    compiled = torch.compile(form.step, backend="kvbuffer", fullgraph=True, options=FAST)
+    with torch.no_grad():
+        for batch in (2, 5, 7):
+            sizes = Sizes(batch, SIZES.H, SIZES.K, SIZES.V)
+            states = form.start(g, sizes)
+            eager, exact = [s.clone() for s in states], [s.double() for s in states]
+            for _ in range(34):
+                x = form.inputs(sizes, g)
+                wide = [y.double() if y.is_floating_point() else y for y in x]
+                check(compiled(*states, *x), form.step(*eager, *x), form.step(*exact, *wide))
+            for got, want, true in zip(states, eager, exact, strict=True):
+                check(got + 0, want, true)
+    assert 2 <= len(records) <= 4, "plain and guarded, of one batch and of any"
+    for record in records:
+        assert signatures(record) == list(form.kept), [str(r.why) for r in record.refused if not r.hopeless]
 
 
 @pytest.mark.parametrize(("form", "rules"), NEAR, ids=[form.name for form, _ in NEAR])
