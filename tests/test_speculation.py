@@ -13,7 +13,6 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from kvbuffer_compile import runtime
 from kvbuffer_compile.backend import GraphRecord
-from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.integrations.transformers import disable_speculation, enable_speculation, speculation_of
 from tests import zoo
 from tests.oracle import check
@@ -128,46 +127,6 @@ def test_disabling_restores_the_model() -> None:
     disable_speculation(model)
     with pytest.raises(ValueError, match="stateful"):
         zoo.greedy(model, zoo.prompt(1, 8), 4, prompt_lookup_num_tokens=2)
-
-
-def test_a_state_that_cannot_be_rolled_back_is_refused_with_the_reason() -> None:
-    model = zoo.make_model("mamba")
-    enable_speculation(model)
-    for length in (1, 8):
-        with pytest.raises(StateError, match="2 of 2 states of MambaForCausalLM do not run buffered.*:.*state"):
-            zoo.greedy(model, zoo.prompt(1, length), 4, prompt_lookup_num_tokens=2)
-
-
-# --------------------------------------------------------------------------------------------- where rounds end
-
-
-def test_prompts_of_any_length() -> None:
-    """The first call carries drafts and has no state yet; whatever of it is not accepted is taken back."""
-    model, reference = compiled_model("mamba2"), zoo.make_model("mamba2")
-    enable_speculation(model)
-    for length in (1, 2, CAPACITY - 1, CAPACITY, CAPACITY + 1, 3 * CAPACITY + 1):
-        ids = zoo.prompt(1, length)
-        text = plain_text(reference, ids, 20)
-        for least in (0, 1):
-            drafts = Corrupted(text, wrong=0.5, least=least, most=8 * least)
-            assert torch.equal(speculate(model, ids, drafts, 20), text), (length, least)
-            assert not least or drafts.rejections
-
-
-def test_text_ends_inside_a_draft() -> None:
-    """By length and by an end of text, in the middle of drafts that are all right."""
-    model, reference = compiled_model("mamba2"), zoo.make_model("mamba2")
-    enable_speculation(model)
-    ids = zoo.prompt(1, 6)
-    text = plain_text(reference, ids, 40)
-    for tokens in (1, 5, 12):
-        drafts = Corrupted(text, wrong=0.0, least=8)
-        assert torch.equal(speculate(model, ids, drafts, tokens), text[:, : 6 + tokens])
-    end = int(text[0, 6 + 13])
-    expected = torch.cat([ids, zoo.greedy(reference, ids, 40, eos_token_id=end)], 1)
-    assert expected.shape[1] < text.shape[1]
-    drafts = Corrupted(text, wrong=0.0, least=8)
-    assert torch.equal(speculate(model, ids, drafts, 40, eos_token_id=end), expected)
 
 
 def test_the_cache_given_back_continues_like_any_other() -> None:

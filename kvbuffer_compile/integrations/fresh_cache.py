@@ -55,28 +55,37 @@ def _blank(layer: Any) -> BlankLayer:
     return BlankLayer(convolutions, {n: Blank.like(x) for n, x in layer.recurrent_states.items() if x is not None})
 
 
-def begin(cache: Cache, blanks: list[BlankLayer], batch: int) -> None:
-    """Let a cache that has seen no token have its states, all zero; recurrent ones take no memory yet."""
+def begin(cache: Cache, blanks: list[BlankLayer], batch: int, started: bool) -> None:
+    """Let a cache that has seen no token have its states, all zero; recurrent ones take no memory yet.
+
+    started: its next call reads them. Else it makes them itself, in this memory: their strides would depend on how many
+    tokens it has, and graphs on the strides.
+    """
     for layer, blank in zip(cache.layers, blanks, strict=True):
         forget_attention(layer)  # of a cache from which everything was taken back
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             with torch.inference_mode(False):
-                _begin_layer(layer, blank, batch)
+                _give_recurrent(layer, blank, batch)
+                if started:
+                    _give_convolutions(layer, blank, batch)
+                    layer.has_previous_state = dict.fromkeys(layer.has_previous_state, True)
 
 
-def _begin_layer(layer: LinearAttentionCacheLayerMixin, blank: BlankLayer, batch: int) -> None:
+def _give_convolutions(layer: LinearAttentionCacheLayerMixin, blank: BlankLayer, batch: int) -> None:
     for index, conv in blank.convolutions.items():
         layer.conv_states[index] = torch.zeros(batch, *conv.sizes, dtype=conv.dtype, device=conv.device)
         layer.conv_kernel_size[index] = conv.sizes[-1]
         layer.is_conv_states_initialized[index] = True
         layer.dtype, layer.device = conv.dtype, conv.device  # type: ignore[assignment]
-        layer.has_previous_state[index] = True
+
+
+def _give_recurrent(layer: LinearAttentionCacheLayerMixin, blank: BlankLayer, batch: int) -> None:
     for index, state in blank.recurrent.items():
         known = layer.recurrent_states[index]
         if known is not None and known.shape == (batch, *state.sizes):
             runtime.declare_zero(known)
         else:
             made = runtime.zero_state((batch, *state.sizes), state.dtype, state.device)
+            torch._dynamo.mark_static_address(made)  # as the library does with its own, for CUDA graphs
             layer.recurrent_states[index] = made
         layer.is_recurrent_states_initialized[index] = True
-        layer.has_previous_state[index] = True

@@ -101,7 +101,7 @@ class RecordedForward:
         count = token_count(inputs)
         if count == 1:
             return self._begin_with_one(cache, inputs)
-        self._make_states(cache, inputs)
+        self._make_states(cache, inputs, started=True)
         if count <= self.steps.capacity:
             return self._verify(cache, inputs)
         first, last = split(inputs, count - known)
@@ -112,20 +112,25 @@ class RecordedForward:
     def _begin_with_one(self, cache: Cache, inputs: dict[str, Any]) -> Any:
         """One token, with a second one that is taken back: attention over no past, or of one token, is a graph of its
         own, for this call alone and for the next one. That begins again, for the same reason."""
-        self._make_states(cache, inputs)
+        self._make_states(cache, inputs, started=True)
         out = first_token(self._verify(cache, twice(inputs)))
         cache.crop(-1)
         if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
             self.opening = weakref.ref(cache), {n: x for n, x in inputs.items() if isinstance(x, Tensor)}
         return out
 
-    def _make_states(self, cache: Cache, inputs: dict[str, Any]) -> None:
-        """Let the cache have states that are zero."""
+    def _make_states(self, cache: Cache, inputs: dict[str, Any], started: bool) -> None:
+        """Let a cache that has seen nothing have states that are zero."""
         if self.blanks is None:
             name = next(name for name, value in inputs.items() if value is cache)
             config = self.model.config.get_text_config(decoder=True)
             self.blanks = blank_layers(self.model._call_impl, config, inputs, name)
-        begin(cache, self.blanks, token_batch(inputs))
+            if not any(blank.convolutions or blank.recurrent for blank in self.blanks):
+                raise StateError(
+                    f"speculation: {self._name} keeps its states outside the cache layers of transformers, where no "
+                    "token is taken back"
+                )
+        begin(cache, self.blanks, token_batch(inputs), started)
 
     @property
     def _name(self) -> str:
@@ -133,6 +138,8 @@ class RecordedForward:
 
     def _prompt(self, cache: Cache, inputs: dict[str, Any]) -> Any:
         """The model as it is, on tokens that are known to stay."""
+        if layers_of(cache)[0].empty:
+            self._make_states(cache, inputs, started=False)
         out = self.model._call_impl(**inputs)
         for layer in layers_of(cache):
             layer.tokens += token_count(inputs)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache
+from transformers.generation.configuration_utils import GenerationMode
 
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.integrations.adapters import MOST_TOKENS
@@ -56,7 +57,9 @@ class Speculation:
         self.model = model
         self.forward = RecordedForward(model)
         self.stateful = bool(model._is_stateful)
-        self.takes_cache_params = "cache_params" in inspect.signature(model.forward).parameters
+        arguments = inspect.signature(model.forward).parameters
+        self.takes_cache_params = "cache_params" in arguments
+        self.takes_cache = self.takes_cache_params or "past_key_values" in arguments
         self.caches: list[Cache] = []
         self.own: dict[str, Any] = {}  # attributes that the instance had itself
         self.before: dict[str, Any] = {}  # what the attributes were, the instance's or its class's
@@ -128,13 +131,21 @@ class Speculation:
             if enabled_here:
                 disable_speculation(assistant)
 
-    def prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def prepare_cache(
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """The cache under the name that assisted decoding knows, whatever the model calls it."""
         if self.takes_cache_params and model_kwargs.get("past_key_values") is not None:
             model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
-        self.before["_prepare_cache_for_generation"](generation_config, model_kwargs, *args, **kwargs)
+        self.before["_prepare_cache_for_generation"](generation_config, model_kwargs, mode, *args, **kwargs)
         if self.takes_cache_params and "cache_params" in model_kwargs:
             model_kwargs["past_key_values"] = model_kwargs.pop("cache_params")
+        cache = model_kwargs.get("past_key_values")
+        if mode == GenerationMode.ASSISTED_GENERATION and generation_config.use_cache is not False:
+            if not isinstance(cache, Cache):
+                raise self._elsewhere("a cache of its own kind" if cache is None else f"a {type(cache).__name__}")
+            if not self.takes_cache:
+                raise self._elsewhere("its modules")
         if generation_config.is_assistant and isinstance(model_kwargs.get("past_key_values"), Cache):
             self.record(model_kwargs["past_key_values"])  # the library asks it for its length before it is used
 
@@ -146,10 +157,7 @@ class Speculation:
 
     def candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """The library's generator, its drafts cut to what can be taken back; called before the first token."""
-        cache = kwargs["model_kwargs"].get("past_key_values")
-        if not isinstance(cache, Cache):
-            raise StateError(f"speculation: {type(cache).__name__} is no cache whose tokens can be taken back")
-        self.record(cache)
+        self.record(kwargs["model_kwargs"]["past_key_values"])
         generator = self.before["_get_candidate_generator"](*args, **kwargs)
         draft = generator.get_candidates
 
@@ -171,10 +179,13 @@ class Speculation:
         adopt(cache)
         self.caches.append(cache)
         if self.stateful and not layers_of(cache):
-            raise StateError(
-                f"speculation: {type(self.model).__name__} keeps its states outside the cache layers of transformers "
-                f"(its cache is a {type(cache).__name__}), where no token is taken back"
-            )
+            raise self._elsewhere(f"a {type(cache).__name__} without layers for them")
+
+    def _elsewhere(self, where: str) -> StateError:
+        return StateError(
+            f"speculation: {type(self.model).__name__} keeps its states outside the cache layers of transformers, in "
+            f"{where}, where no token is taken back"
+        )
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """model(...): as it was, except on a cache that is being recorded."""
