@@ -124,12 +124,13 @@ class RecordedForward:
         if self.blanks is None:
             name = next(name for name, value in inputs.items() if value is cache)
             config = self.model.config.get_text_config(decoder=True)
-            self.blanks = blank_layers(self.model._call_impl, config, inputs, name)
-            if not any(blank.convolutions or blank.recurrent for blank in self.blanks):
+            blanks = blank_layers(self.model._call_impl, config, inputs, name)
+            if not any(blank.convolutions or blank.recurrent for blank in blanks):
                 raise StateError(
                     f"speculation: {self._name} keeps its states outside the cache layers of transformers, where no "
                     "token is taken back"
                 )
+            self.blanks = blanks
         begin(cache, self.blanks, token_batch(inputs), started)
 
     @property
