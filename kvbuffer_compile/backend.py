@@ -21,7 +21,7 @@ from kvbuffer_compile.errors import Declined, DeclinedError, IRError, OptionErro
 from kvbuffer_compile.integrations import functions
 from kvbuffer_compile.machine import machine_for
 from kvbuffer_compile.options import Options
-from kvbuffer_compile.passes import pools
+from kvbuffer_compile.passes import composites, pools
 from kvbuffer_compile.passes.choose import choose
 from kvbuffer_compile.passes.lift import lift
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Part
@@ -164,6 +164,7 @@ def rewrite_graph(
     states = tuple((found, _plan(lifted, found, ours)) for found in lifted.found)
     whose = {pool.rows.name: pool.state.name for pool in lifted.pools}
     record = GraphRecord(states, tuple(lifted.refused), names=whose)
+    composites.put_back(lifted, [one for one, _ in record.rewritten])
     spliced = splice(lifted.gm, pools.put_back(lifted.pools, record.rewritten), targets.step_op)
     folder = ours.dump or os.environ.get("KVBUFFER_DUMP")
     if folder:

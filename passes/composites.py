@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,8 +11,11 @@ from torch.fx import GraphModule, Node
 from kvbuffer_compile.passes.captured import candidates
 from kvbuffer_compile.passes.forms import Cast, Choice, Product, Quotient, Sum, is_view, operands
 from kvbuffer_compile.passes.graph import read
+from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
 from kvbuffer_compile.passes.nodes import argument, tensor
 from kvbuffer_compile.passes.operands import Inserter
+from kvbuffer_compile.passes.origins import instead, is_instead
+from kvbuffer_compile.sequence import STANDS_FOR
 
 aten = torch.ops.aten
 Build = Callable[[Inserter, Node], Node]
@@ -20,29 +23,54 @@ Build = Callable[[Inserter, Node], Node]
 
 def opened(gm: GraphModule) -> GraphModule:
     """gm itself, with fused calls replaced. A product with weights and its bias (addmm) is left alone unless one of its
-    factors may be a state: every other user keeps the kernel it had."""
-    linear = _may_be_linear(gm)
+    operands may be a linear image of a state: every other user keeps the kernel it had."""
+    linear = set(candidates(gm))
     inserter = Inserter(gm.graph)
     for node in list(gm.graph.nodes):
         build = COMPOSITES.get(str(node.target)) if node.op == "call_function" else None
-        if build is None or (node.target is aten.addmm.default and linear.isdisjoint(node.all_input_nodes[-2:])):
-            continue
-        new = build(inserter, node)
-        new.meta = {**node.meta, "val": new.meta["val"]}
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
+        if build is None:
+            if _is_linear(node, linear):
+                linear.add(node)
+        elif node.target is not aten.addmm.default or not linear.isdisjoint(node.all_input_nodes):
+            new = _replaced(inserter, node, build)
+            if not linear.isdisjoint(node.all_input_nodes):
+                linear.add(new)
+            gm.graph.erase_node(node)
     return gm
 
 
-def _may_be_linear(gm: GraphModule) -> set[Node]:
-    """Nodes that may be a linear image of a state: no contraction lies between."""
-    found = set(candidates(gm))
-    for node in gm.graph.nodes:
-        form = read(node)
-        linear = is_view(form) or isinstance(form, Cast | Product | Quotient | Sum | Choice)
-        if linear and not found.isdisjoint(operands(form)):
-            found.add(node)
-    return found
+def _replaced(inserter: Inserter, node: Node, build: Build) -> Node:
+    new = build(inserter, node)
+    new.meta = {**node.meta, "val": new.meta["val"]}
+    instead(new, node)
+    node.replace_all_uses_with(new)
+    return new
+
+
+def put_back(graph: LiftedGraph, chosen: Iterable[Lifted]) -> None:
+    """Make fused calls, and reads of several queries, again what they were, except where a program's output is inside:
+    they are proved, and everything else stays as it was captured."""
+    if graph.origins is None:
+        return
+    kept = set(graph.origins.behind(o.node for lifted in chosen for o in lifted.outputs))
+    standing = graph.origins.standing()
+    same = {old: new for new, old in graph.origins.same.items()}
+    for new, old in graph.origins.claims.items():
+        if new in kept or not is_instead(new) or new.target is STANDS_FOR:
+            continue
+        whole = same.get(old)
+        if whole is None:
+            with graph.gm.graph.inserting_after(new):
+                whole = graph.gm.graph.node_copy(old, standing.__getitem__)
+        new.replace_all_uses_with(whole)
+        standing[old] = whole
+
+
+def _is_linear(node: Node, linear: set[Node]) -> bool:
+    """Whether a node may be a linear image of a state, given those before it: no contraction lies between."""
+    form = read(node)
+    kept = is_view(form) or isinstance(form, Cast | Product | Quotient | Sum | Choice)
+    return kept and not linear.isdisjoint(operands(form))
 
 
 def _scaled(insert: Inserter, x: Any, number: Any) -> Any:

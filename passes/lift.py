@@ -61,7 +61,7 @@ def _lift(gm: GraphModule, whole: frozenset[int]) -> LiftedGraph:
     inputs = copy.graph.find_nodes(op="placeholder")
     found = [stack for stack in stacks(copy) if inputs.index(stack.state) not in whole]
     parts, pools = apart(copy, found), taken(copy)
-    graph = LiftedGraph(opened_sequences(copy), parts, pools)
+    graph = LiftedGraph(opened_sequences(copy), gm, parts, pools)
     graph.found = _finish(graph, _acyclic(graph, _programs(graph)))
     graph.gm.graph.lint()
     return graph

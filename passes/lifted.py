@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir import Program
+from kvbuffer_compile.passes.origins import Origins
 from kvbuffer_compile.plan import Layout
 
 
@@ -110,12 +111,15 @@ class Refused:
 class LiftedGraph:
     """A copy of the captured graph in which operand nodes have been inserted, and what was found in it.
 
-    parts: inputs appended to it, in order, in place of slices of its other inputs. pools: inputs behind those, in place
-    of rows that are taken of pools.
+    original: the captured graph itself. parts: inputs appended to it, in order, in place of slices of its other inputs.
+    pools: inputs behind those, in place of rows that are taken of pools.
     """
 
     gm: GraphModule
+    original: GraphModule
     parts: tuple[Part, ...] = ()
     pools: tuple[Pool, ...] = ()
     found: list[Lifted] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
+    origins: Origins | None = None  # both found when they are first needed
+    inputs_problem: str | None = None

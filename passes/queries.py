@@ -13,6 +13,7 @@ from kvbuffer_compile.passes.forms import WIDEST
 from kvbuffer_compile.passes.labels import Dim, hint, resolved, specialised
 from kvbuffer_compile.passes.nodes import shape
 from kvbuffer_compile.passes.operands import Inserter
+from kvbuffer_compile.passes.origins import instead
 from kvbuffer_compile.passes.terms import held
 from kvbuffer_compile.passes.versions import ReadOut
 from kvbuffer_compile.passes.walk import Walk
@@ -93,6 +94,7 @@ def _selected(node: Node, flat: Dim, walk: Walk, places: list[Place], insert: In
         out.append((place, one))
     whole = _stacked([one for _, one in out], at, flat, insert)
     whole = insert.call(aten.reshape.default, whole, [insert.size(n) for n in shape(node)])
+    instead(whole, node)
     for user in users:
         user.replace_input_with(node, whole)
     return out

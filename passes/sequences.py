@@ -20,6 +20,7 @@ from kvbuffer_compile.passes.graph import aten, read
 from kvbuffer_compile.passes.labels import Size
 from kvbuffer_compile.passes.nodes import shape
 from kvbuffer_compile.passes.operands import Inserter
+from kvbuffer_compile.passes.origins import instead
 from kvbuffer_compile.passes.terms import Refusal
 from kvbuffer_compile.passes.walk import Walk
 from kvbuffer_compile.sequence import SEQUENCE, STANDS_FOR, TOKEN, program_of
@@ -54,6 +55,7 @@ def _open(insert: Inserter, node: Node) -> None:
         index = user.args[1]
         assert user.target is operator.getitem and isinstance(index, int)
         whole = insert.call(STANDS_FOR, results[index], user)
+        instead(whole, user)
         _give(user, whole)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch.fx import Node
 
@@ -51,10 +51,14 @@ from kvbuffer_compile.passes.labels import (
 from kvbuffer_compile.passes.nodes import shape
 
 Use = tuple[Node, Labels]  # a node at one place where it is used
+Shape = Callable[[Node], Sequence[Size]]
 
 
-def pull(node: Node, labels: Labels) -> list[Use] | None:
-    """The operands of a node with the labels that its own labels give them; None when it cannot be looked through."""
+def pull(node: Node, labels: Labels, shape: Shape = shape) -> list[Use] | None:
+    """The operands of a node with the labels that its own labels give them; None when it cannot be looked through.
+
+    shape: the sizes of a node that `labels` were made from.
+    """
     form = read(node)
     match form:
         case Regroup(x):
@@ -72,7 +76,7 @@ def pull(node: Node, labels: Labels) -> list[Use] | None:
         case Slice() | Blocks() | Join():
             return _pull_position(form, labels, shape(node)[form.dim])
         case Contract():
-            return pull_contract(form, labels)
+            return pull_contract(form, labels, shape)
         case Reduce(x, dims, keep, _) | Variance(x, dims, keep, _):
             return [(x, unreduced(shape(x), dims, keep, labels))]
         case Expand() | Product() | Quotient() | Sum() | Choice() | Pointwise() | Constant():
@@ -115,7 +119,7 @@ def unreduced(sizes: Iterable[Size], dims: tuple[int, ...], keep: bool, labels: 
     return tuple(fresh([sizes[i]])[0] if i in dims else kept.pop(0) for i in range(len(sizes)))
 
 
-def pull_contract(form: Contract, labels: Labels) -> list[Use] | None:
+def pull_contract(form: Contract, labels: Labels, shape: Shape = shape) -> list[Use] | None:
     """Both factors, with a new atom for the contracted index. Products with weights are not looked through."""
     left, right, out = form.letters
     size = shape(form.x)[left.index("c")]

@@ -20,6 +20,7 @@ from kvbuffer_compile.passes.lift import lift
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
 
 TOLERANCE = 1e-10
+COPY = torch.ops.aten.copy_.default
 CASTS = (torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default)
 
 
@@ -82,7 +83,7 @@ class Wide(Interpreter):
         self.values: dict[Node, Any] = {}
 
     def run_node(self, n: Node) -> Any:
-        if n.target is torch.ops.aten.copy_.default:
+        if n.target is COPY:
             return None
         self.values[n] = super().run_node(n)
         return self.values[n]
@@ -96,10 +97,17 @@ class Wide(Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def evaluate(gm: GraphModule, seed: int = 0) -> dict[Node, Any]:
-    """Every value of the graph in float64 on random positive inputs, of hinted sizes where they are symbolic."""
+def evaluate(gm: GraphModule, seed: int = 0, given: dict[str, Tensor] | None = None) -> dict[Node, Any]:
+    """Every value of the graph in float64 on random positive inputs, of hinted sizes where they are symbolic.
+
+    given: inputs that are not drawn.
+    """
     generator = torch.Generator().manual_seed(seed)
-    inputs = [_random(n.meta["val"], generator) for n in gm.graph.nodes if n.op == "placeholder"]
+    known = given or {}
+    inputs = [
+        known[n.name] if n.name in known else _random(n.meta["val"], generator)
+        for n in gm.graph.find_nodes(op="placeholder")
+    ]
     interpreter = Wide(gm)
     interpreter.run(*inputs)
     return interpreter.values
@@ -161,6 +169,36 @@ def disagreement(graph: LiftedGraph, lifted: Lifted, values: dict[Node, Any], sc
     return max(worst, distance(memory.state, after))
 
 
+def unlike(graph: LiftedGraph) -> float:
+    """Largest relative difference between what a captured graph and its lifted copy return and store."""
+    old = evaluate(graph.original)
+    before = {n.name: value for n, value in old.items()}
+    copy = graph.gm.graph
+    inputs = [n.name for n in copy.find_nodes(op="placeholder")]
+    taken: dict[str, Tensor] = {}
+    for part in graph.parts:
+        taken[part.name] = before[inputs[part.index]].select(*part.place)
+    for pool in graph.pools:
+        state = taken.get(pool.state.name, before.get(pool.state.name))
+        taken[pool.rows.name] = state[before[pool.slots.name]]
+    new = evaluate(graph.gm, 0, taken)
+    stored = {n.args[0].name: new[n.args[1]] for n in copy.find_nodes(op="call_function", target=COPY)}
+    for pool in graph.pools:
+        state = taken.get(pool.state.name, before.get(pool.state.name)).clone()
+        state[before[pool.slots.name]] = stored[pool.rows.name]
+        stored[pool.state.name] = state
+    for part in graph.parts:
+        name = inputs[part.index]
+        stored.setdefault(name, before[name].clone()).select(*part.place).copy_(stored.get(part.name, taken[part.name]))
+    pairs = [
+        (stored[n.args[0].name], old[n.args[1]])
+        for n in graph.original.graph.find_nodes(op="call_function", target=COPY)
+    ]
+    returned = zip(copy.output_node().args[0], graph.original.graph.output_node().args[0], strict=True)
+    pairs += [(new[x], old[y]) for x, y in returned if isinstance(x, Node) and x in new]
+    return max((distance(x, y) for x, y in pairs if isinstance(y, Tensor) and y.is_floating_point()), default=0.0)
+
+
 def ancestors(node: Node) -> set[Node]:
     found: set[Node] = set()
     stack = [node]
@@ -173,10 +211,11 @@ def ancestors(node: Node) -> set[Node]:
 
 
 def lifted_and_right(gm: GraphModule) -> LiftedGraph:
-    """Lift a graph; every program found must agree with it, and the graph must be left as it was."""
+    """Lift a graph; every program found must agree with it, its copy too, and the graph must be left as it was."""
     before = str(gm.graph)
     graph = lift(gm)
     assert str(gm.graph) == before
+    assert unlike(graph) < TOLERANCE
     values = evaluate(graph.gm)
     for lifted in graph.found:
         assert disagreement(graph, lifted, values) < TOLERANCE, str(lifted.program)

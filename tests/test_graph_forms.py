@@ -94,3 +94,28 @@ def test_queries_taken_apart_compile_with_inductor(name: str, records: list[Grap
         got = torch.compile(form.step, backend="kvbuffer", fullgraph=True, options={"flush": 4})(*states, *token)
     torch.testing.assert_close(got, expected)
     assert [signatures(record) for record in records] == [list(form.kept)]
+
+
+def test_what_is_not_proved_stays_as_it_was_captured(records: list[GraphRecord]) -> None:
+    """Only the fused call with a read inside is written out; the one behind it keeps its kernel."""
+    g = torch.Generator().manual_seed(0)
+    state = torch.randn(2, 4, 5, generator=g)
+    token = [torch.randn(2, 3, 4, generator=g), torch.randn(2, 4, generator=g), torch.randn(2, 3, 5, generator=g)]
+    calls = []
+
+    def inner(gm: torch.fx.GraphModule, inputs: object) -> object:
+        calls.append([str(n.target) for n in gm.graph.nodes])
+        return gm.forward
+
+    def step(S: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        S.copy_(0.5 * S + k.unsqueeze(-1) * v[:, :1])
+        out = torch.baddbmm(v, q, S, beta=0.5)
+        return torch.baddbmm(out, q @ q.mT, out, beta=0.5)
+
+    expected = step(state.clone(), *token)
+    options = {"inner": inner, "target": "aten", "flush": 4}
+    with torch.no_grad():
+        got = torch.compile(step, backend="kvbuffer", fullgraph=True, options=options)(state, *token)
+    torch.testing.assert_close(got, expected)
+    assert signatures(records[0]) == ["DURRR"]
+    assert calls[0].count("aten.baddbmm.default") == 1
