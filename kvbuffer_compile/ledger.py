@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -24,6 +25,18 @@ class Ledger:
     def add(self, account: Account) -> None:
         self.accounts[account.key] = account
         self.lying_at.setdefault(account.storage, []).append(account)
+
+    def phase(self, flush: int) -> int:
+        """The count at which the next state first flushes, so that no token pays for many layers, whichever graphs they
+        are in: one that as few states have as any, and of these the farthest from those that more have."""
+        taken = Counter(a.phase for a in self.accounts.values() if a.plan.flush == flush)
+        least = min(taken[p] for p in range(1, flush + 1))
+        crowded = [p for p in taken if taken[p] > least]
+
+        def distance(phase: int) -> int:
+            return min((min((phase - p) % flush, (p - phase) % flush) for p in crowded), default=0)
+
+        return max((p for p in range(1, flush + 1) if taken[p] == least), key=lambda p: (distance(p), p))
 
     def remove(self, account: Account) -> None:
         """Forget an account that owes nothing."""

@@ -28,7 +28,7 @@ from kvbuffer_compile.take_back import Counts, take_back
 _ledger = Ledger()
 
 
-def open_account(owner: Tensor, plan: Plan, phase: int, place: Place | None = None) -> Account:
+def open_account(owner: Tensor, plan: Plan, place: Place | None = None) -> Account:
     """The account of a state, made if there is none; rows of another plan or alias are settled first.
 
     place: the slice of owner that is the state; None when it is all of it.
@@ -42,7 +42,7 @@ def open_account(owner: Tensor, plan: Plan, phase: int, place: Place | None = No
         close(account)
     if place is not None:
         _make_zero(id(owner))
-    account = Account(owner, plan, phase, place, _ledger)
+    account = Account(owner, plan, _ledger.phase(plan.flush), place, _ledger)
     for rival in _ledger.overlapping(account.state):
         rival.settle()
         rival.rivals.append(account)

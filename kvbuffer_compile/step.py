@@ -57,7 +57,6 @@ class Step(SettleOnly):
         super().__init__(compiled)
         self.states = states
         self.indices = [s.index for s in states] + [part.index for part in parts]
-        self.phases = _phases(states)
         self.original = original
         self.parts = parts
 
@@ -110,13 +109,13 @@ class Step(SettleOnly):
         """The accounts of the buffered states; what else the graph uses of their tensors is settled."""
         accounts = []
         plain = set(range(len(args), len(args) + len(self.parts)))
-        for state, phase in zip(self.states, self.phases, strict=True):
+        for state in self.states:
             owner, place = self._where(args, state.index)
             if state.plan.variant == "recurrent":
                 plain.add(state.index)
                 runtime.mark_rowless(owner)
             else:
-                accounts.append(runtime.open_account(owner, state.plan, phase, place))
+                accounts.append(runtime.open_account(owner, state.plan, place))
                 plain.discard(state.index)
         for index in plain:
             owner, place = self._where(args, index)
@@ -151,10 +150,3 @@ def _with_owners(out: Any, donated: list[tuple[int, Tensor]]) -> Any:
     """Outputs in which each returned state is the very tensor that was donated, guarded like any other."""
     owners = dict(donated)
     return type(out)(owners.get(i, x) for i, x in enumerate(out))
-
-
-def _phases(states: list[Spliced]) -> list[int]:
-    """For each state the number of rows at which it first flushes: spread over the period, so that no token pays
-    for all layers."""
-    n = max(1, len(states))
-    return [s.plan.flush - (j * s.plan.flush) // n for j, s in enumerate(states)]

@@ -404,3 +404,18 @@ def test_the_check_option_notices_a_wrong_step(monkeypatch):
     monkeypatch.setattr(composite, "buffered_step", lambda *args: [x + 0.125 for x in right(*args)])
     with pytest.raises(StateError, match="output 0 differs"), torch.no_grad():
         p.compiled(p.state, *draw())
+
+
+@pytest.mark.parametrize("count", [2, 6, L * 4])
+def test_states_of_one_graph_after_another_flush_in_turn(count):
+    """A compiled step that serves layer after layer: as many flush at one token as at another, not all at once."""
+    layers = [torch.randn(B, H, K, V) for _ in range(count)]
+    compiled = torch.compile(step, backend="kvbuffer", options={**LAZY, "flush": 8})
+    flushes = []
+    with torch.no_grad():
+        for _ in range(24):
+            for layer in layers:
+                compiled(layer, *draw())
+            flushes.append(sum(int(a.cursor[0, 0]) == 1 for x in layers for a in runtime.accounts_of(x)))
+    assert flushes[0] == count and sum(flushes[8:16]) == count
+    assert max(flushes[8:]) - min(flushes[8:]) <= 1
