@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from kvbuffer_compile.codegen.calls import CALLS
 from kvbuffer_compile.ir import Decay, Kind, Map, Op, Program, Read, Update, Var, verify
+from kvbuffer_compile.memory import overload
 from kvbuffer_compile.text import parse
 
 _QKV = """  input q: key(b h)
@@ -105,6 +107,22 @@ _TEXTS = {
   return o""",
 }
 NAMED: dict[str, Program] = {name: parse(f"program over b h tokens 1\n{text}") for name, text in _TEXTS.items()}
+
+
+def vocabulary() -> tuple[Program, dict[str, tuple[str, tuple[str, ...]]]]:
+    """A program of every pointwise call that kernels have a spelling for, on x, z and the truth values c of x > 0.5 and
+    w of z > 0.5; and for each result the overload and its arguments as text."""
+    lines, made = ["  c = aten.gt.Scalar(x, 0.5)", "  w = aten.gt.Scalar(z, 0.5)"], {}
+    for n, (fn, call) in enumerate(CALLS.items()):
+        types = [str(a.type) for a in overload(fn)._schema.arguments][: call.arity - len(call.defaults)]
+        names = ["c", "x", "z"] if fn.startswith("aten.where") else ["x", "z", "x"]
+        names = ["c", "w"] if fn.startswith("aten.bitwise") else names
+        tensors = ["Tensor" in t for t in types]
+        made[f"t{n}"] = fn, tuple(v if t else "0.75" for v, t in zip(names, tensors, strict=False))
+        lines.append(f"  t{n} = {fn}({', '.join(made[f't{n}'][1])})")
+    text = "\n".join([*lines, "  s = aten.sum.dim_IntList(x)", "  update s, x", f"  return {', '.join(made)}"])
+    return parse(f"program over b tokens 1\n  input x: value(b)\n  input z: value(b)\n{text}"), made
+
 
 # Exact on integers, and a wider choice for floats. Arguments: "x" a value, a number stands for itself.
 _EXACT_MAPS = ("aten.mul.Tensor", "aten.add.Tensor", "aten.sub.Tensor", "aten.neg.default")

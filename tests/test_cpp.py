@@ -21,7 +21,7 @@ from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.memory import overload
 from kvbuffer_compile.plan import Layout, Plan
 from kvbuffer_compile.text import parse
-from tests.programs import NAMED, random_programs
+from tests.programs import NAMED, random_programs, vocabulary
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 
@@ -221,21 +221,13 @@ def spellable(fn: str) -> bool:
 
 def test_vocabulary():
     """Every row of the table against its ATen op, in one kernel, on values that include inf and NaN."""
+    assert all(map(spellable, calls.CALLS)), [fn for fn in calls.CALLS if not spellable(fn)]
     values = {"x": ONE, "z": ONE.roll(5), "c": ONE > 0.5, "w": ONE.roll(5) > 0.5}
-    lines, expected = ["  c = aten.gt.Scalar(x, 0.5)", "  w = aten.gt.Scalar(z, 0.5)"], {}
-    for n, (fn, call) in enumerate(calls.CALLS.items()):
-        assert spellable(fn), f"{fn} is not an op of torch, or takes other arguments"
-        types = [str(a.type) for a in overload(fn)._schema.arguments][: call.arity - len(call.defaults)]
-        names = ["c", "x", "z"] if fn.startswith("aten.where") else ["x", "z", "x"]
-        names = ["c", "w"] if fn.startswith("aten.bitwise") else names
-        words = [v if t == "Tensor" or "Optional[Tensor]" in t else "0.75" for v, t in zip(names, types, strict=False)]
-        lines.append(f"  t{n} = {fn}({', '.join(words)})")
-        expected[f"t{n}"] = fn, overload(fn)(*(values.get(w, 0.75) for w in words)).float()
-    text = "\n".join([*lines, "  s = aten.sum.dim_IntList(x)", "  update s, x", f"  return {', '.join(expected)}"])
-    program = parse(f"program over b tokens 1\n  input x: value(b)\n  input z: value(b)\n{text}")
+    program, made = vocabulary()
     plan = make_plan(program, "recurrent", sizes=(1, len(ONE)))
     outs = built(plan)(torch.zeros(3, 1, len(ONE)), values["x"].expand(3, -1), values["z"].expand(3, -1))
-    for (fn, want), got in zip(expected.values(), outs, strict=True):
+    for (fn, words), got in zip(made.values(), outs, strict=True):
+        want = overload(fn)(*(values.get(w, 0.75) for w in words)).float()
         keep = ONE.isfinite() if "gelu" in fn else slice(None)  # torch's gelu(inf) is NaN
         torch.testing.assert_close(got[0][keep], want[keep], rtol=5e-6, atol=1e-7, equal_nan=True, msg=fn)
 

@@ -130,7 +130,7 @@ def test_random_programs(program, inner, merged, sizes, grown) -> None:
 
 
 @pytest.mark.nightly
-@settings(max_examples=150, **lenient)
+@settings(max_examples=30, **lenient)
 @given(random_programs(), inners, st.booleans(), shapes, st.lists(forests(), min_size=3, max_size=5))
 def test_many_random_programs(program, inner, merged, sizes, grown) -> None:
     sweep(program, inner, merged, sizes, grown)

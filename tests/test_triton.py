@@ -24,7 +24,7 @@ from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir import Program
 from kvbuffer_compile.plan import Layout, Plan
 from kvbuffer_compile.text import parse
-from tests.programs import NAMED, random_programs
+from tests.programs import NAMED, random_programs, vocabulary
 
 LANES = {"b": 2, "h": 2, "g": 2}
 K, V = 4, 5
@@ -427,6 +427,14 @@ def test_nothing_spills(name, variant, target, elsewhere):
     found = elsewhere.submit(aot.usage, plan, target, (8, 32), 8).result()
     assert found.spills == 0, found
     assert found.shared <= 65536, found
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_call_of_the_vocabulary_compiles(target, elsewhere):
+    program, _ = vocabulary()
+    layout = Layout(((None,), (1,), (16,)), (0, 1, 2))
+    plan = make_plan(program, "recurrent", sizes=(1, 16), layout=layout)
+    assert elsewhere.submit(aot.usage, plan, target, (8,)).result().registers
 
 
 @pytest.mark.nightly
