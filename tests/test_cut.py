@@ -97,7 +97,7 @@ def test_random_programs(program, variant, inner, merged, sizes):
 
 
 @pytest.mark.nightly
-@settings(max_examples=150, **lenient)
+@settings(max_examples=50, **lenient)
 @given(negated, variants, inners, st.booleans(), shapes)
 def test_many_random_programs(program, variant, inner, merged, sizes):
     sweep(cut(program), variant, inner, merged, sizes, exact=True)
