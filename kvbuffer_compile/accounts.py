@@ -16,7 +16,7 @@ from kvbuffer_compile.guard import plain_calls
 from kvbuffer_compile.overlap import address, has_memory, provide
 from kvbuffer_compile.plan import Plan
 
-Place = tuple[int, int]  # a slice of a tensor: a dim, and the position in it
+Place = tuple[tuple[int, int], ...]  # a slice of a tensor: a dim and the position in it, once for each index
 Key = tuple[int, Place | None]  # of an account: id of the user's tensor, and the slice of it that is the state
 
 
@@ -181,8 +181,7 @@ def alias(owner: Tensor, place: Place | None = None) -> Tensor:
     """An ordinary tensor on the memory of a tensor or of a slice of it; not a view, which would keep its base, the
     owner, alive."""
     offset, sizes, strides = owner.storage_offset(), list(owner.shape), list(owner.stride())
-    if place is not None:
-        dim, at = place
+    for dim, at in place or ():
         offset += at * strides.pop(dim)
         del sizes[dim]
     with torch.inference_mode(False), torch.no_grad():

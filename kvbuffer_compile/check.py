@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from kvbuffer_compile import composite
-from kvbuffer_compile.accounts import Account
+from kvbuffer_compile.accounts import Account, alias
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.overlap import has_memory
 from kvbuffer_compile.passes.lifted import Part
@@ -32,7 +32,7 @@ def run(
     """
     count = sum(n.op == "placeholder" for n in original.graph.nodes)
     copies = [a.clone() if isinstance(a, Tensor) else a for a in args[:count]]
-    values = [*copies, *(copies[part.index].select(*part.place) for part in parts)]  # in the order of args
+    values = [*copies, *(alias(copies[part.index], part.place) for part in parts)]  # in the order of args
     owing = iter(accounts)
     current: list[tuple[int, Callable[[], Tensor]]] = []  # each state's position, and its value at the time of asking
     for state in states:

@@ -72,17 +72,16 @@ class Lifted:
 
 @dataclass(frozen=True)
 class Part:
-    """An input that was appended to the graph: one slice of the input at `index`, at position place[1] of its dim
-    place[0]. name: of its placeholder."""
+    """An input that was appended to the graph: one slice of the input at `index`. place: a dim and the position in it,
+    for each index that is taken, one after the other. name: of its placeholder."""
 
     name: str
     index: int
-    place: tuple[int, int]
+    place: tuple[tuple[int, int], ...]
 
     def named(self, whole: str) -> str:
         """What the slice is called in Python."""
-        dim, at = self.place
-        return f"{whole}[{':, ' * dim}{at}]"
+        return whole + "".join(f"[{':, ' * dim}{at}]" for dim, at in self.place)
 
 
 @dataclass(frozen=True)

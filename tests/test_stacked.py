@@ -174,7 +174,7 @@ def test_each_slice_is_lifted(name: str) -> None:
     (gm,) = capture(step, start(dim, g), *operands("qkvgb")(DISTINCT, g))
     graph = lifted_and_right(gm)
     assert [one.program.signature for one in graph.found] == ["DRUR" * (2 if name == "two tokens" else 1)] * LAYERS
-    assert [part.place for part in graph.parts] == [(dim, i) for i in range(LAYERS)]
+    assert [part.place for part in graph.parts] == [((dim, i),) for i in range(LAYERS)]
     assert [part.named("x") for part in graph.parts][1] == ("x[1]" if dim == 0 else "x[:, 1]")
 
 
