@@ -132,7 +132,7 @@ def compile_graph(
     """Inductor's inner compile with our rewrite in front of it. sources: the user's names of the captured inputs."""
     compile_inner = _inner_compiler(ours)
     try:
-        record, rewritten, spliced, parts = rewrite_graph(gm, ours, inference=bool(kwargs.get("is_inference")))
+        record, rewritten, spliced, given = rewrite_graph(gm, ours, inference=bool(kwargs.get("is_inference")))
     except OptionError:
         raise
     except Exception as error:
@@ -140,7 +140,8 @@ def compile_graph(
             raise IRError(f"internal error while rewriting a graph: {error!r}") from error
         warnings.warn(f"kvbuffer left a graph to Inductor after an internal error: {error!r}", stacklevel=2)
         record, rewritten, spliced = GraphRecord(why_not=Declined("", "internal-error", str(error))), gm, []
-        parts = ()
+        given = LiftedGraph(gm, gm)
+    parts = given.parts
     record = replace(record, names=_names(gm, sources, parts, record.names))
     observers.tell(record)
     _report_declines(record, ours)
@@ -151,16 +152,16 @@ def compile_graph(
     static += [len(example_inputs) + i for i, part in enumerate(parts) if part.index in static]
     kwargs["static_input_idxs"] = [*static, *range(len(example_inputs) + len(parts), len(inputs))]
     compiled = compile_inner(rewritten, [*example_inputs, *inputs[len(example_inputs) :]], **kwargs)
-    return Step(compiled, spliced, gm if ours.check else None, parts)
+    return Step(compiled, spliced, gm if ours.check else None, parts, given.donated)
 
 
 def rewrite_graph(
     gm: GraphModule, ours: Options, inference: bool
-) -> tuple[GraphRecord, GraphModule, list[Spliced], tuple[Part, ...]]:
+) -> tuple[GraphRecord, GraphModule, list[Spliced], LiftedGraph]:
     """The pipeline: what was decided, the rewritten copy of the graph, and what its step needs at run time."""
     if not inference:
-        return GraphRecord(why_not=Declined("", "gradients", "the graph needs gradients")), gm, [], ()
-    lifted = lift(gm)
+        return GraphRecord(why_not=Declined("", "gradients", "the graph needs gradients")), gm, [], LiftedGraph(gm, gm)
+    lifted = lift(gm, ours.donate)
     states = tuple((found, _plan(lifted, found, ours)) for found in lifted.found)
     whose = {pool.rows.name: pool.state.name for pool in lifted.pools}
     record = GraphRecord(states, tuple(lifted.refused), names=whose)
@@ -169,7 +170,7 @@ def rewrite_graph(
     folder = ours.dump or os.environ.get("KVBUFFER_DUMP")
     if folder:
         dump.write(folder, gm, lifted.gm, record.rewritten)
-    return record, lifted.gm, spliced, lifted.parts
+    return record, lifted.gm, spliced, lifted
 
 
 def _plan(graph: LiftedGraph, found: Lifted, ours: Options) -> Plan | Declined:

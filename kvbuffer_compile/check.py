@@ -22,16 +22,18 @@ def run(
     original: GraphModule,
     states: list[Spliced],
     parts: Sequence[Part],
+    donated: Sequence[tuple[int, int]],
     run_step: Callable[[list[Any], list[Account]], Any],
     args: list[Any],
     accounts: list[Account],
 ) -> Any:
     """One step both ways; StateError when an output or a state differs by more than the tolerance of its dtype.
 
-    args: of the rewritten graph; parts: which of them are slices of others.
+    args: of the rewritten graph; parts: which of them are slices of others; donated: which of them are
+    returned, and where.
     """
     count = sum(n.op == "placeholder" for n in original.graph.nodes)
-    copies = [a.clone() if isinstance(a, Tensor) else a for a in args[:count]]
+    copies = [a.as_subclass(Tensor).clone() if isinstance(a, Tensor) else a for a in args[:count]]
     values = [*copies, *(alias(copies[part.index], part.place) for part in parts)]  # in the order of args
     owing = iter(accounts)
     current: list[tuple[int, Callable[[], Tensor]]] = []  # each state's position, and its value at the time of asking
@@ -43,9 +45,14 @@ def run(
         else:
             current.append((state.index, functools.partial(_itself, args[state.index])))
     expected = original(*copies)
+    for index, position in donated:
+        copies[index].copy_(expected[position])
     out = run_step(args, accounts)
     returned = {state.returned for state in states}
+    stored = {position for _, position in donated}
     for i, (got, want) in enumerate(zip(out, expected, strict=True)):
+        if i in stored:
+            continue
         if i in returned:
             values[next(s.index for s in states if s.returned == i)] = want
         else:

@@ -53,12 +53,14 @@ class Step(SettleOnly):
         states: list[Spliced],
         original: GraphModule | None,
         parts: Sequence[Part] = (),
+        donated: Sequence[tuple[int, int]] = (),
     ) -> None:
         super().__init__(compiled)
         self.states = states
         self.indices = [s.index for s in states] + [part.index for part in parts]
         self.original = original
         self.parts = parts
+        self.donated = donated  # stacks and pools: positions of an input and of the output it is returned as
 
     def __call__(self, args: list[Any]) -> Any:
         with plain_calls():
@@ -67,6 +69,7 @@ class Step(SettleOnly):
                 drafts.check_graph(tree, self.states, args)
             self.settle(args, self.indices)
             donated = [(s.returned, args[s.index]) for s in self.states if s.returned is not None]
+            donated += [(position, args[index]) for index, position in self.donated]
             accounts = self._open(args)
             for account in accounts:
                 account.dirty = True  # only now: opening one account settles others that overlap it
@@ -76,7 +79,7 @@ class Step(SettleOnly):
             if self.original is not None and tree is None:
                 for account in accounts:
                     account.provide()
-                out = check.run(self.original, self.states, self.parts, self.run, args, accounts)
+                out = check.run(self.original, self.states, self.parts, self.donated, self.run, args, accounts)
             else:
                 out = self.run(args, accounts)
             return _with_owners(out, donated) if donated else out

@@ -16,8 +16,7 @@ from torch.fx import Node
 from kvbuffer_compile.passes.captured import written
 from kvbuffer_compile.passes.evaluate import LARGE, Limit, cost, difference, evaluate
 from kvbuffer_compile.passes.extents import Extents
-from kvbuffer_compile.passes.graph import aten
-from kvbuffer_compile.passes.lifted import LiftedGraph
+from kvbuffer_compile.passes.lifted import LiftedGraph, Part
 from kvbuffer_compile.passes.origins import Origins
 from kvbuffer_compile.passes.region import Region, below
 
@@ -49,14 +48,14 @@ class _Inputs:
             depending |= below(holder, captured, copy, alone)
         self.region = Region(captured, alone, depending, frozenset(n for n in stored if n is not None))
 
+    def _value(self, view: Node) -> Node:
+        """What the copy stores in one of its own inputs."""
+        value: Any = self.writes[view].args[1]
+        return self.origins.shown(value)
+
     def _stored(self, view: Node) -> Node | None:
         """The captured value that the copy stores in one of its own inputs."""
-        if view not in self.writes:
-            return None
-        value: Any = self.writes[view].args[1]
-        while self.origins.of(value) is None and value.target is aten.unsqueeze.default:
-            value = value.args[0]
-        return self.origins.of(value)
+        return self.origins.of(self._value(view)) if view in self.writes else None
 
     def problem(self) -> str | None:
         """The first difference at small sizes, or at those of the graph where small ones do not fit."""
@@ -83,19 +82,23 @@ class _Inputs:
         ends = [*self.holders, *(pool.slots for pool in self.graph.pools), *self.region.stops]
         ends += [self._written(holder) for holder in self.holders]
         for old, new in self.origins.aliases.items():
-            ends += [old, *([known] if (known := self.origins.of(new)) is not None else [])]
+            ends += [old, *([known] if (known := self.origins.of(self.origins.shown(new))) is not None else [])]
         return ends
 
     def _written(self, holder: Node) -> Node:
-        value: Any = self.old_writes[self.origins.same[holder]].args[1]
+        returned: Any = self.graph.original.graph.output_node().args[0]
+        positions = {self.inputs[index]: position for index, position in self.graph.donated}
+        at = positions.get(holder)
+        value: Any = self.old_writes[self.origins.same[holder]].args[1] if at is None else returned[at]
         assert isinstance(value, Node)
         return value
 
     def _difference(self, values: dict[Node, Any]) -> str | None:
         for old, new in self.origins.aliases.items():
-            known = self.origins.of(new)
-            want = self._taken(new, values) if known is None else values[known]
-            if difference(values[old], want):
+            shown = self.origins.shown(new)
+            known = self.origins.of(shown)
+            want = self._taken(shown, values) if known is None else values[known]
+            if difference(values[old], want if shown is new else want.reshape(values[old].shape)):
                 return f"{new} is not {old}"
         for holder in self.holders:
             if difference(values[self._written(holder)], self._next(holder, values[holder], values)):
@@ -106,7 +109,7 @@ class _Inputs:
         """The value of an input: what it is a slice of, or rows of, tells."""
         for node, part in self.parts:
             if node is view:
-                return self._taken(self.inputs[part.index], values).select(*part.place)
+                return _slice(self._taken(self.inputs[part.index], values), part)
         for pool in self.graph.pools:
             if pool.rows is view:
                 return self._taken(pool.state, values).index_select(0, values[pool.slots])
@@ -117,14 +120,19 @@ class _Inputs:
         """What the copy leaves in an input, the slices and rows that it is made of put together."""
         if view in self.writes:
             stored = self._stored(view)
-            value: Any = self.writes[view].args[1]
-            return (self._taken(value, values) if stored is None else values[stored]).reshape(now.shape)
+            return (self._taken(self._value(view), values) if stored is None else values[stored]).reshape(now.shape)
         after = now.clone()
         for node, part in self.parts:
             if self.inputs[part.index] is view:
-                after.select(*part.place).copy_(self._next(node, now.select(*part.place), values))
+                _slice(after, part).copy_(self._next(node, _slice(now, part), values))
         for pool in self.graph.pools:
             if pool.state is view:
                 slots = values[pool.slots]
                 after.index_copy_(0, slots.long(), self._next(pool.rows, now.index_select(0, slots), values))
         return after
+
+
+def _slice(whole: Tensor, part: Part) -> Tensor:
+    for dim, at in part.place:
+        whole = whole.select(dim, at)
+    return whole

@@ -20,6 +20,7 @@ from kvbuffer_compile.ir import Program, Var, verify
 from kvbuffer_compile.passes.assemble import Assembled, assemble, trimmed
 from kvbuffer_compile.passes.captured import candidates, copied, guards_of, source, written
 from kvbuffer_compile.passes.composites import opened
+from kvbuffer_compile.passes.donated import stored_back
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
 from kvbuffer_compile.passes.operands import Inserter
 from kvbuffer_compile.passes.order import choices
@@ -35,33 +36,37 @@ from kvbuffer_compile.passes.walk import Walk
 aten = torch.ops.aten
 
 
-def lift(gm: GraphModule) -> LiftedGraph:
+def lift(gm: GraphModule, donate: bool = False) -> LiftedGraph:
     """Find every state in a functionalised ATen graph and its program, on a copy of the graph.
 
     gm: nodes carry fake tensors in meta["val"]; writes to inputs are copy_ calls at the end. It is not changed.
+    donate: returned stacks and pools may be stored where they came from (donated.py).
     """
-    graph = _lift(gm, frozenset())
+    graph = _lift(gm, frozenset(), donate)
     states = {pool.rows: pool.state for pool in graph.pools}
     found = {states.get(one.state, one.state).name for one in graph.found}
-    used = {part.index for part in graph.parts if part.name in found}
-    unused = frozenset(part.index for part in graph.parts) - used
+    names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
+    changed = {part.index for part in graph.parts} | {index for index, _ in graph.donated}
+    used = {part.index for part in graph.parts if part.name in found} | {i for i in changed if names[i] in found}
+    unused = frozenset(changed - used)
     if not unused:
         return graph
-    kept = _lift(gm, unused)  # what holds no state stays whole; each of its slices has a reason of its own
+    kept = _lift(gm, unused, donate)  # what holds no state stays whole; each of its slices has a reason of its own
     slices = {part.name for part in graph.parts if part.index in unused}
-    wholes = {n.name for i, n in enumerate(gm.graph.find_nodes(op="placeholder")) if i in unused}
-    kept.refused = [r for r in kept.refused if r.state.name not in wholes]
-    kept.refused += [r for r in graph.refused if states.get(r.state, r.state).name in slices]
+    if slices:
+        kept.refused = [r for r in kept.refused if r.state.name not in {names[i] for i in unused}]
+        kept.refused += [r for r in graph.refused if states.get(r.state, r.state).name in slices]
     return kept
 
 
-def _lift(gm: GraphModule, whole: frozenset[int]) -> LiftedGraph:
+def _lift(gm: GraphModule, whole: frozenset[int], donate: bool) -> LiftedGraph:
     """whole: positions of inputs that are not taken apart."""
     copy = opened(copied(gm))
+    donated = stored_back(copy, whole) if donate else ()
     inputs = copy.graph.find_nodes(op="placeholder")
     found = [stack for stack in stacks(copy) if inputs.index(stack.state) not in whole]
     parts, pools = apart(copy, found), taken(copy)
-    graph = LiftedGraph(opened_sequences(copy), gm, parts, pools)
+    graph = LiftedGraph(opened_sequences(copy), gm, parts, pools, donated)
     graph.found = _finish(graph, _acyclic(graph, _programs(graph)))
     graph.gm.graph.lint()
     return graph

@@ -111,13 +111,15 @@ class LiftedGraph:
     """A copy of the captured graph in which operand nodes have been inserted, and what was found in it.
 
     original: the captured graph itself. parts: inputs appended to it, in order, in place of slices of its other inputs.
-    pools: inputs behind those, in place of rows that are taken of pools.
+    pools: inputs behind those, in place of rows that are taken of pools. donated: positions of inputs that are
+    returned, each with that of the output.
     """
 
     gm: GraphModule
     original: GraphModule
     parts: tuple[Part, ...] = ()
     pools: tuple[Pool, ...] = ()
+    donated: tuple[tuple[int, int], ...] = ()
     found: list[Lifted] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     origins: Origins | None = None  # both found when they are first needed

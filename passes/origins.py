@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+aten = torch.ops.aten
 INSTEAD = "kvbuffer_instead"
+_AROUND = (aten.unsqueeze.default, aten.select.int, aten.clone.default)
 
 
 def instead(new: Node, original: Node) -> None:
@@ -36,8 +40,8 @@ def _replaced(node: Node) -> str | None:
 class Origins:
     """same: nodes of the copy that are the same call on the same values, with their originals: nothing is to prove.
     claims: nodes of the copy that are used in place of an original but computed in another way. aliases: original
-    nodes in whose place the copy has one of its own inputs, or what was stored before. Claims and aliases are to be
-    proved on numbers. changed: the outputs of the copy are none of these.
+    nodes in whose place the copy has (what shows) one of its own inputs, or what was stored before. Claims and aliases
+    are to be proved on numbers. changed: the outputs of the copy are none of these.
     """
 
     same: dict[Node, Node] = field(default_factory=dict)
@@ -48,6 +52,12 @@ class Origins:
     def of(self, node: Node) -> Node | None:
         """The original that a node of the copy stands for."""
         return self.same.get(node) or self.claims.get(node)
+
+    def shown(self, node: Node) -> Node:
+        """What a node of the copy has the value of, behind dims of size 1 and copies that lifting puts around it."""
+        while self.of(node) is None and node.target in _AROUND:
+            node = node.all_input_nodes[0]
+        return node
 
     def behind(self, outputs: Iterable[Node]) -> list[Node]:
         """The claims that are computed from outputs of a program: they stay when it takes the outputs' place."""
@@ -69,8 +79,8 @@ class Origins:
         return inputs | {old: new for new, old in self.claims.items()}
 
 
-def origins(original: GraphModule, copy: GraphModule) -> Origins:
-    """Compare a lifted copy with its captured graph."""
+def origins(original: GraphModule, copy: GraphModule, dropped: Iterable[int] = ()) -> Origins:
+    """Compare a lifted copy with its captured graph. dropped: positions of outputs that the copy stores instead."""
     found = Origins()
     by_name = {n.name: n for n in original.graph.nodes}
     for node in copy.graph.nodes:
@@ -78,7 +88,8 @@ def origins(original: GraphModule, copy: GraphModule) -> Origins:
         old = by_name.get(replaced or node.name)
         if old is None:
             continue
-        aliases = None if replaced else _aliases(node, old, found)
+        skipped = frozenset(dropped) if node.op == "output" else frozenset[int]()
+        aliases = None if replaced else _aliases(node, old, found, skipped)
         if aliases is not None:
             found.same[node] = old
             found.aliases |= aliases
@@ -89,28 +100,39 @@ def origins(original: GraphModule, copy: GraphModule) -> Origins:
     return found
 
 
-def _aliases(node: Node, old: Node, found: Origins) -> dict[Node, Node] | None:
-    """Which values of an original call were replaced in its copy by values known already; None for another call."""
+def _aliases(node: Node, old: Node, found: Origins, skipped: frozenset[int]) -> dict[Node, Node] | None:
+    """Which values of an original call were replaced in its copy by values known already; None for another call.
+
+    skipped: positions of a graph's outputs that are not compared.
+    """
     if (node.op, node.target) != (old.op, old.target):
         return None
-    if _bare(node) != _bare(old):
+    if _bare(node, skipped) != _bare(old, skipped):
         return None
     aliases: dict[Node, Node] = {}
-    for new, given in zip(_nodes(node), _nodes(old), strict=True):
+    for new, given in zip(_nodes(node, skipped), _nodes(old, skipped), strict=True):
         if found.of(new) is given:
             continue
-        known = found.of(new) is not None or new.op == "placeholder"
+        shown = found.shown(new)
+        known = found.of(shown) is not None or shown.op == "placeholder"
         if not known or {**found.aliases, **aliases}.get(given, new) is not new:
             return None
         aliases[given] = new
     return aliases
 
 
-def _bare(node: Node) -> str:
-    return str(map_arg((node.args, node.kwargs), lambda n: "%"))
+def _arguments(node: Node, skipped: frozenset[int]) -> Any:
+    if not skipped:
+        return node.args, node.kwargs
+    returned: Any = node.args[0]
+    return [x for i, x in enumerate(returned) if i not in skipped]
 
 
-def _nodes(node: Node) -> Iterator[Node]:
+def _bare(node: Node, skipped: frozenset[int]) -> str:
+    return str(map_arg(_arguments(node, skipped), lambda n: "%"))
+
+
+def _nodes(node: Node, skipped: frozenset[int]) -> Iterator[Node]:
     found: list[Node] = []
-    map_arg((node.args, node.kwargs), found.append)
+    map_arg(_arguments(node, skipped), found.append)
     yield from found

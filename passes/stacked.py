@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from kvbuffer_compile.passes.captured import written
-from kvbuffer_compile.passes.forms import Constant, Metadata, Regroup, Same, Select, Slice
+from kvbuffer_compile.passes.forms import Constant, Metadata, Regroup, Same, Select, Slice, is_view, operands
 from kvbuffer_compile.passes.graph import read
 from kvbuffer_compile.passes.labels import Size
 from kvbuffer_compile.passes.lifted import Part
@@ -178,10 +178,29 @@ def _replace(found: list[Stack], inputs: dict[tuple[Node, Place], Node]) -> None
         last = stack.values[base].get(place, Piece(inputs[stack.state, place])).through(now)
         now[piece.node] = last.of_width(piece.wide, place[0])
         piece.node.replace_all_uses_with(now[piece.node])
+    writes = [
+        (inputs[stack.state, place], _kept(last.through(now).of_width(False, place[0]), stack.write), stack.write)
+        for stack in found
+        for place, last in stack.stored.items()
+    ]
+    for part, value, write in writes:
+        _store(part, value, write)
     for stack in found:
-        for place, last in stack.stored.items():
-            _store(inputs[stack.state, place], last.through(now).of_width(False, place[0]), stack.write)
         stack.write.graph.erase_node(stack.write)
+
+
+def _kept(value: Node, write: Node) -> Node:
+    """A value that no write changes: of another input's memory, a copy."""
+    base, form = value, read(value)
+    while is_view(form):
+        base = operands(form)[0]
+        form = read(base)
+    if base.op != "placeholder":
+        return value
+    with write.graph.inserting_before(write):
+        copy = write.graph.call_function(aten.clone.default, (value,))
+    copy.meta = dict(value.meta)
+    return copy
 
 
 def _input(state: Node, place: Place) -> Node:

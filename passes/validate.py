@@ -88,7 +88,7 @@ class Obligation:
 
 
 def _obligation(graph: LiftedGraph, lifted: Lifted) -> Obligation:
-    found = graph.origins = graph.origins or origins(graph.original, graph.gm)
+    found = graph.origins = graph.origins or origins(graph.original, graph.gm, [at for _, at in graph.donated])
     captured, copy = graph.original.graph, graph.gm.graph
     region = Region(captured, found, below(lifted.state, captured, copy, found))
     next_state = _next_state(lifted)

@@ -490,3 +490,40 @@ def test_pools_lift_in_any_graph(name: str, how: Callable[..., Any]) -> None:
     graph = lifted_and_right(gm)
     assert [one.program.signature for one in graph.found] == [p.signature]
     assert all(one.slots is pool.slots for one, pool in zip(graph.found, graph.pools, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------- returned
+
+
+def put(pool: Tensor, idx: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    S = token(pool[idx], k, v, g, beta)
+    return read(S, q), pool.index_put((idx,), S)
+
+
+def copied(
+    pool: Tensor, idx: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor]:
+    pool = pool.clone()
+    return gdn(pool, idx, q, k, v, g, beta), pool
+
+
+@pytest.mark.parametrize("step", [put, copied])
+@pytest.mark.parametrize("donate", [True, False])
+def test_a_pool_that_is_returned(step: Callable[..., Any], donate: bool, records: list[GraphRecord]) -> None:
+    """Buffered when it is donated, and then the very tensor that was passed in."""
+    g = torch.Generator().manual_seed(0)
+    compiled = torch.compile(step, backend="kvbuffer", fullgraph=True, options={**FAST, "donate": donate})
+    first = torch.randn(SLOTS, SIZES.H, SIZES.K, SIZES.V, generator=g)
+    pool, eager, exact = first.clone(), first.clone(), first.double()
+    with torch.no_grad():
+        for _ in range(10 * L):
+            idx = torch.randperm(SLOTS, generator=g)[: SIZES.B]
+            x = operands("qkvgb")(SIZES, g)
+            before = pool
+            out, pool = compiled(pool, idx, *x)
+            want, eager = step(eager, idx, *x)
+            true, exact = step(exact, idx, *(y.double() for y in x))
+            check(out, want, true, "output")
+            assert (pool is before) == donate
+    check(pool + 0, eager, exact, "pool")
+    assert records and all(len(r.rewritten) == donate for r in records)

@@ -426,3 +426,130 @@ def test_overlap_is_told_from_strides() -> None:
         met += really
     assert 200 < met < 1800
     assert overlap(base, base.view(torch.int32)) and not overlap(base[:0], base)
+
+
+# ------------------------------------------------------------------------------------ slices of length 1, of slices
+
+
+def short_slices(states: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """states[i : i + 1], read and written with its dim of size 1."""
+    for i in range(LAYERS):
+        S = states[i : i + 1] * g.exp()[..., None, None]
+        states[i : i + 1] = S + outer(k, (v - read(S, k)[0]) * beta[..., None])
+        v = torch.tanh(read(states[i], q))
+    return v
+
+
+def split(states: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    new = []
+    for S in torch.split(states, 1):
+        new.append(token(S[0], k, v, g, beta)[None])
+        v = torch.tanh(read(new[-1][0], q))
+    states.copy_(torch.cat(new))
+    return v
+
+
+def nested(states: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """Each sequence by itself."""
+    outs = []
+    for b in range(states.shape[1]):
+        y = v[b]
+        for i in range(LAYERS):
+            states[i][b] = token(states[i][b], k[b], y, g[b], beta[b])
+            y = torch.tanh(read(states[i][b], q[b]))
+        outs.append(y)
+    return torch.stack(outs)
+
+
+def exchanged(states: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """Two slices change places."""
+    first = states[0].clone()
+    states[0] = states[1]
+    states[1] = first
+    states[2] = token(states[2], k, v, g, beta)
+    return read(states[2], q) + read(states[0], k)
+
+
+@pytest.mark.parametrize(("step", "states"), [(short_slices, LAYERS), (split, LAYERS), (nested, 2 * LAYERS)])
+def test_slices_of_other_shapes_run_buffered(
+    step: Callable[..., Tensor], states: int, records: list[GraphRecord]
+) -> None:
+    p = Beside(step, check=True)
+    p.run(8 * L + 3)
+    assert sum(owed > 0 for owed in p.owed) > 1
+    p.check()
+    assert records and all(len(r.rewritten) == states for r in records)
+    if step is nested:
+        assert records[0].name(records[0].rewritten[1][0].state) in ("states[0][1]", "states[1][0]")
+
+
+def test_slices_that_change_places() -> None:
+    p = Beside(exchanged)
+    p.run(2 * L + 1)
+    p.check()
+
+
+# --------------------------------------------------------------------------------------------------- returned
+
+
+def new_stack(states: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    new = []
+    for i in range(LAYERS):
+        new.append(token(states[i], k, v, g, beta))
+        v = torch.tanh(read(new[-1], q))
+    return v, torch.stack(new)
+
+
+def changed_copy(states: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    states = states.clone()
+    return layers_first(states, q, k, v, g, beta), states
+
+
+def two_stacks(
+    a: Tensor, b: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returned in another order."""
+    x, new_a = new_stack(a, q, k, v, g, beta)
+    y, new_b = new_stack(b, k, q, v, g, beta)
+    return x + y, new_b, new_a
+
+
+def returned_whole(states: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """The stack is used besides."""
+    v, new = new_stack(states, q, k, v, g, beta)
+    return v + new.abs().mean(), new
+
+
+def stepped(step: Callable[..., Any], order: tuple[int, ...], **options: Any) -> None:
+    """Steps that hand their stacks on, by the oracle. order: which output each input becomes."""
+    g = torch.Generator().manual_seed(0)
+    compiled = torch.compile(step, backend="kvbuffer", fullgraph=True, options={**FAST, **options})
+    first = [start(0, g) for _ in order]
+    states = [first, [s.clone() for s in first], [s.double() for s in first]]
+    with torch.no_grad():
+        for _ in range(8 * L + 3):
+            x = operands("qkvgb")(DISTINCT, g)
+            wide = [y.double() for y in x]
+            outs = [
+                call(*s, *given) for call, s, given in zip((compiled, step, step), states, (x, x, wide), strict=True)
+            ]
+            check(*(out[0] for out in outs), "output")
+            states = [[out[i] for i in order] for out in outs]
+    for i in range(len(order)):
+        check(states[0][i] + 0, states[1][i], states[2][i], "states")
+
+
+@pytest.mark.parametrize(
+    ("step", "order", "checked"), [(new_stack, (1,), True), (changed_copy, (1,), False), (two_stacks, (2, 1), False)]
+)
+def test_returned_stacks_that_are_donated(
+    step: Callable[..., Any], order: tuple[int, ...], checked: bool, records: list[GraphRecord]
+) -> None:
+    stepped(step, order, donate=True, check=checked)
+    assert records and all(len(r.rewritten) == LAYERS * len(order) for r in records)
+
+
+@pytest.mark.parametrize(("step", "donate"), [(new_stack, False), (returned_whole, True)])
+def test_returned_stacks_that_stay(step: Callable[..., Any], donate: bool, records: list[GraphRecord]) -> None:
+    stepped(step, (1,), donate=donate)
+    assert records and not any(r.rewritten for r in records)
