@@ -101,6 +101,12 @@ def _plus_pointwise(target: Any) -> Build:
     return build
 
 
+def _fma(insert: Inserter, node: Node) -> Node:
+    """x * y + z, which Inductor makes of addcmul with a factor."""
+    x, y, z = node.args
+    return _same_dtype(insert, insert.call(aten.add.Tensor, insert.call(aten.mul.Tensor, x, y), z), node)
+
+
 def _lerp(insert: Inserter, node: Node) -> Node:
     x, end, weight = node.args[:3]
     step = insert.call(aten.mul.Tensor, insert.call(aten.sub.Tensor, end, x), weight)
@@ -132,6 +138,7 @@ COMPOSITES: dict[str, Build] = {
     "aten.addmm.default": _plus_product(_matmul(aten.mm.default)),
     "aten.addmv.default": _plus_product(_matmul(aten.mv.default)),
     "aten.addr.default": _plus_product(_outer),
+    "prims.fma.default": _fma,
     "aten.lerp.Scalar": _lerp,
     "aten.lerp.Tensor": _lerp,
 }

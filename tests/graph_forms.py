@@ -50,6 +50,11 @@ def mixed_by_a_number(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bet
     return read(S, q)
 
 
+def scaled_in_place(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    S.mul_(g.exp()[..., None, None]).addcmul_(k[..., None], v[..., None, :], value=0.5)
+    return torch.matmul(S.mT, q[..., None])[..., 0]
+
+
 # ---------------------------------------------------------------------------------------------- autocast
 
 
@@ -237,6 +242,7 @@ GRAPH_FORMS = (
     _form(reset, "DRUR", inputs=_with_mask),
     _form(mixed, "DUUR"),
     _form(mixed_by_a_number, "RDUR"),
+    _form(scaled_in_place, "DUR"),
     _form(autocast, "DRUR"),
     _form(merged_lanes, "DRUR"),
     _form(flat_state, "DRUR", ("B", "HK", "V")),

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from kvbuffer_compile.ir import Kind, run, verify
 from kvbuffer_compile.memory import Dense
 from kvbuffer_compile.passes.lift import lift
-from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
+from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Part
 
 TOLERANCE = 1e-10
 COPY = torch.ops.aten.copy_.default
@@ -177,7 +177,7 @@ def unlike(graph: LiftedGraph) -> float:
     inputs = [n.name for n in copy.find_nodes(op="placeholder")]
     taken: dict[str, Tensor] = {}
     for part in graph.parts:
-        taken[part.name] = before[inputs[part.index]].select(*part.place)
+        taken[part.name] = slice_of(before[inputs[part.index]], part)
     for pool in graph.pools:
         state = taken.get(pool.state.name, before.get(pool.state.name))
         taken[pool.rows.name] = state[before[pool.slots.name]]
@@ -189,7 +189,8 @@ def unlike(graph: LiftedGraph) -> float:
         stored[pool.state.name] = state
     for part in graph.parts:
         name = inputs[part.index]
-        stored.setdefault(name, before[name].clone()).select(*part.place).copy_(stored.get(part.name, taken[part.name]))
+        whole = stored.setdefault(name, before[name].clone())
+        slice_of(whole, part).copy_(stored.get(part.name, taken[part.name]))
     pairs = [
         (stored[n.args[0].name], old[n.args[1]])
         for n in graph.original.graph.find_nodes(op="call_function", target=COPY)
@@ -208,6 +209,12 @@ def ancestors(node: Node) -> set[Node]:
                 found.add(x)
                 stack.append(x)
     return found
+
+
+def slice_of(whole: Tensor, part: Part) -> Tensor:
+    for dim, at in part.place:
+        whole = whole.select(dim, at)
+    return whole
 
 
 def lifted_and_right(gm: GraphModule) -> LiftedGraph:

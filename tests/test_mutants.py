@@ -364,7 +364,7 @@ MUTANTS = (
     Mutant("alpha and beta forgotten", composites, "_scaled", lambda f: lambda insert, x, number: x),
     # stacks and pools
     Mutant("slices at other places", stacked, "Part",
-           lambda f: lambda name, index, place: f(name, index, (place[0], 1 - place[1]))),
+           lambda f: lambda name, index, place: f(name, index, tuple((dim, 1 - at) for dim, at in place))),
     Mutant("earlier writes forgotten", stacked, "_follow", lambda f: _forgetful(f)),
     Mutant("one piece of those joined", stacked, "_pieces", lambda f: lambda *a: _last_piece_only(f(*a))),
     Mutant("nothing is stored", stacked, "_store", lambda f: lambda part, value, write: f(part, part, write)),
