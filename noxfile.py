@@ -11,7 +11,7 @@ import nox
 
 TORCH = "2.13.0"
 MODELS = ("tests/test_zoo.py", "tests/test_models.py", "tests/test_architectures.py", "tests/test_sequence.py",
-          "tests/test_lift.py")  # fmt: skip
+          "tests/test_lift.py", "tests/test_speculation.py", "tests/test_speculation_starts.py")  # fmt: skip
 nox.options.default_venv_backend = "venv"
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kvbuffer_compile import runtime
 from kvbuffer_compile.backend import GraphRecord
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.integrations.adapters import GATED, GATED_DELTA, MOST_TOKENS
@@ -149,6 +150,32 @@ def test_chunked_functions_verify(name: str, records: list[GraphRecord]) -> None
     assert {plan.variant for plan in plans(rewritten[-1:])} == {"verify"}
     assert len(rewritten) <= 4, "decode before and after the states are guarded, several tokens at most twice"
     assert all(plan.shares_rows(plans(rewritten)[0]) for plan in plans(rewritten))
+
+
+@pytest.mark.nightly
+def test_several_tokens_captured_in_parts_verify(records: list[GraphRecord]) -> None:
+    """glm5_next breaks its graph at each layer: every part with a state is a verify step of its own."""
+    name = "glm5_next"
+    runs = [Forward(name, d) for d in (torch.float32, torch.float32, torch.float64)]
+    compiled = torch.compile(runs[0], backend="kvbuffer", options=FAST)
+    lengths = (3, 3, 1, 5, 3, 2)
+    tokens = torch.randint(0, VOCAB - 1, (2, sum(lengths)), generator=torch.Generator().manual_seed(5))
+    outs: list[list[Tensor]] = [[], [], []]
+    with torch.no_grad():
+        for part in tokens.split(lengths, 1):
+            for run, kept in zip((compiled, *runs[1:]), outs, strict=True):
+                kept.append(run(part))
+    accounts = runtime.accounts_of(runs[0].step.cache)
+    assert len(accounts) == zoo.ARCHS[name].states and all(a.cursor[0].max() > 0 for a in accounts)
+    check(*(torch.cat(kept, 1) for kept in outs), "logits")
+    for (what, got), (_, eager), (_, exact) in zip(*(zoo.states_of(r.step) for r in runs), strict=True):
+        check(got + 0, eager, exact, what)
+    several = [r for r in records if r.states and any(lifted.several for lifted, _ in r.states)]
+    assert len(several) >= zoo.ARCHS[name].states
+    assert [len(r.rewritten) for r in several] == [1] * len(several)
+    assert {plan.variant for plan in plans(several)} == {"verify"}
+    assert {plan.program.signature for plan in plans(records)} == {zoo.ARCHS[name].signature}
+    assert all(plan.shares_rows(plans(several)[0]) for plan in plans(records))
 
 
 def test_other_backends_keep_the_chunked_function() -> None:

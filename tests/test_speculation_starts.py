@@ -28,6 +28,7 @@ from tests.test_speculation import (
     FIRST,
     MORE,
     NIGHTLY,
+    OLDER,
     Corrupted,
     compiled_model,
     plain_text,
@@ -133,6 +134,8 @@ def test_text_ends_inside_a_draft(name: str, records: list[GraphRecord]) -> None
         for tokens in (1, 5, 12):
             drafts = Corrupted(text, wrong=0.0, least=8)
             assert torch.equal(speculate(model, ids, drafts, tokens), text[:, : length + tokens])
+        if OLDER:
+            continue
         end = int(text[0, length + 13])
         expected = torch.cat([ids, zoo.greedy(reference, ids, 40, eos_token_id=end)], 1)
         assert expected.shape[1] < text.shape[1]

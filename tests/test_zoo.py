@@ -11,7 +11,18 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.zoo import ARCHS, Arch, decode_step, greedy, greedy_text, make_model, prefilled, prompt, states_of
+from tests.zoo import (
+    ARCHS,
+    Arch,
+    decode_step,
+    greedy,
+    greedy_text,
+    make_model,
+    prefilled,
+    prompt,
+    skip_where_nothing_compiles,
+    states_of,
+)
 from tests.zoo.measure import influence, transition
 
 # One of each family in every run, the rest nightly.
@@ -110,6 +121,7 @@ def test_greedy_text_is_worth_comparing(arch: Arch):
 def test_a_decode_step_is_captured_whole(arch: Arch, kind: str):
     if kind == "static" and not arch.static_cache:
         pytest.skip("brings a cache of its own")
+    skip_where_nothing_compiles(arch.name)
     torch._dynamo.reset()
     graphs = []
     backend = lambda graph, _: graphs.append(graph) or graph.forward  # noqa: E731

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from tests.zoo.build import bare_model
+from tests.zoo.build import bare_model, skip_where_nothing_compiles
 from tests.zoo.configs import VOCAB
 from tests.zoo.decoding import DecodeStep, decode_step, greedy, prefilled, prompt, states_of
 from tests.zoo.measure import Text, greedy_text
@@ -33,6 +33,7 @@ __all__ = [
     "make_model",
     "prefilled",
     "prompt",
+    "skip_where_nothing_compiles",
     "states_of",
 ]
 
