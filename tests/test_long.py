@@ -94,8 +94,8 @@ def test_logits_in_bfloat16(arch: Arch, kind: str, batch: int, records: list[Gra
     check(*map(torch.stack, logits), "logits")
     assert_buffered(arch, records)
     assert_flushed(steps[0])
-    for (name, got), (_, eager), (_, exact) in zip(*map(zoo.states_of, steps), strict=True):
-        check(got + 0, eager, exact, name)
+    # one state after one token is too few numbers to tell two ways of rounding apart
+    check(*(torch.stack([state + 0 for _, state in zoo.states_of(step)]) for step in steps), "states")
 
 
 # ------------------------------------------------------------------------------------------------------ forms
