@@ -138,6 +138,8 @@ def compile_graph(
     except Exception as error:
         if os.environ.get("KVBUFFER_STRICT") == "1":  # as an IRError: Dynamo takes some exceptions for a graph break
             raise IRError(f"internal error while rewriting a graph: {error!r}") from error
+        if ours.on_decline == "raise":
+            raise DeclinedError(f"kvbuffer failed on a graph, please report this model: {error!r}") from error
         warnings.warn(f"kvbuffer left a graph to Inductor after an internal error: {error!r}", stacklevel=2)
         record, rewritten, spliced = GraphRecord(why_not=Declined("", "internal-error", str(error))), gm, []
         given = LiftedGraph(gm, gm)

@@ -164,7 +164,7 @@ class Plan:
         written = ["state"]
         if self.variant != "recurrent":
             written += ["cursor", *(f"row_{v}" for v in self.program.logged)]
-        marked = [f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(written)]
+        marked = [f"Tensor(a{i}!) {name}" for i, name in enumerate(written)]
         return (*marked, *["Tensor parents"] * (self.variant == "tree"), *["Tensor slots"] * self.slots)
 
     @property

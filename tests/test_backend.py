@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import kvbuffer_compile
+from kvbuffer_compile import backend
 from kvbuffer_compile.errors import DeclinedError
 from kvbuffer_compile.options import Options, split
 from tests.test_runtime import draw, step
@@ -65,6 +66,40 @@ def test_options_of_inductor_pass_through():
     ours, inductor = split({"flush": 2, "max_autotune": True, "triton.cudagraphs": False})
     assert ours == Options(flush=2)
     assert inductor == {"max_autotune": True, "triton.cudagraphs": False}
+
+
+def test_an_internal_error_leaves_the_graph_alone_and_says_so(monkeypatch):
+    monkeypatch.delenv("KVBUFFER_STRICT")
+    monkeypatch.setattr(backend, "lift", lambda *_: 1 / 0)
+    state, inputs = torch.randn(B, H, K, V), draw()
+    with torch.no_grad():
+        expected = step(state.clone(), *inputs)
+        with pytest.warns(UserWarning, match="internal error.*ZeroDivisionError"):
+            got = torch.compile(step, backend="kvbuffer", options=EAGER)(state.clone(), *inputs)
+        torch.testing.assert_close(got, expected)
+        torch._dynamo.reset()
+        with pytest.raises(DeclinedError, match="ZeroDivisionError"):
+            torch.compile(step, backend="kvbuffer", options={**EAGER, "on_decline": "raise"})(state, *inputs)
+
+
+@pytest.mark.parametrize("target", ["aten", "cpp"])
+def test_a_program_may_log_more_values_than_there_are_letters(records, target):
+    def steps(S, k, v, q, b):
+        new = S
+        for i in range(6):
+            new = torch.lerp(new, k[i][..., None] * v[i][..., None, :], b[i][..., None, None])
+        S.copy_(new)
+        return (new * q[..., None]).sum(-2)
+
+    state = torch.randn(B, H, K, V)
+    eager = state.clone()
+    compiled = torch.compile(steps, backend="kvbuffer", options={**EAGER, "target": target})
+    with torch.no_grad():
+        for _ in range(9):
+            inputs = torch.randn(6, B, H, K), torch.randn(6, B, H, V), torch.randn(B, H, K), torch.rand(6, B, H)
+            torch.testing.assert_close(compiled(state, *inputs), steps(eager, *inputs), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state + 0, eager, rtol=1e-4, atol=1e-4)
+    assert all(len(r.rewritten) == 1 and len(r.rewritten[0][1].program.logged) > 26 for r in records) and records
 
 
 def test_a_model_without_a_recurrence_behaves_as_with_inductor(records):
