@@ -12,12 +12,14 @@ ULPS = 8  # of the largest value, for results where eager happens to be exact
 def excess(got: Tensor, eager: Tensor, exact: Tensor) -> float:
     """Error of `got` beyond what is allowed, relative to the largest value; <= 0 is right.
 
-    exact: the same computation in float64. eager: in the working dtype, whose rounding sets the scale.
+    exact: the same computation in float64. eager: in the working dtype, whose rounding sets the scale; truth values and
+    integers must be equal.
     """
     exact = exact.double()
     scale = exact.abs().max().clamp_min(1e-30)
     error = (got.double() - exact).abs().max() / scale
-    allowed = FACTOR * (eager.double() - exact).abs().max() / scale + ULPS * torch.finfo(eager.dtype).eps
+    ulp = torch.finfo(eager.dtype).eps if eager.is_floating_point() else 0
+    allowed = FACTOR * (eager.double() - exact).abs().max() / scale + ULPS * ulp
     if not bool(error.isfinite()):
         return float("inf")
     return float(error - allowed)
