@@ -141,14 +141,16 @@ def slots_of_others(pool: Tensor, idx: Tensor, q: Tensor, k: Tensor, v: Tensor, 
     return forms.read(S, q)
 
 
-def holders() -> Iterator[tuple[str, Callable[..., Any], tuple[Tensor, ...]]]:
-    """Graphs with several states in one tensor."""
+def compiled() -> Iterator[tuple[str, Callable[..., Any], tuple[Tensor, ...]]]:
+    """Steps that must be captured as the backend sees them: several states in one tensor, and addcmul, which is an fma
+    there."""
     g = torch.Generator().manual_seed(0)
     token = forms.operands("qkvgb")(EQUAL, g)
     for step, shape in ((stacked_layers, (2, 4, 4, 4, 4)), (restacked, (4, 2, 4, 4, 4))):
         yield step.__name__, step, (torch.randn(shape, generator=g), *token)
     for step in (slots, slots_of_others):
         yield step.__name__, step, (torch.randn(7, 4, 4, 4, generator=g), torch.arange(4), *token)
+    yield "scaled_in_place", graph_forms.scaled_in_place, (torch.randn(4, 4, 4, 4, generator=g), *token)
 
 
 def battery() -> Iterator[tuple[str, Callable[..., Any], tuple[Tensor, ...]]]:
@@ -186,7 +188,7 @@ _CHOSEN = (
 def graphs() -> dict[str, GraphModule]:
     """The battery captured, with Inductor's decompositions and without."""
     tables = {"": {}, " decomposed": select_decomp_table()}
-    found = {name: capture(step, *args)[0] for name, step, args in holders()}
+    found = {name: capture(step, *args)[0] for name, step, args in compiled()}
     return found | {
         name + how: traced(step, args, table)
         for name, step, args in battery()
