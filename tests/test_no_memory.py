@@ -56,7 +56,7 @@ def test_the_layers_of_a_model_get_theirs_one_by_one() -> None:
     assert state_bytes(others[0]) == 0
 
 
-@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("steps", [pytest.param(0, marks=pytest.mark.nightly), 2])
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 def test_whoever_looks_sees_the_state(read: Callable[[Tensor], Tensor], steps: int) -> None:
     pair = bare_pair()

@@ -203,7 +203,9 @@ def test_a_cache_is_one_of_the_accepted_tokens(name: str) -> None:
 # -------------------------------------------------------------------------------------------- compiling and undoing
 
 
-@pytest.mark.parametrize("order", ["before", "after", "in between", pytest.param("both", marks=NIGHTLY)])
+@pytest.mark.parametrize(
+    "order", ["after", "in between", *(pytest.param(o, marks=NIGHTLY) for o in ("before", "both"))]
+)
 def test_compiling_before_or_after(order: str, records: list[GraphRecord]) -> None:
     """The options that count are those of the last compile; disabling leaves the model compiled and as it was."""
     model, reference = zoo.make_model("mamba2"), zoo.make_model("mamba2")
