@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
+from itertools import groupby, product
 from math import prod
 
 import torch
 from torch.fx import Node
 
 from kvbuffer_compile.passes.forms import WIDEST
-from kvbuffer_compile.passes.labels import Dim, hint, resolved, specialised
+from kvbuffer_compile.passes.labels import Dim, hint, pinned, position, resolved, specialised
 from kvbuffer_compile.passes.nodes import shape
 from kvbuffer_compile.passes.operands import Inserter
 from kvbuffer_compile.passes.origins import instead
@@ -49,8 +49,22 @@ def taken_apart(walks: list[Walk], insert: Inserter) -> Queries:
 
 def _flat(walk: Walk, node: Node) -> Dim:
     """The atoms of a read one by one."""
-    read = walk.reads[node] if node in walk.reads else walk.apart[node][0]
-    return tuple(a for dim in resolved(read.labels) for a in dim)
+    return _atoms(_pieces(walk, node)[0])
+
+
+def _pieces(walk: Walk, node: Node) -> list[ReadOut]:
+    return [walk.reads[node]] if node in walk.reads else walk.apart[node]
+
+
+def _atoms(read: ReadOut) -> Dim:
+    """Neighbours in a dim that are held at a position each are held together: it does not tell how they were made."""
+    runs = (list(run) for dim in resolved(read.labels) for _, run in groupby(dim, lambda a: a.at is None))
+    return tuple(a for run in runs for a in _held_together(tuple(run)))
+
+
+def _held_together(run: Dim) -> Dim:
+    at = position(run)
+    return run if at is None else pinned(prod(int(a.size) for a in run), at)
 
 
 def _foreign(walk: Walk, flat: Dim) -> list[int]:
@@ -59,10 +73,14 @@ def _foreign(walk: Walk, flat: Dim) -> list[int]:
 
 
 def _single(walk: Walk, node: Node) -> list[tuple[Place, ReadOut]]:
-    """The reads of one query and one version each that a node consists of, by position; none when they are too many."""
+    """The reads of one query and one version each that a node consists of, by position; none when they are too many,
+    or not counted alike."""
     out = []
-    for read in [walk.reads[node]] if node in walk.reads else walk.apart[node]:
-        flat = tuple(a for dim in resolved(read.labels) for a in dim)
+    pieces = _pieces(walk, node)
+    if len({tuple(a.size for a in _atoms(read)) for read in pieces}) > 1:
+        return []
+    for read in pieces:
+        flat = _atoms(read)
         at = _foreign(walk, flat)
         sizes = [flat[i].size for i in at if flat[i].at is None]
         if not all(isinstance(n, int) for n in sizes) or prod(map(int, sizes)) > WIDEST:
