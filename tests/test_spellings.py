@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import HealthCheck, Phase, assume, given, note, settings
 from torch import Tensor
 
 from kvbuffer_compile.backend import GraphRecord, compile_graph, observers
@@ -56,6 +56,8 @@ def run_beside(step: Spelled, seed: int = 0) -> GraphRecord:
                     mine[i] = outs[at]
                 out.append(tuple(x for i, x in enumerate(outs) if i not in step.returned.values()))
             token = step.token(g)
+    # a mutation may square the state at every token: what eager itself cannot hold proves nothing
+    assume(all(bool(x.isfinite().all()) for outs in (*kept[1], states[1]) for x in outs))
     if record.rewritten:
         for i in range(len(kept[0][0])):
             check(*(torch.stack([outs[i] for outs in run]) for run in kept), f"output {i}")
