@@ -54,7 +54,8 @@ def refused(walk: Walk, refusal: Refusal, write: Node | None) -> Refused:
 
 
 def told(state: Node, refusal: Refusal, hopeless: bool = False) -> Refused:
-    where = source(refusal.node) or source(state)
+    nodes = (refusal.node, *sorted(state.users))  # an input itself is of no line: then where it is used first
+    where = next((line for node in nodes if (line := source(node))), "")
     return Refused(state, Declined(refusal.node.name, refusal.rule, refusal.reason, where), hopeless)
 
 
