@@ -35,12 +35,12 @@ class Piece:
         """With the node that stands for this one by now."""
         return Piece(now.get(self.node, self.node), self.wide)
 
-    def of_width(self, wide: bool, dim: int) -> Node:
+    def of_width(self, wide: bool, dim: int, insert: Inserter) -> Node:
         """The value with that dim or without."""
         if self.wide == wide:
             return self.node
         target, args = (aten.unsqueeze.default, (dim,)) if wide else (aten.select.int, (dim, 0))
-        return Inserter(self.node.graph).call(target, self.node, *args)
+        return insert.call(target, self.node, *args)
 
 
 @dataclass
@@ -171,15 +171,20 @@ def apart(gm: GraphModule, found: list[Stack]) -> tuple[Part, ...]:
 
 def _replace(found: list[Stack], inputs: dict[tuple[Node, Place], Node]) -> None:
     """Each slice is what was stored there last, or its input."""
+    insert = Inserter(found[0].state.graph)
     order = {node: i for i, node in enumerate(found[0].state.graph.nodes)}
     now: dict[Node, Node] = {}
     reads = [(order[piece.node], piece, stack, base, place) for stack in found for piece, base, place in stack.reads]
     for _, piece, stack, base, place in sorted(reads, key=lambda r: r[0]):
         last = stack.values[base].get(place, Piece(inputs[stack.state, place])).through(now)
-        now[piece.node] = last.of_width(piece.wide, place[0])
+        now[piece.node] = last.of_width(piece.wide, place[0], insert)
         piece.node.replace_all_uses_with(now[piece.node])
     writes = [
-        (inputs[stack.state, place], _kept(last.through(now).of_width(False, place[0]), stack.write), stack.write)
+        (
+            inputs[stack.state, place],
+            _kept(last.through(now).of_width(False, place[0], insert), stack.write),
+            stack.write,
+        )
         for stack in found
         for place, last in stack.stored.items()
     ]

@@ -15,7 +15,7 @@ from tests.lifting import capture, lifted_and_right
 from tests.oracle import check
 from tests.scan_forms import CAPTURED, NEAR, STEPS, as_an_op, form, gated, gla, several, state_in_front, unrolled
 from tests.steps import Sizes
-from tests.test_forms import FAST, run_beside, signatures
+from tests.test_forms import FAST, assert_served, run_beside
 
 NAMED = {"ids": lambda x: getattr(x, "__name__", str(x))}
 FEW = (gated, gla, state_in_front, as_an_op)
@@ -25,10 +25,7 @@ Step = Callable[..., Tensor]
 def runs_buffered(step: Step, tokens: int, records: list[GraphRecord]) -> None:
     one = form(step, tokens)
     run_beside(one, SIZES)
-    assert records
-    for record in records:
-        assert signatures(record) == list(one.kept), [str(r.why) for r in record.refused if not r.hopeless]
-        assert {plan.variant for _, plan in record.rewritten} == {"verify"}
+    assert_served(one, records, "verify")
 
 
 @pytest.mark.parametrize("step", FEW, **NAMED)

@@ -27,6 +27,14 @@ def signatures(record: GraphRecord) -> list[str]:
     return [plan.program.signature for _, plan in record.rewritten]
 
 
+def assert_served(form: Form, records: list[GraphRecord], variant: str) -> None:
+    """Every graph has the programs that a form must lift to, each served by that variant."""
+    assert records
+    for record in records:
+        assert signatures(record) == list(form.kept), [str(r.why) for r in record.refused if not r.hopeless]
+        assert {plan.variant for _, plan in record.rewritten} == {variant}
+
+
 def run_beside(form: Form, sizes: Sizes, seed: int = 0) -> None:
     """TOKENS steps of the compiled, the eager and the float64 form: outputs and final states by the oracle."""
     g = torch.Generator().manual_seed(seed)

@@ -11,7 +11,7 @@ from tests.graph_forms import GRAPH_FORMS, NEAR
 from tests.lifting import capture, capture_plain, lifted_and_right
 from tests.oracle import check
 from tests.steps import Sizes
-from tests.test_forms import FAST, run_beside, signatures
+from tests.test_forms import FAST, assert_served, run_beside, signatures
 
 NAMED = {"ids": lambda form: form.name}
 BATCHED = ("merged_lanes", "flat_lanes", "flat_state", "one_feeds_the_next", "grouped_queries")
@@ -20,10 +20,7 @@ BATCHED = ("merged_lanes", "flat_lanes", "flat_state", "one_feeds_the_next", "gr
 @pytest.mark.parametrize("form", GRAPH_FORMS, **NAMED)
 def test_graph_forms_run_buffered(form: Form, records: list[GraphRecord]) -> None:
     run_beside(form, SIZES)
-    assert records
-    for record in records:
-        assert signatures(record) == list(form.kept), [str(r.why) for r in record.refused if not r.hopeless]
-        assert {plan.variant for _, plan in record.rewritten} == {"buffered"}
+    assert_served(form, records, "buffered")
 
 
 @pytest.mark.parametrize("form", GRAPH_FORMS, **NAMED)
