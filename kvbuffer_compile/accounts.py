@@ -5,63 +5,90 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from kvbuffer_compile import composite, ops
-from kvbuffer_compile.guard import plain_calls
-from kvbuffer_compile.overlap import address, has_memory, provide
+from kvbuffer_compile.aliases import Place, alias, plain
+from kvbuffer_compile.forks import one_thread_in_a_fork
+from kvbuffer_compile.overlap import has_memory, provide
 from kvbuffer_compile.plan import Plan
+from kvbuffer_compile.surroundings import neutral
 
-Place = tuple[tuple[int, int], ...]  # a slice of a tensor: a dim and the position in it, once for each index
 Key = tuple[int, Place | None]  # of an account: id of the user's tensor, and the slice of it that is the state
+if TYPE_CHECKING:
+    from kvbuffer_compile.allocation import Allocation
+
+RLock = Any  # threading.RLock is a function
+T = TypeVar("T")
 
 
 class Keeper(Protocol):
     """Whoever finds accounts by their tensors and their memory."""
 
-    def owner_died(self, key: Key) -> None: ...
+    def owner_died(self, account: weakref.ref[Account]) -> None: ...
 
-    def moved(self, account: Account, before: int) -> None: ...
+
+class Attempt:
+    """One call of a rewritten graph: all its states step, or none does.
+
+    done: set when the call has gone through; the one write that commits the tokens of all states. parents: of the draft
+    tree that was stepped over, drafted: the cursors (data_ptr) that have.
+    """
+
+    __slots__ = ("done", "drafted", "parents")
+
+    def __init__(self, parents: Tensor | None = None) -> None:
+        self.done = False
+        self.parents = parents
+        self.drafted: set[int] = set()
 
 
 class Account:
     """The rows owed to one state: a tensor of the user, or one slice of a tensor that holds several.
 
+    Everything but reading fields is done with `lock` held; states that are stepped together share one.
     state: an ordinary alias of the user's memory, what compiled code and flushes get. phase: the number of rows at
     which the first flush after settling comes, so that the layers of a model do not all flush at one step.
     rivals: other accounts whose state shares memory with this one.
-    aliased: the storage is visible through something that is not guarded: settle after every step. exposed: it always
-    will be, because its memory was handed out or its class cannot be guarded.
+    shared: who else can reach the memory for ever, None when nobody can. Then, as while `aliased`, nothing is owed: the
+    rows are folded in after every step.
     bare: the state was zero after the last write from outside, so that cursor[3] may still be set. dirty: the memory
     may not hold what it should, because rows are owed or because it was never made zero. drafts: the parents of a tree
     whose rows lie behind the owed ones until anything else happens to the state. held: the counts at which sequences
     flush next when they are no longer held.
-    first, most: of a state without memory, the count at which it first flushes, and no less than what it owes.
+    progress: the steps that count (of all sequences, or one by one), and the call after them with its tokens, which
+    counts when it is done. first, most: of a state without memory, the count at which it first flushes, and no less
+    than what it owes.
     """
 
-    def __init__(self, owner: Tensor, plan: Plan, phase: int, place: Place | None, keeper: Keeper) -> None:
+    allocation: Allocation
+
+    def __init__(
+        self, owner: Tensor, plan: Plan, place: Place | None, lock: RLock, keeper: Keeper, serial: int, phase: int
+    ) -> None:
         self.plan = plan
+        self.serial = serial
         self.phase = phase
         self.place = place
-        self.state = alias(owner, place)
-        key = self.key = (id(owner), place)
-        self.owner = weakref.ref(owner, lambda _: keeper.owner_died(key))
-        self.keeper = keeper
-        self.seen = _geometry(owner)
+        self.lock = lock
+        self.state = plain(owner) if place is None else alias(owner, place)
+        if self.state is owner:
+            self.state = alias(owner)  # of a class that cannot be guarded
+        self.key: Key = (id(owner), place)
+        me = weakref.ref(self)
+        self.owner = weakref.ref(owner, lambda _: keeper.owner_died(me))
+        self.seen = geometry(owner)
         self.base = owner._base if owner._is_view() else None
-        self.storage = address(self.state)
-        self._storage = self.state.untyped_storage()._cdata  # valid as long as self.state is there
         self.rivals: list[Account] = []
-        self.aliased = False
-        self.exposed = False
+        self.shared: str | None = None
         self.dirty = False
         self.bare = False
         self.drafts: Tensor | None = None
-        self.steps: int | Tensor = 0  # of all sequences, or one by one
+        self.progress: tuple[int | Tensor, Attempt | None, int] = (0, None, 0)
         self.held: Tensor | None = None
         self.without_memory = not has_memory(self.state)
         self.first = phase
@@ -69,56 +96,122 @@ class Account:
         with torch.inference_mode(False):
             self.cursor, self.rows = _allocate(self.state, plan)
         self.cursor[1].fill_(phase)
+        self.arguments = (self.cursor, *self.rows)  # of a step op, behind the state
 
     @property
     def row_bytes(self) -> int:
         """Memory the account holds besides the state."""
-        return sum(t.untyped_storage().nbytes() for t in (self.cursor, *self.rows))
-
-    @property
-    def storage_users(self) -> int:
-        """How many tensors, arrays and views hold the state's memory, this account's alias among them."""
-        return storage_users(self._storage)
+        return sum(t.untyped_storage().nbytes() for t in self.arguments)
 
     def matches(self, owner: Tensor, plan: Plan) -> bool:
         """Whether this account can go on serving `owner` under `plan`."""
-        return self.owner() is owner and self.plan.shares_rows(plan) and self.seen == _geometry(owner)
+        return (
+            self.owner() is owner
+            and (self.plan is plan or self.plan.shares_rows(plan))
+            and (self.seen[0] == owner.data_ptr() or self.seen == geometry(owner))
+        )
+
+    @property
+    def aliased(self) -> bool:
+        """Whether the memory can be reached by somebody for now."""
+        return self.allocation.aliased
 
     @property
     def unsettled(self) -> Tensor:
         """Which sequences owe rows, or have no base yet."""
         return (self.cursor[0] > 0) | ((self.cursor[3] > 0) & (self.cursor[0] >= 0))
 
+    # ------------------------------------------------------------------------------------------ steps
+
+    def attempt(self, attempt: Attempt, tokens: int) -> None:
+        """To be called before a step of so many tokens: if it may flush, the state has memory from now on."""
+        self.reconcile()
+        self.dirty = True
+        self.drafts = None
+        if self.without_memory:
+            limit = self.first if self.held is None else self.plan.capacity
+            if self.most >= limit or self.most + tokens > self.plan.capacity:
+                self.provide()
+            self.most += tokens
+        self.progress = (self.progress[0], attempt, tokens)
+
+    def reconcile(self) -> None:
+        """Bring the last call to its end: its tokens count, or, when it failed, are taken back.
+
+        An exception at any point leaves this to be done again, with the same result.
+        """
+        steps, attempt, tokens = self.progress
+        if attempt is None:
+            return
+        if attempt.done:
+            self.drafts = attempt.parents
+            counted = self.cursor[2].clone() if self.plan.slots else steps + 1
+        else:
+            self.take_back_unfinished(0 if self.cursor.data_ptr() in attempt.drafted else tokens)
+            counted = steps
+        self.progress = (counted, None, 0)
+
+    def finished(self) -> None:
+        """To be called when the steps of a call have gone through: memory that others can reach holds the truth again.
+
+        Before the call is done: when this fails, the token is there, as after an eager step that failed later on.
+        """
+        if self.shared is not None or self.allocation.check():
+            self.fold()
+
+    def take_back_unfinished(self, tokens: int) -> None:
+        """Undo what the state may have stepped beyond the steps that count; rows that were folded in stay."""
+        with neutral():
+            cursor = self.cursor.clone()
+            stepped = cursor[2] - self.progress[0]
+            cursor[0] -= torch.where(cursor[0] > 0, stepped * tokens, 0)
+            cursor[2] -= stepped
+            self.cursor.copy_(cursor)
+
+    # ---------------------------------------------------------------------------------------- settling
+
     def settle(self) -> None:
         """Fold every owed row into the state; whoever comes now may change it."""
-        self.drafts = self.held = None
-        if self.dirty:
-            # whoever looks may be a tracer: what is folded in are the real tensors
-            with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), plain_calls():
-                self.provide()
-                composite.flush(self.plan, self.state, self.cursor, self.rows, self.unsettled)
-                self.cursor[1].fill_(self.phase)
-            self.dirty = False  # not before: a flush that ran out of memory is still owed
-        elif self.bare:
-            self.drop()
-        self.bare = False
+        with self.lock:
+            self.reconcile()
+            self.drafts = self.held = None
+            if self.dirty:
+                self.fold()
+            elif self.bare:
+                self.drop()
+            self.bare = False
 
-    def drop(self, zero: bool = False) -> None:
-        """Forget the owed rows: the state was overwritten as a whole. zero: and need not be read before it has a base.
+    def fold(self) -> None:
+        """Fold in every row there is, those of a call that is not done among them."""
+        with neutral():  # whoever looks may be a tracer, or under autocast
+            self.provide()
+            with one_thread_in_a_fork():
+                composite.flush(self.plan, self.state, self.cursor, self.rows, self.unsettled)
+            self.cursor[1].fill_(self.phase)
+        self.dirty = False  # not before: a flush that ran out of memory is still owed
+
+    def drop(self, zero: bool = False, dirty: bool = False) -> None:
+        """Forget the owed rows: the state was overwritten as a whole. zero: and need not be read before it has a base;
+        dirty: because it is not zero in memory.
 
         The first limit of such a state keeps the distance to those of other layers that its phase has.
         """
-        self.dirty, self.bare, self.drafts, self.held = False, zero, None, None
-        limit = self.fresh_rows - (self.plan.flush - self.phase) if zero else self.phase
-        self.cursor[3].fill_(int(zero))
-        self.cursor[0].clamp_(max=0)
-        self.first, self.most = max(1, limit), 0
-        self.cursor[1].fill_(self.first)
+        with self.lock, neutral():
+            self.reconcile()
+            self.drafts = self.held = None
+            self.bare, self.dirty = self.bare or zero, self.dirty or dirty
+            limit = self.fresh_rows - (self.plan.flush - self.phase) if zero else self.phase
+            self.first, self.most = max(1, limit), 0
+            cursor = self.cursor.clone()
+            cursor[0].clamp_(max=0)
+            cursor[1].fill_(self.first)
+            cursor[3].fill_(int(zero))
+            self.cursor.copy_(cursor)
+            self.dirty, self.bare = dirty, zero
 
     def begin(self) -> None:
         """From now on the state is zero, whatever its memory holds."""
-        self.drop(zero=True)
-        self.dirty = True
+        self.drop(zero=True, dirty=True)
 
     @functools.cached_property
     def fresh_rows(self) -> int:
@@ -127,69 +220,49 @@ class Account:
 
     def hold(self) -> None:
         """Flush only when the buffer is full, so that as many tokens as can be may be taken back."""
-        if self.held is None:
-            self.held = self.cursor[1].clone()
-            self.cursor[1].fill_(self.plan.capacity)
+        with self.lock, neutral():
+            self.reconcile()
+            if self.held is None:
+                self.held = self.cursor[1].clone()
+                self.cursor[1].fill_(self.plan.capacity)
 
     def release(self) -> None:
         """Flush as before `hold`; a sequence that has flushed since then keeps its new count."""
-        if self.held is not None:
-            kept = self.cursor[1] != self.plan.capacity
-            self.cursor[1].copy_(torch.where(kept, self.cursor[1], self.held))
-            self.held = None
+        with self.lock, neutral():
+            self.reconcile()
+            if self.held is not None:
+                kept = self.cursor[1] != self.plan.capacity
+                self.cursor[1].copy_(torch.where(kept, self.cursor[1], self.held))
+                self.held = None
 
     def provide(self) -> None:
         """Let the state have memory; what that then holds is not read."""
         if self.without_memory:
             provide(self.state)
+            owner = self.owner()
+            self.seen = self.seen if owner is None else geometry(owner)
             self.without_memory = False
-            owner, before = self.owner(), self.storage
-            self.storage = address(self.state)
-            self.seen = self.seen if owner is None else _geometry(owner)
-            self.keeper.moved(self, before)
-
-    def expect(self, tokens: int) -> None:
-        """To be called before a step of so many tokens: if it may flush, the state has memory from now on."""
-        if self.without_memory:
-            limit = self.first if self.held is None else self.plan.capacity
-            if self.most >= limit or self.most + tokens > self.plan.capacity:
-                self.provide()
-
-    def finished(self, plan: Plan, tokens: int) -> None:
-        """A step of so many tokens has gone through."""
-        if self.without_memory:
-            self.most += tokens
-        self.steps = self.cursor[2].clone() if plan.slots else self.steps + 1
-
-    def take_back_unfinished(self, tokens: int) -> None:
-        """After an exception in the middle of a step of so many tokens: if this state had stepped, undo it."""
-        stepped = self.cursor[2] - self.steps
-        self.cursor[0] -= torch.where(self.cursor[0] > 0, stepped * tokens, 0)
-        self.cursor[2] -= stepped
 
 
-def _geometry(t: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+def under_locks(accounts: Sequence[Account], call: Callable[[], T]) -> T:
+    """call() with the locks of these accounts held. One lock after the other, always in the same order."""
+    if accounts and all(a.lock is accounts[0].lock for a in accounts):
+        with accounts[0].lock:
+            return call()
+    locks = {id(a.lock): a.lock for a in accounts}
+    return _holding([locks[key] for key in sorted(locks)], call)
+
+
+def _holding(locks: list[RLock], call: Callable[[], T]) -> T:
+    if not locks:
+        return call()
+    with locks[0]:  # nested, so that no exception leaves one behind
+        return _holding(locks[1:], call)
+
+
+def geometry(t: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """Where a tensor lies and how."""
     return t.data_ptr(), t.shape, t.stride()
-
-
-def storage_users(handle: int) -> int:
-    """How many hold a storage. handle: its `_cdata`; asking takes one more hold."""
-    return int(torch._C._storage_Use_Count(handle)) - 1
-
-
-def alias(owner: Tensor, place: Place | None = None) -> Tensor:
-    """An ordinary tensor on the memory of a tensor or of a slice of it; not a view, which would keep its base, the
-    owner, alive."""
-    offset, sizes, strides = owner.storage_offset(), list(owner.shape), list(owner.stride())
-    for dim, at in place or ():
-        offset += at * strides.pop(dim)
-        del sizes[dim]
-    with torch.inference_mode(False), torch.no_grad():
-        if not has_memory(owner):
-            return owner.data  # set_ would provide memory
-        return torch.empty(0, dtype=owner.dtype, device=owner.device).set_(
-            owner.untyped_storage(), offset, sizes, strides
-        )
 
 
 def _allocate(state: Tensor, plan: Plan) -> tuple[Tensor, list[Tensor]]:

@@ -16,7 +16,7 @@ import torch._functorch.config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.fx import GraphModule
 
-from kvbuffer_compile import dump, guard, loops, options, targets
+from kvbuffer_compile import dump, entry, loops, options, targets
 from kvbuffer_compile.errors import Declined, DeclinedError, IRError, OptionError
 from kvbuffer_compile.integrations import functions
 from kvbuffer_compile.machine import machine_for
@@ -30,7 +30,7 @@ from kvbuffer_compile.passes.sequences import spelled_out
 from kvbuffer_compile.passes.validate import validate
 from kvbuffer_compile.plan import Plan
 from kvbuffer_compile.records import GraphRecord, observers
-from kvbuffer_compile.step import SettleOnly, Step
+from kvbuffer_compile.step import Step
 
 log = logging.getLogger("kvbuffer_compile")
 
@@ -48,9 +48,9 @@ def kvbuffer(
     ValueError for an unknown option, or a value that is not allowed.
     """
     functions.watch()
+    entry.install()
     ours, inductor = _split_options(options)
     patches = {**_mode_options(mode), **inductor}
-    guard.erase_markers(gm)
     inner = functools.partial(compile_graph, ours=ours, sources=_sources(gm))
     written_out = None if torch.is_grad_enabled() else loops.unrolled(gm)
     if written_out is not None:
@@ -67,19 +67,22 @@ def _compile(
 ) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
+    records: list[GraphRecord] = []
     # AOTAutogradCache does not know of our inner compile: a hit would hand back a graph that was never rewritten.
-    with functorch_config.patch(enable_autograd_cache=False):
+    with functorch_config.patch(enable_autograd_cache=False), observers.also(records.append):
         compiled: Any = compile_fx(
             gm,
             list(example_inputs),
             inner_compile=cast(Any, inner),
             config_patches=patches or None,
         )
-    return cast(Callable[..., Any], compiled)
+    rewritten = any(record.rewritten for record in records)
+    return entry.enter_with_rows(compiled, example_inputs) if rewritten else cast(Callable[..., Any], compiled)
 
 
 kvbuffer.rewrites_recurrences = True  # type: ignore[attr-defined]
 functions.watch()
+entry.install()
 
 
 def _mode_options(mode: str | None) -> dict[str, Any]:
@@ -148,7 +151,7 @@ def compile_graph(
     observers.tell(record)
     _report_declines(record, ours)
     if not spliced:
-        return SettleOnly(compile_inner(spelled_out(gm), example_inputs, **kwargs))
+        return cast(Callable[..., Any], compile_inner(spelled_out(gm), example_inputs, **kwargs))
     inputs = [n.meta["val"] for n in rewritten.graph.nodes if n.op == "placeholder"]
     static = list(kwargs.get("static_input_idxs", ()))
     static += [len(example_inputs) + i for i, part in enumerate(parts) if part.index in static]

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from kvbuffer_compile import composite
-from kvbuffer_compile.accounts import Account, alias
+from kvbuffer_compile.accounts import Account
+from kvbuffer_compile.aliases import alias
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.overlap import has_memory
 from kvbuffer_compile.passes.lifted import Part
@@ -23,7 +24,7 @@ def run(
     states: list[Spliced],
     parts: Sequence[Part],
     donated: Sequence[tuple[int, int]],
-    run_step: Callable[[list[Any], list[Account]], Any],
+    run_step: Callable[[list[Any]], Any],
     args: list[Any],
     accounts: list[Account],
 ) -> Any:
@@ -47,7 +48,7 @@ def run(
     expected = original(*copies)
     for index, position in donated:
         copies[index].copy_(expected[position])
-    out = run_step(args, accounts)
+    out = run_step(args)
     returned = {state.returned for state in states}
     stored = {position for _, position in donated}
     for i, (got, want) in enumerate(zip(out, expected, strict=True)):

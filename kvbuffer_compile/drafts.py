@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvbuffer_compile import composite, ops, runtime, targets
-from kvbuffer_compile.accounts import Account
+from kvbuffer_compile.accounts import Account, Attempt, under_locks
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.guard import plain_calls
 from kvbuffer_compile.passes.rewrite import Spliced
@@ -89,34 +89,31 @@ def check_graph(tree: Tree, states: Sequence[Spliced], args: list[Any]) -> None:
 
 
 def run(
-    tree: Tree, compiled: Callable[[list[Any]], Any], args: list[Any], plans: list[Plan], accounts: list[Account]
+    tree: Tree,
+    compiled: Callable[[list[Any]], Any],
+    args: list[Any],
+    plans: list[Plan],
+    accounts: list[Account],
+    attempt: Attempt,
 ) -> Any:
-    """A compiled graph with the tree steps of its plans in place of their verify steps; undone when it fails."""
-    count = tree.parents.shape[1]
-    with _Redirected(plans, tree.parents) as redirected:
-        try:
-            if any(tree.parents.shape[0] not in (1, a.cursor.shape[1]) for a in accounts):
-                raise ValueError(f"draft_tree(parents): parents of {tree.parents.shape[0]} sequences")
-            out = compiled(args)
-            if len(redirected.done) < len(accounts):
-                raise StateError("draft_tree(parents): a captured CUDA graph cannot take a tree: compile without them")
-        except BaseException:
-            for account in accounts:
-                account.take_back_unfinished(0 if account.cursor.data_ptr() in redirected.done else count)
-            raise
-    for account in accounts:
-        account.drafts = tree.parents
+    """A compiled graph with the tree steps of its plans in place of their verify steps."""
+    if any(tree.parents.shape[0] not in (1, a.cursor.shape[1]) for a in accounts):
+        raise ValueError(f"draft_tree(parents): parents of {tree.parents.shape[0]} sequences")
+    with _Redirected(plans, tree.parents, attempt.drafted):
+        out = compiled(args)
+    if len(attempt.drafted) < len(accounts):
+        raise StateError("draft_tree(parents): a captured CUDA graph cannot take a tree: compile without them")
     tree.served += len(accounts)
     return out
 
 
 class _Redirected(TorchDispatchMode):
-    """Verify ops become the tree ops of the same plans. done: the cursors of the states that have stepped."""
+    """Verify ops become the tree ops of the same plans. done: receives the cursors of the states that have stepped."""
 
-    def __init__(self, plans: list[Plan], parents: Tensor) -> None:
+    def __init__(self, plans: list[Plan], parents: Tensor, done: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.parents = parents
-        self.done: set[int] = set()
+        self.done = done
         self.trees = {ops.step_op(p): (ops.step_op(_tree_plan(p)), p) for p in plans}
 
     def __torch_dispatch__(
@@ -152,10 +149,17 @@ def accept(obj: Any, path: Paths) -> None:
     with plain_calls():
         accounts = runtime.whole_accounts(list(runtime.tensors_in(obj)), "accept(obj, path)")
         paths = _paths(path)
-        for account in accounts:
-            _check(account, paths)
-        for account in accounts:
-            _keep(account, paths.to(account.cursor.device))
+        under_locks(accounts, lambda: _accept(accounts, paths))
+
+
+def _accept(accounts: list[Account], paths: Tensor) -> None:
+    for account in accounts:
+        account.reconcile()
+        _check(account, paths)
+    for account in accounts:
+        _keep(account, paths.to(account.cursor.device))
+    for account in accounts:
+        account.finished()
 
 
 def _paths(path: Paths) -> Tensor:

@@ -1,15 +1,50 @@
-"""The accounts there are: by the tensor they were opened for, and by the memory their states lie in."""
+"""The accounts there are: by the tensor they were opened for, and by the memory their states lie in.
+
+Tables are read without a lock, in steps that the interpreter does not divide, and changed under one. Tensors die at any
+point of any thread, also while this one changes a table: then their deaths are only noted, and dealt with behind it.
+"""
 
 from __future__ import annotations
 
+import heapq
+import itertools
+import math
+import os
 import sys
-from collections import Counter
-from collections.abc import Iterator
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
 
 from torch import Tensor
 
 from kvbuffer_compile.accounts import Account, Key
-from kvbuffer_compile.overlap import address, overlap
+from kvbuffer_compile.allocation import Allocation
+from kvbuffer_compile.overlap import overlap, storage_of
+
+
+class Phases:
+    """The counts at which states of one flush length first flush, so that no token pays for many layers, whichever
+    graphs they are in: each as often as any other, and those that follow each other far apart."""
+
+    def __init__(self, flush: int) -> None:
+        self.flush = flush
+        near_golden = range(max(1, round(flush * 0.618)), flush + 1)
+        self.stride = next(n for n in near_golden if math.gcd(n, flush) == 1)
+        self.next = 0
+        self.free: list[int] = []
+
+    def take(self) -> tuple[int, int]:
+        """A number, to be given back, and its phase, 1 to flush."""
+        if self.free:
+            number = heapq.heappop(self.free)
+        else:
+            number, self.next = self.next, self.next + 1
+        return number, self.flush - number * self.stride % self.flush
+
+    def give_back(self, number: int) -> None:
+        """The state with this number is gone."""
+        heapq.heappush(self.free, number)
 
 
 class Ledger:
@@ -17,76 +52,130 @@ class Ledger:
 
     def __init__(self) -> None:
         self.accounts: dict[Key, Account] = {}
-        self.lying_at: dict[int, list[Account]] = {}  # by overlap.address
+        self.allocations: dict[int, Allocation] = {}  # by overlap.storage_of
+        self._phases: dict[int, Phases] = {}  # by flush length
+        self._numbers: dict[int, int] = {}  # of phases, by the account's serial number
+        self._serials = itertools.count()
+        self._died: deque[weakref.ref[Account]] = deque()
+        self._lock = threading.RLock()
+        self._changing = False
+        os.register_at_fork(after_in_child=self._in_child)
 
     def __bool__(self) -> bool:
-        return bool(self.accounts)
+        return bool(self.allocations)
 
-    def add(self, account: Account) -> None:
+    def _in_child(self) -> None:
+        """Other threads, and with them the locks they held, stayed in the parent."""
+        self._lock, self._changing = threading.RLock(), False
+        for found in self.allocations.values():
+            for account in found.accounts.values():
+                account.lock = threading.RLock()
+
+    def _change(self, change: Callable[[], None]) -> None:
+        with self._lock:
+            before, self._changing = self._changing, True
+            try:
+                change()
+            finally:
+                self._changing = before
+        self.bury()
+
+    # ------------------------------------------------------------------------------- opening and closing
+
+    def open(self, make: Callable[[int, int], Account], flush: int) -> Account:
+        """An account made by make(serial, phase), and kept."""
+        self.bury()
+        with self._lock:
+            number, phase = self._phases.setdefault(flush, Phases(flush)).take()
+        serial = next(self._serials)
+        self._numbers[serial] = number
+        try:
+            account = make(serial, phase)
+        except BaseException:
+            self._give_back(serial, flush)
+            raise
+        self._change(lambda: self._add(account))
+        return account
+
+    def _add(self, account: Account) -> None:
+        found = self.allocations.get(storage_of(account.state))
+        if found is None:
+            found = self.allocations[storage_of(account.state)] = Allocation(account.state)
+        account.allocation = found
+        found.accounts[account.serial] = account
         self.accounts[account.key] = account
-        self.lying_at.setdefault(account.storage, []).append(account)
 
-    def phase(self, flush: int) -> int:
-        """The count at which the next state first flushes, so that no token pays for many layers, whichever graphs they
-        are in: one that as few states have as any, and of these the farthest from those that more have."""
-        taken = Counter(a.phase for a in self.accounts.values() if a.plan.flush == flush)
-        least = min(taken[p] for p in range(1, flush + 1))
-        crowded = [p for p in taken if taken[p] > least]
+    def close(self, account: Account) -> None:
+        """Settle and forget an account."""
+        account.settle()
+        self._remove(account)
 
-        def distance(phase: int) -> int:
-            return min((min((phase - p) % flush, (p - phase) % flush) for p in crowded), default=0)
+    def _remove(self, account: Account) -> None:
+        self._change(lambda: self._removed(account))
 
-        return max((p for p in range(1, flush + 1) if taken[p] == least), key=lambda p: (distance(p), p))
+    def _removed(self, account: Account) -> None:
+        if self.accounts.get(account.key) is account:
+            del self.accounts[account.key]
+        for rival in list(account.rivals):
+            if account in rival.rivals:
+                rival.rivals.remove(account)
+        account.allocation.accounts.pop(account.serial, None)
+        if not account.allocation.accounts:
+            self.allocations.pop(account.allocation.storage.handle, None)
+        self._give_back(account.serial, account.plan.flush)
 
-    def remove(self, account: Account) -> None:
-        """Forget an account that owes nothing."""
-        self.accounts.pop(account.key, None)
-        for rival in account.rivals:
-            rival.rivals.remove(account)
-        holders = self.lying_at[account.storage]
-        holders.remove(account)
-        if not holders:
-            del self.lying_at[account.storage]
+    def _give_back(self, serial: int, flush: int) -> None:
+        number = self._numbers.pop(serial, None)
+        if number is not None:
+            with self._lock:
+                self._phases[flush].give_back(number)
 
-    def owner_died(self, key: Key) -> None:
-        """The user's tensor is going: free its rows, folded in first if its storage lives on in another tensor."""
-        account = self.accounts.pop(key, None)
-        if account is None or sys.is_finalizing():
+    # ------------------------------------------------------------------------------------------ deaths
+
+    def owner_died(self, account: weakref.ref[Account]) -> None:
+        """What the garbage collector calls when the user's tensor is going: at any point, in any thread."""
+        if sys.is_finalizing():
             return
-        # the dying owner and our aliases of it; a tensor that it was a view of may be the user's as well
-        ours = 1 + sum(a.owner() is None for a in self.lying_at[account.storage])
-        if account.storage_users > ours:
+        found = account()
+        if found is None:
+            return
+        if not self._changing and found.lock.acquire(blocking=False):
+            try:
+                self._bury(found, dying=True)
+            finally:
+                found.lock.release()
+        else:
+            self._died.append(account)
+
+    def bury(self) -> None:
+        """Deal with the deaths that were only noted."""
+        while self._died and not self._changing:
+            try:
+                found = self._died.popleft()()
+            except IndexError:
+                return
+            if found is not None:
+                self._bury(found, dying=False)
+
+    def _bury(self, account: Account, dying: bool) -> None:
+        """Free the rows of a state, folded in first if its memory lives on in another tensor."""
+        if account.serial not in account.allocation.accounts:
+            return
+        if account.allocation.outlives(dying):
             account.settle()
-        self.remove(account)
+        self._remove(account)
 
-    def moved(self, account: Account, before: int) -> None:
-        """The state of an account has memory now."""
-        self.lying_at[before].remove(account)
-        if not self.lying_at[before]:
-            del self.lying_at[before]
-        self.lying_at.setdefault(account.storage, []).append(account)
+    # ----------------------------------------------------------------------------------------- finding
 
-    def in_memory_of(self, t: Tensor) -> tuple[Account, ...]:
+    def in_memory_of(self, t: Tensor) -> list[Account]:
         """The accounts of states in the same allocation, wherever there."""
-        return tuple(self.lying_at.get(address(t), ()))
+        self.bury()
+        found = self.allocations.get(storage_of(t))
+        return [] if found is None else list(found.accounts.values())
 
-    def overlapping(self, t: Tensor) -> Iterator[Account]:
+    def overlapping(self, t: Tensor) -> list[Account]:
         """The accounts of states of which a tensor is a part, or they of it."""
-        for account in self.in_memory_of(t):
-            if overlap(account.state, t):
-                yield account
+        return [a for a in self.in_memory_of(t) if overlap(a.state, t)]
 
-    def reached(self, t: Tensor, exposed: bool) -> tuple[Account, ...]:
-        """The accounts that an access to a tensor is about; exposed: to its memory as such, all that lie there."""
-        return self.in_memory_of(t) if exposed else tuple(self.overlapping(t))
 
-    def check_aliases(self, account: Account) -> None:
-        """Find out whether someone else holds the storage of a state now: a tensor made before the state was guarded, a
-        NumPy array, a view that another compiled graph returned."""
-        holders = self.lying_at[account.storage]
-        owners = {id(a.owner()) for a in holders}
-        bases = {id(a.base) for a in holders if a.base is not None} - owners
-        known = len(holders) + len(owners) + len(bases)
-        aliased = account.storage_users > known
-        for holder in holders:
-            holder.aliased = aliased
+LEDGER = Ledger()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 Reach = list[tuple[int, int, int]]  # by stride, largest first: the stride, the last index of one and of the other
@@ -12,10 +13,9 @@ def has_memory(t: Tensor) -> bool:
     return t.numel() == 0 or t.untyped_storage().nbytes() > 0
 
 
-def address(t: Tensor) -> int:
-    """What tensors on the same memory have in common; without memory, those on the same storage."""
-    storage = t.untyped_storage()
-    return storage.data_ptr() or int(storage._cdata)
+def storage_of(t: Tensor) -> int:
+    """What tensors on the same storage have in common; 0 for those without one."""
+    return int(t.untyped_storage()._cdata) if torch._C._has_storage(t) else 0
 
 
 def provide(t: Tensor) -> None:

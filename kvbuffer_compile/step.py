@@ -9,43 +9,24 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from kvbuffer_compile import check, drafts, runtime
-from kvbuffer_compile.accounts import Account, Place, alias
+from kvbuffer_compile import check, drafts
+from kvbuffer_compile.access import touch
+from kvbuffer_compile.accounts import Account, Attempt, RLock, under_locks
+from kvbuffer_compile.aliases import Place, alias, is_alias, owner_of, plain
+from kvbuffer_compile.drafts import Tree
 from kvbuffer_compile.guard import GuardedState, plain_calls
+from kvbuffer_compile.opening import open_account
 from kvbuffer_compile.passes.lifted import Part
 from kvbuffer_compile.passes.rewrite import Spliced
-from kvbuffer_compile.plan import Plan
+from kvbuffer_compile.runtime import mark_rowless
 
 
-class SettleOnly:
-    """A graph that was not rewritten: states it is given are settled first and passed as plain tensors."""
-
-    def __init__(self, compiled: Callable[..., Any]) -> None:
-        self._boxed_call = True  # on the instance: wrappers copy __dict__, not the class
-        self.compiled = compiled
-        self.tensors: list[int] | None = None  # inputs that can be states
-
-    def __call__(self, args: list[Any]) -> Any:
-        with plain_calls():
-            self.settle(args)
-            return self.compiled(args)
-
-    def settle(self, args: list[Any], apart: Sequence[int] = ()) -> None:
-        """Fold in the rows of every state among the inputs, except those at `apart`."""
-        if self.tensors is None:  # Dynamo guards the Python types of inputs: parameters stay parameters
-            self.tensors = [
-                i for i, a in enumerate(args)
-                if isinstance(a, Tensor) and not isinstance(a, torch.nn.Parameter) and i not in apart
-            ]  # fmt: skip
-        for i in self.tensors:
-            if type(args[i]) is GuardedState:
-                runtime.touch(args[i])
-                args[i] = args[i].as_subclass(Tensor)
-
-
-class Step(SettleOnly):
+class Step:
     """A rewritten graph. Its compiled form takes, behind the user's inputs, the slices that are states of their own,
-    then cursor and rows of each buffered state."""
+    then cursor and rows of each buffered state.
+
+    Its inputs are ordinary tensors: the user's own, or the aliases of those that are guarded (entry.py).
+    """
 
     def __init__(
         self,
@@ -55,101 +36,110 @@ class Step(SettleOnly):
         parts: Sequence[Part] = (),
         donated: Sequence[tuple[int, int]] = (),
     ) -> None:
-        super().__init__(compiled)
+        self._boxed_call = True  # on the instance: wrappers copy __dict__, not the class
+        self.compiled = compiled
+        self.buffered = [s for s in states if s.plan.variant != "recurrent"]
         self.states = states
-        self.indices = [s.index for s in states] + [part.index for part in parts]
+        self.indices = {s.index for s in states} | {part.index for part in parts}
         self.original = original
         self.parts = parts
-        self.donated = donated  # stacks and pools: positions of an input and of the output it is returned as
+        # positions of an input and of the output it is returned as: states, then stacks and pools
+        self.donated = [(s.index, s.returned) for s in states if s.returned is not None] + list(donated)
+        self.stored = tuple(donated)
+        self.others: list[int] | None = None  # further inputs that can be states
 
     def __call__(self, args: list[Any]) -> Any:
         with plain_calls():
             tree = drafts.active()
             if tree is not None:
                 drafts.check_graph(tree, self.states, args)
-            self.settle(args, self.indices)
-            donated = [(s.returned, args[s.index]) for s in self.states if s.returned is not None]
-            donated += [(position, args[index]) for index, position in self.donated]
-            accounts = self._open(args)
-            for account in accounts:
-                account.dirty = True  # only now: opening one account settles others that overlap it
-                account.drafts = None
-            runtime.check_aliases(accounts)
-            self._hand_over(args, accounts)
-            if self.original is not None and tree is None:
-                for account in accounts:
-                    account.provide()
-                out = check.run(self.original, self.states, self.parts, self.donated, self.run, args, accounts)
-            else:
-                out = self.run(args, accounts)
-            return _with_owners(out, donated) if donated else out
+            self._settle_others(args)
+            owners = {i: owner_of(args[i]) for i in self.indices if i < len(args)}
+            accounts = self._open(owners, len(args))
+            out = under_locks(accounts, lambda: self._stepped(args, accounts, tree))
+            if self.donated:
+                given = {position: owners[index] for index, position in self.donated}
+                return type(out)(given.get(i, x) for i, x in enumerate(out))
+            return out
 
-    def run(self, args: list[Any], accounts: list[Account]) -> Any:
-        """The compiled graph on prepared inputs; a step that fails half-way is taken back."""
-        states = [s for s in self.states if s.plan.variant != "recurrent"]
-        counts = [s.tokens.of(args) for s in states]
-        for account, tokens in zip(accounts, counts, strict=True):
-            account.expect(tokens)
-        out = self._run(args, counts, [s.plan for s in states], accounts)
-        for state, account, tokens in zip(states, accounts, counts, strict=True):
-            account.finished(state.plan, tokens)
-            if account.aliased or account.exposed:
-                account.settle()
-        return out
+    def _settle_others(self, args: list[Any]) -> None:
+        """Fold in the rows of every state that is an input and not stepped here."""
+        if self.others is None:
+            self.others = [
+                i for i, a in enumerate(args)
+                if isinstance(a, Tensor) and not isinstance(a, torch.nn.Parameter) and i not in self.indices
+            ]  # fmt: skip
+        for i in self.others:
+            if is_alias(args[i]) or type(args[i]) is GuardedState:
+                touch(args[i])
+                args[i] = plain(args[i])
 
-    def _run(self, args: list[Any], counts: list[int], plans: list[Plan], accounts: list[Account]) -> Any:
-        tree = drafts.active()
-        if tree is not None:
-            return drafts.run(tree, self.compiled, args, plans, accounts)
-        try:
-            return self.compiled(args)
-        except BaseException:
-            for account, tokens in zip(accounts, counts, strict=True):
-                account.take_back_unfinished(tokens)
-            raise
-
-    def _open(self, args: list[Any]) -> list[Account]:
+    def _open(self, owners: dict[int, Tensor], whole: int) -> list[Account]:
         """The accounts of the buffered states; what else the graph uses of their tensors is settled."""
-        accounts = []
-        plain = set(range(len(args), len(args) + len(self.parts)))
+        accounts: list[Account] = []
+        lock: RLock = None
+        plain_ones = set(range(whole, whole + len(self.parts)))
         for state in self.states:
-            owner, place = self._where(args, state.index)
+            owner, place = self._where(owners, whole, state.index)
             if state.plan.variant == "recurrent":
-                plain.add(state.index)
-                runtime.mark_rowless(owner)
-            else:
-                accounts.append(runtime.open_account(owner, state.plan, place))
-                plain.discard(state.index)
-        for index in plain:
-            owner, place = self._where(args, index)
-            runtime.touch(owner if place is None else alias(owner, place))
+                plain_ones.add(state.index)
+                mark_rowless(owner)
+                continue
+            account = open_account(owner, state.plan, place, lock)
+            lock = account.lock
+            accounts.append(account)
+            plain_ones.discard(state.index)
+        for index in plain_ones:
+            owner, place = self._where(owners, whole, index)
+            touch(owner if place is None else alias(owner, place))
         return accounts
 
-    def _where(self, args: list[Any], index: int) -> tuple[Tensor, Place | None]:
-        """The user's tensor that an input of the rewritten graph lies in, and the slice of it."""
-        whole = len(args)
+    def _where(self, owners: dict[int, Tensor], whole: int, index: int) -> tuple[Tensor, Place | None]:
+        """The user's tensor that an input of the rewritten graph lies in, and the slice of it. whole: how many inputs
+        are no slices."""
         if index < whole:
-            return args[index], None
+            return owners[index], None
         part = self.parts[index - whole]
-        return args[part.index], part.place
+        return owners[part.index], part.place
+
+    # ------------------------------------------------------------------------------------- with the locks
+
+    def _stepped(self, args: list[Any], accounts: list[Account], tree: Tree | None) -> Any:
+        counts = [s.tokens.of(args) for s in self.buffered]
+        self._hand_over(args, accounts)
+        if self.original is None or tree is not None:
+            return self.run(args, accounts, counts, tree)
+        for account in accounts:
+            account.provide()
+
+        def step(given: list[Any]) -> Any:
+            return self.run(given, accounts, counts, tree)
+
+        return check.run(self.original, self.states, self.parts, self.stored, step, args, accounts)
+
+    def run(self, args: list[Any], accounts: list[Account], counts: list[int], tree: Tree | None) -> Any:
+        """The compiled graph on prepared inputs. When it fails, or is interrupted at any point before the attempt is
+        done, whoever looks at a state next takes back what it had stepped."""
+        attempt = Attempt(None if tree is None else tree.parents)
+        for account, tokens in zip(accounts, counts, strict=True):
+            account.attempt(attempt, tokens)
+        if tree is None:
+            out = self.compiled(args)
+        else:
+            out = drafts.run(tree, self.compiled, args, [s.plan for s in self.buffered], accounts, attempt)
+        for account in accounts:
+            account.finished()
+        attempt.done = True
+        return out
 
     def _hand_over(self, args: list[Any], accounts: list[Account]) -> None:
-        """Append slices, cursors and rows; states become plain tensors."""
-        kept = {s.index for s in self.states if s.plan.variant != "recurrent"}
+        """Append slices, cursors and rows."""
+        kept = {s.index for s in self.buffered}
         whole = len(args)
         args += [None if whole + i in kept else alias(args[p.index], p.place) for i, p in enumerate(self.parts)]
-        opened = iter(accounts)
-        for state in self.states:
-            if state.plan.variant == "recurrent":
-                if type(args[state.index]) is GuardedState:
-                    args[state.index] = args[state.index].as_subclass(Tensor)
-            else:
-                account = next(opened)
-                args[state.index] = account.state
-                args += [account.cursor, *account.rows]
-
-
-def _with_owners(out: Any, donated: list[tuple[int, Tensor]]) -> Any:
-    """Outputs in which each returned state is the very tensor that was donated, guarded like any other."""
-    owners = dict(donated)
-    return type(out)(owners.get(i, x) for i, x in enumerate(out))
+        for i in self.indices:
+            if i < whole and type(args[i]) is GuardedState:
+                args[i] = plain(args[i])
+        for state, account in zip(self.buffered, accounts, strict=True):
+            args[state.index] = account.state
+            args += account.arguments

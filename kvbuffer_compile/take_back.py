@@ -74,6 +74,6 @@ def _most(accounts: Sequence[Account]) -> str:
     each = max(a.plan.program.tokens for a in accounts)
     if each > 1:
         text += f", in steps of {each}"
-    if any(a.aliased or a.exposed for a in accounts):
+    if any(a.shared or a.allocation.aliased for a in accounts):
         text += ": the memory of a state can be seen from elsewhere, so that every step writes the state itself"
     return text

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbuffer_compile import explain, materialize, rollback, runtime
+from kvbuffer_compile import explain, fresh, materialize, rollback, runtime
 from kvbuffer_compile.accounts import Account
 from kvbuffer_compile.check import dense
 from kvbuffer_compile.codegen import build
@@ -257,4 +257,4 @@ def test_memory_that_others_hold_is_made_zero() -> None:
     held = state.view(-1)
     runtime.declare_zero(state)
     assert not bool(held.any())
-    assert not runtime._fresh
+    assert not fresh._fresh

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kvbuffer_compile import composite, explain, materialize, runtime
+from kvbuffer_compile.ledger import LEDGER
 from tests.oracle import check
 from tests.test_runtime import B, H, K, L, Pair, V, draw, pair, step  # noqa: F401  (pair is a fixture)
 
@@ -123,12 +124,12 @@ def test_one_number_of_a_state_can_be_formatted(pair):  # noqa: F811
 
 def test_rows_of_dropped_views_are_freed():
     stack = torch.randn(2, B, H, K, V)
-    before = len(runtime._ledger.accounts)
+    before = len(LEDGER.accounts)
     p = Pair(state=stack[0])
     p.run(2)
     del p
     gc.collect()
-    assert len(runtime._ledger.accounts) <= before
+    assert len(LEDGER.accounts) <= before
 
 
 def two_reads(S, q, k, v, g, beta):

@@ -17,6 +17,7 @@ import torch
 from kvbuffer_compile import composite, materialize, rollback, runtime
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.guard import GuardedState
+from kvbuffer_compile.ledger import LEDGER
 from tests.fuse import blown, fuse
 from tests.oracle import check
 
@@ -262,10 +263,10 @@ def test_states_that_share_a_storage(records):
 def test_rows_are_freed_with_the_state():
     p = Pair()
     p.run(2)
-    before = len(runtime._ledger.accounts)
+    before = len(LEDGER.accounts)
     del p
     gc.collect()
-    assert len(runtime._ledger.accounts) < before
+    assert len(LEDGER.accounts) < before
 
 
 def test_rows_of_a_dead_state_are_folded_in_only_if_its_memory_lives_on(monkeypatch):

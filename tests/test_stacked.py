@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvbuffer_compile import materialize, rollback, runtime
 from kvbuffer_compile.backend import GraphRecord
+from kvbuffer_compile.ledger import LEDGER
 from kvbuffer_compile.overlap import overlap
 from tests.forms import operands, outer, read
 from tests.fuse import blown, fuse
@@ -329,10 +330,10 @@ def test_eager_steps_and_other_graphs_alternate_with_compiled_ones(pair: Beside)
 
 
 def test_rows_go_with_the_stack(records: list[GraphRecord]) -> None:
-    before = len(runtime._ledger.accounts)
+    before = len(LEDGER.accounts)
     p = Beside()
     p.run(2)
-    assert len(runtime._ledger.accounts) == before + LAYERS
+    assert len(LEDGER.accounts) == before + LAYERS
     slice_of = p.states[1]
     p.run()
     p.states = torch.zeros(0)
@@ -340,7 +341,7 @@ def test_rows_go_with_the_stack(records: list[GraphRecord]) -> None:
     check(slice_of + 0, p.eager[1], p.exact[1])
     del slice_of
     gc.collect()
-    assert len(runtime._ledger.accounts) == before
+    assert len(LEDGER.accounts) == before
 
 
 def test_a_dead_stack_is_not_folded_in(monkeypatch: pytest.MonkeyPatch) -> None:

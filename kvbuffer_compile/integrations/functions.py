@@ -15,12 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch._dynamo.eval_frame import innermost_fn
-from torch._higher_order_ops.associative_scan import associative_scan
-from torch._higher_order_ops.scan import scan
-from torch._higher_order_ops.while_loop import while_loop
-from torch.utils._pytree import tree_map_only
 
-from kvbuffer_compile.guard import GuardedState
 from kvbuffer_compile.integrations import chunked, fused
 from kvbuffer_compile.integrations.adapters import backend_of_trace
 
@@ -112,21 +107,3 @@ def _twin(function: types.FunctionType) -> types.FunctionType:
     )
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin
-
-
-def accept_guarded(loop: types.FunctionType) -> None:
-    """Loops as ops refuse tensors of any class but torch's own: give them plain ones, whatever the backend."""
-    if id(loop) in _seen:
-        return
-    _seen.add(id(loop))
-    untouched = _twin(loop)
-
-    def traced(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tree_map_only(GuardedState, torch.clone, (args, kwargs))
-        return untouched(*args, **kwargs)
-
-    torch.compiler.substitute_in_graph(loop, skip_signature_check=True)(traced)
-
-
-for _loop in (scan, while_loop, associative_scan):
-    accept_guarded(cast(types.FunctionType, _loop))

@@ -144,8 +144,6 @@ class RecordedForward:
         out = self.model._call_impl(**inputs)
         for layer in layers_of(cache):
             layer.tokens += token_count(inputs)
-            for state in layer.states:
-                runtime.guard(state)  # or the first step would compile a graph for plain states, used once
         return out
 
     def _verify(self, cache: Cache, inputs: dict[str, Any]) -> Any:

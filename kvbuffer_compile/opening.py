@@ -1,0 +1,63 @@
+"""Accounts are opened when a rewritten graph meets a state, and again when the state or its plan has changed."""
+
+from __future__ import annotations
+
+import threading
+
+from torch import Tensor
+
+from kvbuffer_compile.accounts import Account, RLock
+from kvbuffer_compile.aliases import Place
+from kvbuffer_compile.fresh import forget_fresh, is_fresh, make_zero
+from kvbuffer_compile.guard import GuardedState, guard
+from kvbuffer_compile.ledger import LEDGER
+from kvbuffer_compile.plan import Plan
+from kvbuffer_compile.sharing import Storage, shared_with
+
+
+def open_account(owner: Tensor, plan: Plan, place: Place | None = None, lock: RLock = None) -> Account:
+    """The account of a state, made if there is none; rows of another plan or alias are settled first.
+
+    place: the slice of owner that is the state; None when it is all of it. lock: for a new account, that of the states
+    it is stepped with.
+    """
+    account = LEDGER.accounts.get((id(owner), place))
+    if account is not None and account.matches(owner, plan):
+        for rival in account.rivals:
+            rival.settle()
+        return account
+    if account is not None:
+        LEDGER.close(account)
+    if place is not None:
+        make_zero(owner)
+    shared = _first_met(owner)
+    mutex = lock or threading.RLock()
+    account = LEDGER.open(lambda serial, phase: Account(owner, plan, place, mutex, LEDGER, serial, phase), plan.flush)
+    account.shared = shared
+    for rival in LEDGER.overlapping(account.state):
+        if rival is not account:
+            rival.settle()
+            rival.rivals.append(account)
+            account.rivals.append(rival)
+    if is_fresh(owner):
+        account.begin()
+        forget_fresh(owner, id(owner))
+    if plan.slots:
+        account.provide()
+    return account
+
+
+def _first_met(owner: Tensor) -> str | None:
+    """Guard a state that is about to owe rows; who else can reach its memory, if anybody."""
+    known = [a.shared for a in LEDGER.in_memory_of(owner) if a.shared is not None]
+    shared = known[0] if known else shared_with(owner) if type(owner) is not GuardedState else _exported(owner)
+    base = owner._base if owner._is_view() else None
+    if not guard(owner) or (base is not None and not guard(base)):
+        return shared or f"code that knows nothing of its class, {type(owner).__name__}"
+    return shared
+
+
+def _exported(owner: Tensor) -> str | None:
+    """What was handed out of a state since it is guarded is remembered by its account, or by the memory itself."""
+    storage = Storage(owner).object
+    return shared_with(owner) if storage.is_shared() or not storage.resizable() else None
