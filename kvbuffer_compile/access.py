@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 
-from kvbuffer_compile.accounts import geometry, under_locks
+from kvbuffer_compile.accounts import geometry
 from kvbuffer_compile.aliases import forget, known_alias
 from kvbuffer_compile.fresh import make_zero
 from kvbuffer_compile.guard import GuardedState, is_export, on_access, states_in
 from kvbuffer_compile.ledger import LEDGER
+from kvbuffer_compile.locks import under_locks
 
 _alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]  # whether two tensors share a storage
 _ZEROES: frozenset[Any] = frozenset([Tensor.zero_, torch.zero_])

@@ -5,46 +5,28 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kvbuffer_compile import composite, ops
-from kvbuffer_compile.aliases import Place, alias, plain
+from kvbuffer_compile.aliases import Place, alias, known_alias, plain
+from kvbuffer_compile.attempt import Attempt
 from kvbuffer_compile.forks import one_thread_in_a_fork
+from kvbuffer_compile.locks import RLock
 from kvbuffer_compile.overlap import has_memory, provide
 from kvbuffer_compile.plan import Plan
+from kvbuffer_compile.sharing import Storage
 from kvbuffer_compile.surroundings import neutral
 
 Key = tuple[int, Place | None]  # of an account: id of the user's tensor, and the slice of it that is the state
-if TYPE_CHECKING:
-    from kvbuffer_compile.allocation import Allocation
-
-RLock = Any  # threading.RLock is a function
-T = TypeVar("T")
 
 
 class Keeper(Protocol):
     """Whoever finds accounts by their tensors and their memory."""
 
-    def owner_died(self, account: weakref.ref[Account]) -> None: ...
-
-
-class Attempt:
-    """One call of a rewritten graph: all its states step, or none does.
-
-    done: set when the call has gone through; the one write that commits the tokens of all states. parents: of the draft
-    tree that was stepped over, drafted: the cursors (data_ptr) that have.
-    """
-
-    __slots__ = ("done", "drafted", "parents")
-
-    def __init__(self, parents: Tensor | None = None) -> None:
-        self.done = False
-        self.parents = parents
-        self.drafted: set[int] = set()
+    def owner_died(self, account: weakref.ref[Account], owner: object) -> None: ...
 
 
 class Account:
@@ -80,7 +62,7 @@ class Account:
             self.state = alias(owner)  # of a class that cannot be guarded
         self.key: Key = (id(owner), place)
         me = weakref.ref(self)
-        self.owner = weakref.ref(owner, lambda _: keeper.owner_died(me))
+        self.owner = weakref.ref(owner, functools.partial(keeper.owner_died, me))
         self.seen = geometry(owner)
         self.base = owner._base if owner._is_view() else None
         self.rivals: list[Account] = []
@@ -244,20 +226,36 @@ class Account:
             self.without_memory = False
 
 
-def under_locks(accounts: Sequence[Account], call: Callable[[], T]) -> T:
-    """call() with the locks of these accounts held. One lock after the other, always in the same order."""
-    if accounts and all(a.lock is accounts[0].lock for a in accounts):
-        with accounts[0].lock:
-            return call()
-    locks = {id(a.lock): a.lock for a in accounts}
-    return _holding([locks[key] for key in sorted(locks)], call)
+class Allocation:
+    """One allocation, and the accounts of the states in it. aliased: somebody else holds it for now."""
 
+    def __init__(self, state: Tensor) -> None:
+        self.storage = Storage(state)
+        self.accounts: dict[int, Account] = {}  # by serial number
+        self.aliased = False
+        self._known = 0
 
-def _holding(locks: list[RLock], call: Callable[[], T]) -> T:
-    if not locks:
-        return call()
-    with locks[0]:  # nested, so that no exception leaves one behind
-        return _holding(locks[1:], call)
+    def check(self) -> bool:
+        """Whether someone else holds the storage now: a tensor made before the state was guarded, a NumPy array, a view
+        that another compiled graph returned, a storage object."""
+        users = self.storage.users
+        if users != self._known:
+            self._known = self._count()
+        self.aliased = users > self._known or self.storage.held
+        return self.aliased
+
+    def _count(self) -> int:
+        """The tensors on the storage that are guarded or ours."""
+        holders = list(self.accounts.values())
+        owners = [owner for a in holders if (owner := a.owner()) is not None]
+        known = [*owners, *(a.state for a in holders), *(a.base for a in holders), *map(known_alias, owners)]
+        return len({id(t) for t in known if t is not None})
+
+    def outlives(self, dying: bool) -> bool:
+        """Whether the memory of states whose owners died lives on in tensors of others. dying: an owner is still one
+        of them."""
+        ours = {id(a.state) for a in self.accounts.values() if a.owner() is None}
+        return self.storage.users > len(ours) + dying
 
 
 def geometry(t: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:

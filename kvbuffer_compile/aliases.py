@@ -5,6 +5,7 @@ An alias has the memory, shape and strides of its owner, the user's tensor. It d
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 
@@ -47,7 +48,7 @@ def known_alias(owner: Tensor) -> Tensor | None:
     return _aliases.get(id(owner))
 
 
-def forget(key: int) -> None:
+def forget(key: int, owner: object = None) -> None:
     """Forget the alias of the tensor with this id: it died, or its shape or memory changed."""
     found = _aliases.get(key)
     if found is not None:
@@ -60,7 +61,7 @@ def _registered(owner: Tensor) -> Tensor:
     with _registering:
         if key not in _aliases:
             made = alias(owner)
-            _owners[id(made)] = weakref.ref(owner, lambda _: forget(key))
+            _owners[id(made)] = weakref.ref(owner, functools.partial(forget, key))
             _aliases[key] = made
         return _aliases[key]
 

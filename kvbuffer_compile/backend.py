@@ -157,7 +157,7 @@ def compile_graph(
     static += [len(example_inputs) + i for i, part in enumerate(parts) if part.index in static]
     kwargs["static_input_idxs"] = [*static, *range(len(example_inputs) + len(parts), len(inputs))]
     compiled = compile_inner(rewritten, [*example_inputs, *inputs[len(example_inputs) :]], **kwargs)
-    return Step(compiled, spliced, gm if ours.check else None, parts, given.donated)
+    return Step(compiled, spliced, gm if ours.check else None, len(example_inputs), parts, given.donated)
 
 
 def rewrite_graph(

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvbuffer_compile import composite, ops, runtime, targets
-from kvbuffer_compile.accounts import Account, Attempt, under_locks
+from kvbuffer_compile.accounts import Account
+from kvbuffer_compile.attempt import Attempt
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.guard import plain_calls
+from kvbuffer_compile.locks import under_locks
 from kvbuffer_compile.passes.rewrite import Spliced
 from kvbuffer_compile.plan import Plan
 from kvbuffer_compile.take_back import integers, on_device

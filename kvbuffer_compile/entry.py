@@ -22,10 +22,11 @@ from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.variables import builder as variables
 
 from kvbuffer_compile.access import guard_views, touch
-from kvbuffer_compile.accounts import under_locks
-from kvbuffer_compile.aliases import is_alias, owner_of, plain
-from kvbuffer_compile.guard import GuardedState, inspecting, plain_calls
-from kvbuffer_compile.ledger import LEDGER
+from kvbuffer_compile.aliases import forget, is_alias, owner_of, plain
+from kvbuffer_compile.fresh import forget_fresh
+from kvbuffer_compile.guard import GuardedState, inspecting, may_be_state, plain_calls
+from kvbuffer_compile.ledger import LEDGER, Ledger
+from kvbuffer_compile.locks import under_locks
 
 Compiled = Callable[..., Any]
 
@@ -35,16 +36,6 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-
-
-def may_be_state(x: object) -> bool:
-    """Whether an input of a graph may become a guarded state."""
-    return (
-        isinstance(x, Tensor)
-        and not isinstance(x, torch.nn.Parameter)
-        and x.layout is torch.strided
-        and x.dtype.is_floating_point
-    )
 
 
 def enter_with_rows(compiled: Compiled, inputs: Sequence[Any]) -> Compiled:
@@ -123,6 +114,8 @@ def install() -> None:
         tracing.wrap_tensor = _without_looking(tracing.wrap_tensor)  # type: ignore[method-assign]
         OutputGraph.call_user_compiler = _entered(OutputGraph.call_user_compiler)  # type: ignore[method-assign]
         GuardBuilder.TENSOR_MATCH = _through_alias(GuardBuilder.TENSOR_MATCH)  # type: ignore[method-assign]
+        keep_out(*(f for f in vars(GuardedState).values() if hasattr(getattr(f, "__func__", f), "__code__")))
+        keep_out(plain, forget, Ledger.owner_died, forget_fresh)
 
 
 def _as_plain(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -198,7 +191,9 @@ def _manager_of_alias(manager: GuardManager, example: Tensor) -> GuardManager:
 def keep_out(*functions: Callable[..., Any]) -> None:
     """Let Dynamo neither compile these functions nor what they call."""
     for function in functions:
-        code = getattr(function, "__func__", function).__code__
+        plainly: Any = getattr(function, "__func__", function)
+        plainly._torchdynamo_disable = True  # where it would be inlined
+        code = plainly.__code__
         torch._C._dynamo.eval_frame.set_code_exec_strategy(
             code, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 
@@ -44,12 +45,8 @@ def is_fresh(state: Tensor) -> bool:
     return bool(_fresh) and id(state) in _fresh.get(storage_of(state), {})
 
 
-def forget_fresh(state: Tensor, key: int) -> None:
-    """What the state with this id, in the memory of another one, holds is true, or known to its account."""
-    _forget(storage_of(state), key)
-
-
-def _forget(place: int, key: int) -> None:
+def forget_fresh(place: int, key: int, state: object = None) -> None:
+    """What the state with this id, in this storage, holds is true, or known to its account; or the state died."""
     others = _fresh.get(place, {})
     others.pop(key, None)
     if not others:
@@ -64,7 +61,7 @@ def _alone(state: Tensor, accounts: list[Account]) -> bool:
 
 def _remember_fresh(state: Tensor) -> None:
     place, key = storage_of(state), id(state)
-    _fresh.setdefault(place, {})[key] = weakref.ref(state, lambda _: _forget(place, key))
+    _fresh.setdefault(place, {})[key] = weakref.ref(state, functools.partial(forget_fresh, place, key))
 
 
 def zero_state(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -88,4 +85,4 @@ def make_zero(tensor: Tensor, known_zero: bool = False) -> None:
                 if known_zero and state is tensor:
                     continue
                 alias(state).zero_()
-        forget_fresh(tensor, key)
+        forget_fresh(storage_of(tensor), key)

@@ -85,7 +85,7 @@ class GuardedState(Tensor):
         with plain_calls():
             if func in _METADATA or _thread.inspecting:
                 return func(*args, **kwargs)
-            return _accessed(func, args, kwargs)
+            return _accessed(_OWN.get(func, func), args, kwargs)
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.unbind(0))  # Tensor.__iter__ would hand out views that are not guarded
@@ -121,6 +121,10 @@ class GuardedState(Tensor):
         return plain
 
 
+# Of torch's own functions, those that ask for the exact class.
+_OWN = {getattr(Tensor, n): getattr(GuardedState, n) for n in ("__deepcopy__", "__reduce_ex__", "__format__")}
+
+
 def _reduce_shared(state: GuardedState) -> Any:
     """As multiprocessing sends a tensor: in shared memory, which the other process reads at any time."""
     with plain_calls():
@@ -136,6 +140,16 @@ def guard(owner: Tensor) -> bool:
     if type(owner) in (Tensor, torch.nn.Buffer):
         owner.__class__ = GuardedState
     return type(owner) is GuardedState
+
+
+def may_be_state(x: object) -> bool:
+    """Whether an input of a graph may become a guarded state."""
+    return (
+        isinstance(x, Tensor)
+        and not isinstance(x, torch.nn.Parameter)
+        and x.layout is torch.strided
+        and x.dtype.is_floating_point
+    )
 
 
 def states_in(x: Any) -> Iterator[GuardedState]:

@@ -18,8 +18,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from kvbuffer_compile.accounts import Account, Key
-from kvbuffer_compile.allocation import Allocation
+from kvbuffer_compile.accounts import Account, Allocation, Key
 from kvbuffer_compile.overlap import overlap, storage_of
 
 
@@ -52,6 +51,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.accounts: dict[Key, Account] = {}
+        self.by_alias: dict[int, Account] = {}  # by the id of what stands for the owner, where that is the state
         self.allocations: dict[int, Allocation] = {}  # by overlap.storage_of
         self._phases: dict[int, Phases] = {}  # by flush length
         self._numbers: dict[int, int] = {}  # of phases, by the account's serial number
@@ -104,6 +104,7 @@ class Ledger:
         account.allocation = found
         found.accounts[account.serial] = account
         self.accounts[account.key] = account
+        self.by_alias[id(account.state)] = account
 
     def close(self, account: Account) -> None:
         """Settle and forget an account."""
@@ -116,6 +117,7 @@ class Ledger:
     def _removed(self, account: Account) -> None:
         if self.accounts.get(account.key) is account:
             del self.accounts[account.key]
+        self.by_alias.pop(id(account.state), None)
         for rival in list(account.rivals):
             if account in rival.rivals:
                 rival.rivals.remove(account)
@@ -132,7 +134,7 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------------ deaths
 
-    def owner_died(self, account: weakref.ref[Account]) -> None:
+    def owner_died(self, account: weakref.ref[Account], owner: object = None) -> None:
         """What the garbage collector calls when the user's tensor is going: at any point, in any thread."""
         if sys.is_finalizing():
             return

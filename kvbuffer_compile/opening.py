@@ -6,11 +6,13 @@ import threading
 
 from torch import Tensor
 
-from kvbuffer_compile.accounts import Account, RLock
+from kvbuffer_compile.accounts import Account
 from kvbuffer_compile.aliases import Place
 from kvbuffer_compile.fresh import forget_fresh, is_fresh, make_zero
 from kvbuffer_compile.guard import GuardedState, guard
 from kvbuffer_compile.ledger import LEDGER
+from kvbuffer_compile.locks import RLock
+from kvbuffer_compile.overlap import storage_of
 from kvbuffer_compile.plan import Plan
 from kvbuffer_compile.sharing import Storage, shared_with
 
@@ -41,7 +43,7 @@ def open_account(owner: Tensor, plan: Plan, place: Place | None = None, lock: RL
             account.rivals.append(rival)
     if is_fresh(owner):
         account.begin()
-        forget_fresh(owner, id(owner))
+        forget_fresh(storage_of(owner), id(owner))
     if plan.slots:
         account.provide()
     return account

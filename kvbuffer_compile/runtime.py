@@ -7,6 +7,7 @@ graph first meets a state (opening.py), found by the tensor or its memory (ledge
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from kvbuffer_compile.access import touch
-from kvbuffer_compile.accounts import Account, under_locks
+from kvbuffer_compile.accounts import Account
 from kvbuffer_compile.fresh import declare_zero, zero_state
 from kvbuffer_compile.guard import plain_calls
 from kvbuffer_compile.ledger import LEDGER
+from kvbuffer_compile.locks import under_locks
 from kvbuffer_compile.overlap import covers, storage_of
 from kvbuffer_compile.surroundings import neutral
 from kvbuffer_compile.take_back import Counts, take_back
@@ -114,4 +116,4 @@ def mark_rowless(owner: Tensor) -> None:
     """Remember a state that is stepped without rows."""
     key = id(owner)
     if key not in _rowless:
-        _rowless[key] = weakref.ref(owner, lambda _: _rowless.pop(key, None))
+        _rowless[key] = weakref.ref(owner, functools.partial(_rowless.pop, key))

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from kvbuffer_compile import check, drafts
 from kvbuffer_compile.access import touch
-from kvbuffer_compile.accounts import Account, Attempt, RLock, under_locks
+from kvbuffer_compile.accounts import Account
 from kvbuffer_compile.aliases import Place, alias, is_alias, owner_of, plain
+from kvbuffer_compile.attempt import Attempt
 from kvbuffer_compile.drafts import Tree
-from kvbuffer_compile.guard import GuardedState, plain_calls
+from kvbuffer_compile.guard import GuardedState, may_be_state, plain_calls
+from kvbuffer_compile.ledger import LEDGER
+from kvbuffer_compile.locks import RLock, under_locks
 from kvbuffer_compile.opening import open_account
 from kvbuffer_compile.passes.lifted import Part
 from kvbuffer_compile.passes.rewrite import Spliced
@@ -26,6 +28,7 @@ class Step:
     then cursor and rows of each buffered state.
 
     Its inputs are ordinary tensors: the user's own, or the aliases of those that are guarded (entry.py).
+    whole: how many of them are the user's.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class Step:
         compiled: Callable[..., Any],
         states: list[Spliced],
         original: GraphModule | None,
+        whole: int,
         parts: Sequence[Part] = (),
         donated: Sequence[tuple[int, int]] = (),
     ) -> None:
@@ -40,7 +44,11 @@ class Step:
         self.compiled = compiled
         self.buffered = [s for s in states if s.plan.variant != "recurrent"]
         self.states = states
+        self.whole = whole
         self.indices = {s.index for s in states} | {part.index for part in parts}
+        self.rowless = [s.index for s in states if s.plan.variant == "recurrent"]
+        kept = {s.index for s in states}
+        self.settled = [whole + i for i in range(len(parts)) if whole + i not in kept]
         self.original = original
         self.parts = parts
         # positions of an input and of the output it is returned as: states, then stacks and pools
@@ -54,53 +62,49 @@ class Step:
             if tree is not None:
                 drafts.check_graph(tree, self.states, args)
             self._settle_others(args)
-            owners = {i: owner_of(args[i]) for i in self.indices if i < len(args)}
-            accounts = self._open(owners, len(args))
+            given = [(position, owner_of(args[index])) for index, position in self.donated]
+            accounts = self._open(args)
             out = under_locks(accounts, lambda: self._stepped(args, accounts, tree))
-            if self.donated:
-                given = {position: owners[index] for index, position in self.donated}
-                return type(out)(given.get(i, x) for i, x in enumerate(out))
+            if given:
+                owners = dict(given)
+                return type(out)(owners.get(i, x) for i, x in enumerate(out))
             return out
 
     def _settle_others(self, args: list[Any]) -> None:
         """Fold in the rows of every state that is an input and not stepped here."""
         if self.others is None:
-            self.others = [
-                i for i, a in enumerate(args)
-                if isinstance(a, Tensor) and not isinstance(a, torch.nn.Parameter) and i not in self.indices
-            ]  # fmt: skip
+            self.others = [i for i, a in enumerate(args) if may_be_state(a) and i not in self.indices]
         for i in self.others:
             if is_alias(args[i]) or type(args[i]) is GuardedState:
                 touch(args[i])
                 args[i] = plain(args[i])
 
-    def _open(self, owners: dict[int, Tensor], whole: int) -> list[Account]:
+    def _open(self, args: list[Any]) -> list[Account]:
         """The accounts of the buffered states; what else the graph uses of their tensors is settled."""
         accounts: list[Account] = []
         lock: RLock = None
-        plain_ones = set(range(whole, whole + len(self.parts)))
-        for state in self.states:
-            owner, place = self._where(owners, whole, state.index)
-            if state.plan.variant == "recurrent":
-                plain_ones.add(state.index)
-                mark_rowless(owner)
-                continue
-            account = open_account(owner, state.plan, place, lock)
+        for state in self.buffered:
+            account = LEDGER.by_alias.get(id(args[state.index])) if state.index < self.whole else None
+            if account is None or account.plan is not state.plan or account.rivals:
+                owner, place = self._where(args, state.index)
+                account = open_account(owner, state.plan, place, lock)
             lock = account.lock
             accounts.append(account)
-            plain_ones.discard(state.index)
-        for index in plain_ones:
-            owner, place = self._where(owners, whole, index)
+        for index in self.rowless:
+            owner, place = self._where(args, index)
+            mark_rowless(owner)
             touch(owner if place is None else alias(owner, place))
+        for index in self.settled:
+            owner, place = self._where(args, index)
+            touch(alias(owner, place))
         return accounts
 
-    def _where(self, owners: dict[int, Tensor], whole: int, index: int) -> tuple[Tensor, Place | None]:
-        """The user's tensor that an input of the rewritten graph lies in, and the slice of it. whole: how many inputs
-        are no slices."""
-        if index < whole:
-            return owners[index], None
-        part = self.parts[index - whole]
-        return owners[part.index], part.place
+    def _where(self, args: list[Any], index: int) -> tuple[Tensor, Place | None]:
+        """The user's tensor that an input of the rewritten graph lies in, and the slice of it."""
+        if index < self.whole:
+            return owner_of(args[index]), None
+        part = self.parts[index - self.whole]
+        return owner_of(args[part.index]), part.place
 
     # ------------------------------------------------------------------------------------- with the locks
 
@@ -135,11 +139,11 @@ class Step:
     def _hand_over(self, args: list[Any], accounts: list[Account]) -> None:
         """Append slices, cursors and rows."""
         kept = {s.index for s in self.buffered}
-        whole = len(args)
-        args += [None if whole + i in kept else alias(args[p.index], p.place) for i, p in enumerate(self.parts)]
         for i in self.indices:
-            if i < whole and type(args[i]) is GuardedState:
+            if i < self.whole and type(args[i]) is GuardedState:
                 args[i] = plain(args[i])
+        for i, part in enumerate(self.parts):
+            args.append(None if self.whole + i in kept else alias(args[part.index], part.place))
         for state, account in zip(self.buffered, accounts, strict=True):
             args[state.index] = account.state
             args += account.arguments
