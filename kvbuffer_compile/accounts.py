@@ -141,14 +141,14 @@ class Account:
         if self.shared is not None or self.allocation.check():
             self.fold()
 
+    @neutral
     def take_back_unfinished(self, tokens: int) -> None:
         """Undo what the state may have stepped beyond the steps that count; rows that were folded in stay."""
-        with neutral():
-            cursor = self.cursor.clone()
-            stepped = cursor[2] - self.progress[0]
-            cursor[0] -= torch.where(cursor[0] > 0, stepped * tokens, 0)
-            cursor[2] -= stepped
-            self.cursor.copy_(cursor)
+        cursor = self.cursor.clone()
+        stepped = cursor[2] - self.progress[0]
+        cursor[0] -= torch.where(cursor[0] > 0, stepped * tokens, 0)
+        cursor[2] -= stepped
+        self.cursor.copy_(cursor)
 
     # ---------------------------------------------------------------------------------------- settling
 
@@ -163,22 +163,23 @@ class Account:
                 self.drop()
             self.bare = False
 
+    @neutral  # whoever looks may be a tracer, or under autocast
     def fold(self) -> None:
         """Fold in every row there is, those of a call that is not done among them."""
-        with neutral():  # whoever looks may be a tracer, or under autocast
-            self.provide()
-            with one_thread_in_a_fork():
-                composite.flush(self.plan, self.state, self.cursor, self.rows, self.unsettled)
-            self.cursor[1].fill_(self.phase)
+        self.provide()
+        with one_thread_in_a_fork():
+            composite.flush(self.plan, self.state, self.cursor, self.rows, self.unsettled)
+        self.cursor[1].fill_(self.phase)
         self.dirty = False  # not before: a flush that ran out of memory is still owed
 
+    @neutral
     def drop(self, zero: bool = False, dirty: bool = False) -> None:
         """Forget the owed rows: the state was overwritten as a whole. zero: and need not be read before it has a base;
         dirty: because it is not zero in memory.
 
         The first limit of such a state keeps the distance to those of other layers that its phase has.
         """
-        with self.lock, neutral():
+        with self.lock:
             self.reconcile()
             self.drafts = self.held = None
             self.bare, self.dirty = self.bare or zero, self.dirty or dirty
@@ -200,17 +201,19 @@ class Account:
         """How many rows the state owes before its first flush when it is known to be zero."""
         return self.plan.fresh_rows(self.plan.layout.sizes(self.state.shape)[:-2])
 
+    @neutral
     def hold(self) -> None:
         """Flush only when the buffer is full, so that as many tokens as can be may be taken back."""
-        with self.lock, neutral():
+        with self.lock:
             self.reconcile()
             if self.held is None:
                 self.held = self.cursor[1].clone()
                 self.cursor[1].fill_(self.plan.capacity)
 
+    @neutral
     def release(self) -> None:
         """Flush as before `hold`; a sequence that has flushed since then keeps its new count."""
-        with self.lock, neutral():
+        with self.lock:
             self.reconcile()
             if self.held is not None:
                 kept = self.cursor[1] != self.plan.capacity

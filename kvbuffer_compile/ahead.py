@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvbuffer_compile.ir import Kind, Map, Program, Var, run
 from kvbuffer_compile.memory import apply_map, widen
+from kvbuffer_compile.surroundings import product
 
 OTHER: dict[Kind, Kind] = {"key": "value", "value": "key"}
 
@@ -167,7 +168,7 @@ class Tokens:
             return out
         left, right = self.left[..., : self.rows, :], self.right[..., : self.rows, :]
         met, free = (left, right) if kind == "key" else (right, left)
-        return out + ((x[..., None, :] @ met.transpose(-1, -2)) @ free)[..., 0, :]
+        return out + product(product(x[..., None, :], met.transpose(-1, -2)), free)[..., 0, :]
 
     def _late(self, x: Tensor, kind: Kind) -> Tensor:
         """A read by a query that another read goes into."""

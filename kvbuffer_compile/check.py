@@ -17,6 +17,7 @@ from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.overlap import has_memory
 from kvbuffer_compile.passes.lifted import Part
 from kvbuffer_compile.passes.rewrite import Spliced
+from kvbuffer_compile.surroundings import neutral
 
 
 def run(
@@ -67,6 +68,7 @@ def _itself(state: Tensor) -> Tensor:
     return state
 
 
+@neutral
 def dense(account: Account) -> Tensor:
     """A copy of the state with its owed rows folded in; the account itself is left as it is."""
     state = torch.empty_like(account.state)

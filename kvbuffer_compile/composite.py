@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvbuffer_compile.ahead import OTHER, common_lanes, run_ahead
+from kvbuffer_compile.at_once import at_once
 from kvbuffer_compile.ir import Decay, Kind, Update, Var, run
 from kvbuffer_compile.memory import Dense, Zero, along, widen
 from kvbuffer_compile.overlap import has_memory
 from kvbuffer_compile.plan import Plan
+from kvbuffer_compile.surroundings import product
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Stored:
         if self.left is None or self.right is None:
             return out
         met, free = (self.left, self.right) if kind == "key" else (self.right, self.left)
-        return out + (x @ met.transpose(-1, -2)) @ free
+        return out + product(product(x, met.transpose(-1, -2)), free)
 
     def dense(self) -> Tensor:
         """The state these rows and this base stand for."""
@@ -58,7 +61,7 @@ class Stored:
             out = out * along(fade, kind)
         if self.left is None or self.right is None:
             return out
-        return out + self.left.transpose(-1, -2) @ self.right
+        return out + product(self.left.transpose(-1, -2), self.right)
 
 
 def slots_in_use(plan: Plan, owed: Tensor, more: int = 0) -> Tensor:
@@ -146,18 +149,22 @@ def _over_slots(gates: dict[Kind, Tensor]) -> tuple[dict[Kind, Tensor], dict[Kin
 
 
 def recurrent_step(plan: Plan, state: Tensor, operands: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """One plain step: the state is read and written."""
+    """One plain step: the state is read, and written at the end."""
     view = plan.layout.canonical(state)
     memory = Dense(view.to(plan.compute))
     env = run(plan.program, memory, _inputs(plan, operands))
+    outputs = tuple(_full(env[v.name], v.kind, tuple(view.shape)) for v in plan.program.outputs)
     view.copy_(memory.state)
-    return tuple(_full(env[v.name], v.kind, tuple(view.shape)) for v in plan.program.outputs)
+    return outputs
 
 
 def buffered_step(
     plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tensor], operands: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """One buffered step of one token, or of T tokens for the verify variant, as defined in plan.py."""
+    """One buffered step of one token, or of T tokens for the verify variant, as defined in plan.py.
+
+    Rows go to free slots, where they are nobody's; the last thing that happens is that the cursor counts them.
+    """
     count = token_count(plan, operands)
     owed = cursor[0]
     if has_memory(state):  # else its owner knows that nothing overflows
@@ -169,9 +176,10 @@ def buffered_step(
     active = owed >= 0
     for v, row in zip(plan.program.logged, rows, strict=True):
         store(row, values[v], owed, active, v.kind)
-    cursor[0] += count * active
-    cursor[2] += 1
-    return tuple(finished(plan, values[v], v.kind, shape, active) for v in plan.program.outputs)
+    outputs = tuple(finished(plan, values[v], v.kind, shape, active) for v in plan.program.outputs)
+    appended = active.to(cursor.dtype) * count
+    cursor[::2].add_(torch.stack([appended, torch.ones_like(appended)]))  # tokens owed and steps, in one write
+    return outputs
 
 
 def token_dim(plan: Plan) -> int:
@@ -214,10 +222,16 @@ def flush(plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tensor], whi
     base = view if plan.layout.sequence else view[None]
     used = owed_slots(plan, cursor[0])
     dense = condense(plan, readable(plan, state, cursor), used, rows).dense()
-    base.copy_(torch.where(which.view(-1, *[1] * (base.dim() - 1)), dense.to(base.dtype), base))
-    cursor[0].masked_fill_(which, 0)
-    cursor[1].masked_fill_(which, plan.flush)
-    cursor[3].masked_fill_(which, 0)
+    folded = torch.where(which.view(-1, *[1] * (base.dim() - 1)), dense.to(base.dtype), base)
+    at_once(partial(base.copy_, folded), partial(cursor.copy_, _flushed(plan, cursor, which)))
+
+
+def _flushed(plan: Plan, cursor: Tensor, which: Tensor) -> Tensor:
+    """The cursor when the sequences in `which` have flushed."""
+    marks = cursor.clone()
+    for at, value in ((0, 0), (1, plan.flush), (3, 0)):
+        marks[at].masked_fill_(which, value)
+    return marks
 
 
 def readable(plan: Plan, state: Tensor, cursor: Tensor) -> Dense | Zero:

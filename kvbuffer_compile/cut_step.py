@@ -56,8 +56,8 @@ def several_tokens(plan: Plan, step: Callable[..., Outputs]) -> Callable[..., Ou
         marks = cursor.clone()
         marks[1] = plan.capacity  # no flush before the last token: rejected ones must be taken back
         each = [step(state, marks, *rows, *(x.select(axis, t) for x in operands)) for t in range(count)]
-        cursor[0] = marks[0]
-        cursor[2] += 1
-        return tuple(torch.stack(values, axis) for values in zip(*each, strict=True))
+        outputs = tuple(torch.stack(values, axis) for values in zip(*each, strict=True))
+        cursor[::2].copy_(torch.stack([marks[0], cursor[2] + 1]))  # tokens owed and steps, in one write
+        return outputs
 
     return verify

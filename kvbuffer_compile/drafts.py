@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvbuffer_compile import composite, ops, runtime, targets
 from kvbuffer_compile.accounts import Account
+from kvbuffer_compile.at_once import at_once
 from kvbuffer_compile.attempt import Attempt
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.guard import plain_calls
 from kvbuffer_compile.locks import under_locks
 from kvbuffer_compile.passes.rewrite import Spliced
 from kvbuffer_compile.plan import Plan
+from kvbuffer_compile.surroundings import neutral
 from kvbuffer_compile.take_back import integers, on_device
 
 Paths = Sequence[int] | Sequence[Sequence[int]] | Tensor
@@ -158,8 +161,7 @@ def _accept(accounts: list[Account], paths: Tensor) -> None:
     for account in accounts:
         account.reconcile()
         _check(account, paths)
-    for account in accounts:
-        _keep(account, paths.to(account.cursor.device))
+    _keep(accounts, paths)
     for account in accounts:
         account.finished()
 
@@ -202,16 +204,22 @@ def _is_path(parents: Tensor, paths: Tensor) -> Tensor:
     return torch.where(ended, paths == -1, follows).all()
 
 
-def _keep(account: Account, paths: Tensor) -> None:
-    """Move the rows of the paths to follow the owed ones. A token never moves to a later slot."""
+@neutral
+def _keep(accounts: Sequence[Account], paths: Tensor) -> None:
+    """Move the rows of the paths to follow the owed ones, and let them be owed: in all states or in none."""
+    at_once(*[write for account in accounts for write in _moves(account, paths.to(account.cursor.device))])
+
+
+def _moves(account: Account, paths: Tensor) -> list[Callable[[], object]]:
+    """What keeps the paths of one state. It cannot be done twice: a row may go where another one came from."""
     owed = account.cursor[0]
     paths = paths.expand(len(owed), -1)
     kept = (paths >= 0) & (owed >= 0)[:, None]
     each = torch.arange(len(owed), device=owed.device)[:, None]
     target = torch.arange(paths.shape[1], device=owed.device)
     source, first = torch.where(kept, paths, target), owed.clamp(min=0)[:, None]
+    writes: list[Callable[[], object]] = [partial(setattr, account, "drafts", None)]
     for v, row in zip(account.plan.program.logged, account.rows, strict=True):
         slots = composite.by_slot(row, v.kind)
-        slots[each, first + target] = slots[each, first + source]
-    account.cursor[0] += kept.sum(1)
-    account.drafts = None
+        writes.append(partial(slots.index_put_, (each, first + target), slots[each, first + source]))
+    return [*writes, partial(owed.add_, kept.sum(1))]

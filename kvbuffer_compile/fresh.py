@@ -74,15 +74,20 @@ def zero_state(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -
     return state
 
 
+@neutral
+def _zeroed(state: Tensor) -> None:
+    provide(state)
+    alias(state).zero_()
+
+
 def make_zero(tensor: Tensor, known_zero: bool = False) -> None:
     """Someone looks at fresh states in this memory, or changes them. known_zero: by making this one zero."""
     fresh = _fresh.get(storage_of(tensor)) if _fresh else None
     for key, found in list(fresh.items()) if fresh else ():
         state = found()
         if state is not None and (key, None) not in LEDGER.accounts:  # else its account knows
-            with neutral():
+            if known_zero and state is tensor:
                 provide(state)
-                if known_zero and state is tensor:
-                    continue
-                alias(state).zero_()
+                continue
+            _zeroed(state)
         forget_fresh(storage_of(tensor), key)

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvbuffer_compile.surroundings import neutral
+
 FORMAT = 2  # raised when a number changes its meaning
 LARGE = {"cpu": 32 << 20, "cuda": 512 << 20}  # bytes of a copy that no cache should hold; CPU: small enough to be quick
 
@@ -130,31 +132,29 @@ def store(machine: Machine, path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- measuring
 
 
+@neutral
 def measure(device: torch.device, name: str) -> Machine:
-    """Measure a device; takes 0.3 s on a CPU. Compilers call this with fake tensors in force: they are set aside.
+    """Measure a device; takes 0.3 s on a CPU. Compilers call this with fake tensors in force.
 
     CPU numbers within the cache are those of one thread, times the threads: on two busy cores a barrier of two threads
     waits whole time slices, and the best of a hundred short calls was 300 times too slow.
     """
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes(), torch.inference_mode():
-        cache = cache_bytes(device)
-        together = _copy_speed(device, LARGE.get(device.type, LARGE["cuda"]))
-        update = _update_speed(device, LARGE["cpu"]) if device.type == "cpu" else 0.0
-        with _one_thread() as threads:
-            cores = threads if device.type == "cpu" else 1
-            small = min(cache // (4 * cores), 16 << 20)
-            return Machine(
-                name=name,
-                device=device.type,
-                bandwidth=max(together, _copy_speed(device, LARGE["cpu"])) if device.type == "cpu" else together,
-                cache_bandwidth=_copy_speed(device, small) * cores,
-                cache=cache,
-                launch=_launch_seconds(device),
-                rate=_operation_rate(device, small) * cores,
-                update_bandwidth=update,
-            )
+    cache = cache_bytes(device)
+    together = _copy_speed(device, LARGE.get(device.type, LARGE["cuda"]))
+    update = _update_speed(device, LARGE["cpu"]) if device.type == "cpu" else 0.0
+    with _one_thread() as threads:
+        cores = threads if device.type == "cpu" else 1
+        small = min(cache // (4 * cores), 16 << 20)
+        return Machine(
+            name=name,
+            device=device.type,
+            bandwidth=max(together, _copy_speed(device, LARGE["cpu"])) if device.type == "cpu" else together,
+            cache_bandwidth=_copy_speed(device, small) * cores,
+            cache=cache,
+            launch=_launch_seconds(device),
+            rate=_operation_rate(device, small) * cores,
+            update_bandwidth=update,
+        )
 
 
 @contextmanager
@@ -180,24 +180,24 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def _copy_speed(device: torch.device, size: int) -> float:
-    source = torch.ones(size // 4, device=device)
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
     return 2 * size / _seconds(lambda: target.copy_(source), device)
 
 
 def _update_speed(device: torch.device, size: int) -> float:
-    target = torch.ones(size // 4, device=device)
+    target = torch.ones(size // 4, dtype=torch.float32, device=device)
     return 2 * size / _seconds(lambda: target.mul_(1.0), device)
 
 
 def _launch_seconds(device: torch.device) -> float:
-    x = torch.ones(8, 4, 4, device=device)
+    x = torch.ones(8, 4, 4, dtype=torch.float32, device=device)
     return _seconds(lambda: torch.bmm(x, x), device, inner=50)
 
 
 def _operation_rate(device: torch.device, size: int) -> float:
-    matrices = torch.ones(max(size // (4 * 128 * 128), 1), 128, 128, device=device)
-    vectors = torch.ones(matrices.shape[0], 2, 128, device=device)
+    matrices = torch.ones(max(size // (4 * 128 * 128), 1), 128, 128, dtype=torch.float32, device=device)
+    vectors = torch.ones(matrices.shape[0], 2, 128, dtype=torch.float32, device=device)
     return 2 * 2 * matrices.numel() / _seconds(lambda: torch.bmm(vectors, matrices), device)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvbuffer_compile.ir import REDUCTIONS, Kind, Map, Program, Var, run
+from kvbuffer_compile.surroundings import product
 
 
 def along(x: Tensor, kind: Kind) -> Tensor:
@@ -71,12 +72,12 @@ class Dense:
 
     def read(self, x: Tensor, kind: Kind) -> Tensor:
         if kind == "key":
-            return (x[..., None, :] @ self.state)[..., 0, :]
-        return (self.state @ x[..., :, None])[..., 0]
+            return product(x[..., None, :], self.state)[..., 0, :]
+        return product(self.state, x[..., :, None])[..., 0]
 
     def read_many(self, x: Tensor, kind: Kind) -> Tensor:
         """Reads by n queries at once, [*lanes, n, K or V]."""
-        return x @ (self.state if kind == "key" else self.state.transpose(-1, -2))
+        return product(x, self.state if kind == "key" else self.state.transpose(-1, -2))
 
     def update(self, left: Tensor, right: Tensor, kinds: tuple[Kind, Kind]) -> None:
         self.state = self.state + along(left, kinds[0]) * along(right, kinds[1])

@@ -17,6 +17,7 @@ from kvbuffer_compile import composite, slots, tree
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.overlap import has_memory
 from kvbuffer_compile.plan import Plan
+from kvbuffer_compile.surroundings import neutral
 
 if TYPE_CHECKING:
     from kvbuffer_compile.codegen.pieces import Piece
@@ -29,7 +30,7 @@ def step_op(plan: Plan) -> Any:
     """The op of a plan, registered on first use; returns its OpOverload."""
     name = plan.op_name
     LIBRARY.define(plan.schema, tags=(torch.Tag.flexible_layout,))
-    LIBRARY.impl(name, torch.compiler.disable(_composite(plan)), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, torch.compiler.disable(neutral(_composite(plan))), "CompositeExplicitAutograd")
     torch.library.register_fake(f"kvbuffer::{name}", _fake(plan), lib=LIBRARY)
     return getattr(torch.ops.kvbuffer, name).default
 
@@ -55,7 +56,7 @@ def use_cpp(plan: Plan) -> None:
     step = cut_step.one_token(one, cut, kernels)
     if plan.variant == "verify":
         step = cut_step.several_tokens(plan, step)
-    LIBRARY.impl(plan.op_name, torch.compiler.disable(lambda *args: _returned(step(*args))), "CPU")
+    LIBRARY.impl(plan.op_name, torch.compiler.disable(neutral(lambda *args: _returned(step(*args)))), "CPU")
 
 
 @functools.cache
@@ -89,7 +90,7 @@ def use_triton(plan: Plan, interpret: bool = False) -> None:
         return _returned(tuple(launch(state, cursor, tickets_of(cursor), rest[:split], rest[split:])))
 
     step = recurrent if plan.variant == "recurrent" else buffered
-    LIBRARY.impl(plan.op_name, torch.compiler.disable(step), "CPU" if interpret else "CUDA")
+    LIBRARY.impl(plan.op_name, torch.compiler.disable(neutral(step)), "CPU" if interpret else "CUDA")
 
 
 def new_cursor(plan: Plan, lanes: tuple[int, ...], device: torch.device) -> Tensor:

@@ -23,7 +23,6 @@ from kvbuffer_compile.guard import plain_calls
 from kvbuffer_compile.ledger import LEDGER
 from kvbuffer_compile.locks import under_locks
 from kvbuffer_compile.overlap import covers, storage_of
-from kvbuffer_compile.surroundings import neutral
 from kvbuffer_compile.take_back import Counts, take_back
 
 __all__ = [
@@ -87,8 +86,7 @@ def rollback(obj: Any, n: Counts) -> None:
 def _reconciled(accounts: Sequence[Account], call: Callable[[], None]) -> None:
     for account in accounts:
         account.reconcile()
-    with neutral():
-        call()
+    call()
 
 
 def whole_accounts(tensors: Sequence[Tensor], call: str) -> list[Account]:

@@ -7,11 +7,13 @@ error before anything is written. Of equal indices each reads the same old state
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvbuffer_compile import composite
+from kvbuffer_compile.at_once import at_once
 from kvbuffer_compile.plan import Plan
 
 
@@ -33,11 +35,12 @@ def buffered_step(
     log = [row.index_select(0, index) for row in rows]
     unflushed = marks[0] + composite.token_count(plan, operands)
     outputs = composite.buffered_step(plan, mine, marks, log, operands)
+    changed = list(zip(rows, log, strict=True))
     if marks.device.type != "cpu" or not torch.equal(marks[0], unflushed):  # elsewhere asking would stall the queue
-        state.index_copy_(0, index, mine.index_select(0, last))
-    cursor.index_copy_(1, index, marks.index_select(1, last))
-    for row, stepped in zip(rows, log, strict=True):
-        row.index_copy_(0, index, stepped.index_select(0, last))
+        changed.append((state, mine))
+    writes = [partial(pool.index_copy_, 0, index, stepped.index_select(0, last)) for pool, stepped in changed]
+    # a flush has made room in slots that still held owed rows: all is put back, or nothing
+    at_once(*writes, partial(cursor.index_copy_, 1, index, marks.index_select(1, last)))
     return outputs
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvbuffer_compile.accounts import Account
+from kvbuffer_compile.at_once import at_once
+from kvbuffer_compile.surroundings import neutral
 
 Counts = int | Sequence[int] | Tensor
 
 
+@neutral
 def take_back(accounts: Sequence[Account], n: Counts) -> None:
     """Take the last n tokens of these states back; ValueError, and nothing has changed, when that cannot be done.
 
@@ -28,20 +32,27 @@ def take_back(accounts: Sequence[Account], n: Counts) -> None:
             )
     if not all([_possible(account, counts) for account in accounts]):
         raise ValueError(f"rollback(obj, n): n={counts.tolist()} but {_most(accounts)}")
-    for account in accounts:
-        slots = (counts // account.plan.program.tokens).to(account.cursor.device, torch.int32)
-        account.drafts = None
-        if not on_device(counts, account):
-            account.most -= int(counts.min()) // account.plan.program.tokens
-        account.cursor[0] -= torch.where(account.cursor[0] >= 0, slots, 0)
+    at_once(*[write for account in accounts for write in _without(account, counts)])
+
+
+def _without(account: Account, counts: Tensor) -> list[Callable[[], object]]:
+    """What takes so many tokens back."""
+    owed = account.cursor[0]
+    slots = (counts // account.plan.program.tokens).to(owed.device, owed.dtype)
+    fewer = 0 if on_device(counts, account) else int(counts.min()) // account.plan.program.tokens
+    return [
+        partial(setattr, account, "drafts", None),
+        partial(setattr, account, "most", account.most - fewer),
+        partial(owed.sub_, torch.where(owed >= 0, slots, 0)),
+    ]
 
 
 def integers(given: Any, name: str) -> Tensor:
     """A tensor of whole numbers, on the device where it was given."""
     try:
-        found = torch.as_tensor(given)
+        found = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        found = torch.empty(0)
+        found = torch.empty(0, dtype=torch.float32)
     if found.dtype == torch.bool or found.dtype.is_floating_point or found.dtype.is_complex:
         raise ValueError(f"{name}={given!r} is not allowed: it must be an integer, or one for each sequence")
     return found.long()

@@ -32,9 +32,10 @@ def tree_step(
         for v, row in zip(plan.program.logged, rows, strict=True):
             composite.store(row, values[v], owed + j, active, v.kind)
         nodes.append(values)
-    cursor[2] += 1
     together = {v: torch.cat([values[v] for values in nodes], axis) for v in plan.program.outputs}
-    return tuple(composite.finished(plan, x, v.kind, shape, active) for v, x in together.items())
+    outputs = tuple(composite.finished(plan, x, v.kind, shape, active) for v, x in together.items())
+    cursor[2].add_(1)
+    return outputs
 
 
 def _visible(plan: Plan, owed: Tensor, parents: Tensor) -> list[Tensor]:

@@ -31,6 +31,7 @@ from kvbuffer_compile.passes.inputs import problem_of_inputs
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
 from kvbuffer_compile.passes.origins import Origins, origins
 from kvbuffer_compile.passes.region import Region, below, is_tensor
+from kvbuffer_compile.surroundings import neutral
 
 DRAWS = 2
 
@@ -38,14 +39,19 @@ DRAWS = 2
 def validate(graph: LiftedGraph, lifted: Lifted) -> Declined | None:
     """None when the program does what the captured graph does; a Declined with the difference otherwise."""
     obligation = _obligation(graph, lifted)
-    with unset_fake_temporarily(), torch.no_grad():  # the compiler runs us under its fake tensors
-        problem = problem_of_inputs(graph, obligation.origins) or _disproved(obligation)
+    with unset_fake_temporarily():  # the compiler runs us under its fake tensors
+        problem = _problem_of_any(graph, obligation)
     if problem is None:
         return None
     if isinstance(problem, Limit):
         return Declined(lifted.state.name, "too-large", problem, lifted.source)
     reason = f"the lifted program disagrees with the graph ({problem}); please report this model"
     return Declined(lifted.state.name, "validation", reason, lifted.source)
+
+
+@neutral
+def _problem_of_any(graph: LiftedGraph, obligation: Obligation) -> str | None:
+    return problem_of_inputs(graph, obligation.origins) or _disproved(obligation)
 
 
 def _disproved(obligation: Obligation) -> str | None:

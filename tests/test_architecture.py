@@ -21,6 +21,8 @@ MAPPED = ("passes", "codegen")  # folders at the top that are sub-packages to Py
 LEVELS = {
     "errors": 0,
     "options": 0,
+    "surroundings": 0,
+    "at_once": 0,
     "ir": 1,
     "text": 1,
     "memory": 2,
@@ -34,7 +36,6 @@ LEVELS = {
     "overlap": 2,
     "tree": 4,
     "drafts": 4,
-    "surroundings": 2,
     "sharing": 2,
     "forks": 2,
     "locks": 2,

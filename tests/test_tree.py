@@ -88,7 +88,7 @@ def play(program: Program, flush: int, most: int, rounds: list[tuple[list[Parent
         account = account_for(run, parents)
         chosen = drafts._paths(paths)
         drafts._check(account, chosen)
-        drafts._keep(account, chosen)
+        drafts._keep([account], chosen)
         run.dense = torch.stack([states[p[-1]][b] if p else run.dense[b] for b, p in enumerate(paths)])
         assert torch.equal(run.materialized(), run.dense)
         for _ in range(decoded):
@@ -130,7 +130,7 @@ def test_padding_sequences_and_states_that_hold_nothing() -> None:
     states = branch(run, [(-1, 0, 0, -1, 3)] * N, [run.draw() for _ in range(5)])
     assert (run.state == 10**9).all() and run.cursor[0].tolist() == [0] * N and run.cursor[2].tolist() == [1] * N
     run.cursor[0, 1] = -1
-    drafts._keep(account_for(run, [(-1, 0, 0, -1, 3)]), torch.tensor([[3, 4]]))
+    drafts._keep([account_for(run, [(-1, 0, 0, -1, 3)])], torch.tensor([[3, 4]]))
     assert run.cursor[0].tolist() == [2, -1, 2]
     kept = run.materialized()
     assert all(torch.equal(kept[b], states[4][b]) for b in (0, 2))
