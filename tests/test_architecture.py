@@ -34,6 +34,7 @@ LEVELS = {
     "overlap": 2,
     "tree": 4,
     "drafts": 4,
+    "dispatch_watch": 4,
     "guard": 4,
     "ledger": 4,
     "accounts": 4,
