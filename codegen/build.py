@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -61,9 +62,9 @@ def _open(path: Path) -> None:
         raise EmitError(f"the kernel was built but cannot be loaded: {error}") from error
 
 
-def library(source: str) -> Path:
-    """The shared library of a source text, compiled unless a whole one is in the cache."""
-    command = _command()
+def library(source: str, options: Sequence[str] = ()) -> Path:
+    """The shared library of a source text, compiled unless a whole one is in the cache. options: go after FLAGS."""
+    command = [*_command(), *options]
     key = hashlib.sha256("\0".join([source, _fingerprint(command)]).encode()).hexdigest()[:32]
     try:
         path = cache_folder() / f"{key}.so"

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 
+from kvbuffer_compile import dispatch_watch
 from kvbuffer_compile.accounts import geometry
 from kvbuffer_compile.aliases import forget, known_alias
 from kvbuffer_compile.fresh import make_zero
-from kvbuffer_compile.guard import GuardedState, is_export, on_access, states_in
+from kvbuffer_compile.guard import GuardedState, is_export, is_inspecting, on_access, states_in
 from kvbuffer_compile.ledger import LEDGER
 from kvbuffer_compile.locks import under_locks
 
@@ -43,7 +44,8 @@ def accessed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             account.settle()
             if exported:
                 account.shared = f"whoever called {getattr(func, '__name__', func)} on it"
-        out = func(*args, **kwargs)
+        with dispatch_watch.unwatched():
+            out = func(*args, **kwargs)
         for state in states:
             _check_geometry(state)
         if zeros:
@@ -54,6 +56,13 @@ def accessed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = run() if isinstance(func, HigherOrderOperator) else under_locks(reached, run)
     guard_views(out, states)
     return out
+
+
+def touched_below(op: str, tensors: list[Tensor]) -> None:
+    """Called before an operation that did not come by way of a state's class."""
+    if not is_inspecting():
+        for tensor in tensors:
+            touch(tensor)
 
 
 def settle_memory(state: Tensor, exported: bool) -> None:

@@ -12,6 +12,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from kvbuffer_compile import dispatch_watch
 from kvbuffer_compile.guard import GuardedState, plain_calls
 from kvbuffer_compile.overlap import has_memory
 
@@ -66,17 +67,22 @@ def _registered(owner: Tensor) -> Tensor:
         return _aliases[key]
 
 
+def _unmarked(view: Tensor) -> Tensor:
+    dispatch_watch.unmark(view)
+    return view
+
+
 def alias(owner: Tensor, place: Place | None = None) -> Tensor:
     """An ordinary tensor on the memory of a tensor or of a slice of it.
 
     Not a view, which would keep its base, the owner, alive; except of an owner that is a view itself: compiled graphs
     with several views of one base ask them for it.
     """
-    with torch.inference_mode(False), torch.no_grad(), plain_calls():
+    with torch.inference_mode(False), torch.no_grad(), plain_calls(), dispatch_watch.unwatched():
         if place is None and owner._is_view():
-            return Tensor.as_subclass(owner, Tensor)
+            return _unmarked(Tensor.as_subclass(owner, Tensor))
         if not has_memory(owner):
-            return owner.data  # set_ would provide memory
+            return _unmarked(owner.data)  # set_ would provide memory
         offset, sizes, strides = owner.storage_offset(), list(owner.shape), list(owner.stride())
         for dim, at in place or ():
             offset += at * strides.pop(dim)

@@ -223,15 +223,11 @@ def flush(plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tensor], whi
     used = owed_slots(plan, cursor[0])
     dense = condense(plan, readable(plan, state, cursor), used, rows).dense()
     folded = torch.where(which.view(-1, *[1] * (base.dim() - 1)), dense.to(base.dtype), base)
-    at_once(partial(base.copy_, folded), partial(cursor.copy_, _flushed(plan, cursor, which)))
-
-
-def _flushed(plan: Plan, cursor: Tensor, which: Tensor) -> Tensor:
-    """The cursor when the sequences in `which` have flushed."""
-    marks = cursor.clone()
-    for at, value in ((0, 0), (1, plan.flush), (3, 0)):
-        marks[at].masked_fill_(which, value)
-    return marks
+    next_cursor = cursor.clone()
+    next_cursor[0].masked_fill_(which, 0)
+    next_cursor[1].masked_fill_(which, plan.flush)
+    next_cursor[3].masked_fill_(which, 0)
+    at_once(partial(base.copy_, folded), partial(cursor.copy_, next_cursor))
 
 
 def readable(plan: Plan, state: Tensor, cursor: Tensor) -> Dense | Zero:

@@ -21,7 +21,8 @@ from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.variables import builder as variables
 
-from kvbuffer_compile.access import guard_views, touch
+from kvbuffer_compile import dispatch_watch
+from kvbuffer_compile.access import guard_views, touch, touched_below
 from kvbuffer_compile.aliases import forget, is_alias, owner_of, plain
 from kvbuffer_compile.fresh import forget_fresh
 from kvbuffer_compile.guard import GuardedState, inspecting, may_be_state, plain_calls
@@ -41,6 +42,7 @@ _thread = _Thread()
 def enter_with_rows(compiled: Compiled, inputs: Sequence[Any]) -> Compiled:
     """A graph with rewritten steps, given the aliases of guarded states. inputs: examples of its own."""
     _thread.rewritten = True
+    dispatch_watch.watch(touched_below)
     positions = tuple(i for i, x in enumerate(inputs) if may_be_state(x))
     shared = _outputs_that_share_memory()
 
@@ -95,7 +97,8 @@ def _settled(compiled: Compiled, args: tuple[Any, ...], states: Sequence[Tensor]
     try:
         for state in states:
             state.__class__ = Tensor
-        out = compiled(*args)
+        with dispatch_watch.unwatched():
+            out = compiled(*args)
     finally:
         for state in states:
             state.__class__ = GuardedState

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
+from kvbuffer_compile import dispatch_watch
+
 plain_calls = torch._C.DisableTorchFunctionSubclass  # inside it a GuardedState is an ordinary tensor
 
 # What tells about a tensor without looking at its values.
@@ -67,6 +69,11 @@ def inspecting() -> Iterator[None]:
         yield
     finally:
         _thread.inspecting -= 1
+
+
+def is_inspecting() -> bool:
+    """Whether this thread compiles."""
+    return bool(_thread.inspecting)
 
 
 def is_export(func: Any) -> bool:
@@ -139,6 +146,7 @@ def guard(owner: Tensor) -> bool:
     """Make every later access to this tensor settle first. False for a class of tensors where that cannot be done."""
     if type(owner) in (Tensor, torch.nn.Buffer):
         owner.__class__ = GuardedState
+        dispatch_watch.mark(owner)
     return type(owner) is GuardedState
 
 
