@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
+from kvbuffer_compile.afresh import afresh
 from kvbuffer_compile.backend import GraphRecord, kvbuffer, observers
 from kvbuffer_compile.options import Options, split
 from kvbuffer_compile.report import Report, StateReport, state_report
@@ -38,7 +39,7 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
 
     backend.rewrites_recurrences = True  # type: ignore[attr-defined]
     with observers.also(findings.add), _restored((fn, call_args, call_kwargs)), torch.no_grad():
-        torch.compile(_afresh(fn), backend=backend)(*call_args, **call_kwargs)
+        torch.compile(afresh(fn), backend=backend)(*call_args, **call_kwargs)
     return findings.report(dict(options or {}))
 
 
@@ -81,18 +82,6 @@ def _copied(values: Any) -> Any:
 
     share(values)
     return copy.deepcopy(values, memo)
-
-
-def _afresh(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own: Dynamo counts compilations by code object, stops at 8, and would
-    then leave the user's own compilation of fn uncompiled as well."""
-    if isinstance(fn, types.MethodType):
-        return types.MethodType(_afresh(fn.__func__), fn.__self__)
-    if not isinstance(fn, types.FunctionType) or hasattr(fn, "_torchdynamo_orig_callable"):
-        return fn
-    copied = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
-    copied.__kwdefaults__ = fn.__kwdefaults__
-    return copied
 
 
 @contextmanager

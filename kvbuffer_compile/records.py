@@ -34,6 +34,13 @@ class GraphRecord:
     def rewritten(self) -> list[tuple[Lifted, Plan]]:
         return [(lifted, plan) for lifted, plan in self.states if isinstance(plan, Plan)]
 
+    @property
+    def declined(self) -> list[Declined]:
+        """Why states are not rewritten; candidates that could never be states are left out."""
+        states = [why for _, why in self.states if isinstance(why, Declined)]
+        refused = [one.why for one in self.refused if not one.hopeless]
+        return states + refused + ([] if self.why_not is None else [self.why_not])
+
 
 @dataclass
 class Observers:

@@ -21,8 +21,9 @@ MAPPED = ("passes", "codegen")  # folders at the top that are sub-packages to Py
 LEVELS = {
     "errors": 0,
     "options": 0,
-    "surroundings": 0,
+    "afresh": 0,
     "at_once": 0,
+    "surroundings": 0,
     "ir": 1,
     "text": 1,
     "memory": 2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from kvbuffer_compile import runtime
 from kvbuffer_compile.backend import GraphRecord
-from kvbuffer_compile.integrations.transformers import disable_speculation, enable_speculation, speculation_of
+from kvbuffer_compile.integrations.transformers import disable_speculation, enable_speculation
 from tests import zoo
 from tests.oracle import check
 from tests.test_models import in_float64
@@ -64,13 +65,8 @@ def plain_text(model: Any, ids: Tensor, tokens: int) -> Tensor:
 
 def speculate(model: Any, ids: Tensor, drafts: CandidateGenerator, tokens: int, **extra: Any) -> Tensor:
     """Prompt and text by speculative decoding with drafts of one's own."""
-    speculation = speculation_of(model)
-    library = speculation.before["_get_candidate_generator"]
-    speculation.before["_get_candidate_generator"] = lambda *_, **__: drafts
-    try:
+    with mock.patch.object(type(model), "_get_candidate_generator", lambda *_, **__: drafts):
         return torch.cat([ids, zoo.greedy(model, ids, tokens, prompt_lookup_num_tokens=2, **extra)], 1)
-    finally:
-        speculation.before["_get_candidate_generator"] = library
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ them; what comes before them runs as the model is.
 from __future__ import annotations
 
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from kvbuffer_compile import runtime
-from kvbuffer_compile.errors import Declined, StateError
+from kvbuffer_compile.afresh import afresh
+from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.integrations.adapters import MOST_TOKENS
 from kvbuffer_compile.integrations.fresh_cache import BlankLayer, begin, blank_layers
 from kvbuffer_compile.integrations.rollback_cache import layers_of
@@ -47,37 +49,47 @@ Call = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Steps:
-    """compiled: what model.compile() made of the model, None if it was not called. call: what runs instead, with room
-    for drafts. capacity: of its buffers."""
+    """The model compiled with room for drafts.
 
-    compiled: Call | None
+    call: of the model and its inputs; it does not keep the model. capacity: of its buffers. compiled: what
+    model.compile() had made of the model, None if it was not called.
+    """
+
     call: Call
     capacity: int
+    compiled: weakref.ref[Call] | None
+
+    def made_of(self, compiled: Call | None) -> bool:
+        return compiled is (self.compiled and self.compiled())
 
 
 class RecordedForward:
-    """Calls of one model on caches that record.
+    """Calls of one model, which it does not keep, on caches that record.
 
-    candidates: how many of the tokens of the next call are drafts. steps: the compiled call. records: what was decided
-    about its graphs. blanks: the states that the model makes. opening: a cache that has seen one token, and the call.
+    candidates: how many of the tokens of the next call are drafts. steps: the compiled call. declines: why states in
+    its graphs are not buffered. blanks: the states that the model makes. placed: where and in which dtypes the model
+    was for all of these. opening: a cache that has seen one token, and the call.
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self._model = weakref.ref(model)
         self.candidates = 0
         self.steps: Steps | None = None
-        self.records: list[GraphRecord] = []
+        self.declines: dict[str, None] = {}
         self.blanks: list[BlankLayer] | None = None
+        self.placed: list[Any] = []
         self.opening: tuple[weakref.ref[Cache], dict[str, Any]] | None = None
+
+    @property
+    def model(self) -> Any:
+        return self._model()
 
     def __call__(self, cache: Cache, compiled: Call | None, inputs: dict[str, Any]) -> Any:
         """model(**inputs) on `cache`; compiled: what model.compile() made of the model, None if it was not called."""
         layers = layers_of(cache)
         if not layers:
             return (compiled or self.model._call_impl)(**inputs)
-        if self.steps is None or self.steps.compiled is not compiled:
-            self.steps = _with_room(self.model, compiled)
-            self.records.clear()
+        self.steps = self._prepared(compiled, layers[0].empty)
         count, keep = token_count(inputs), inputs.get("logits_to_keep", 0)
         known = count - min(self.candidates, count - 1)
         opening, self.opening = self.opening, None
@@ -94,6 +106,15 @@ class RecordedForward:
         before = self._prompt(cache, first)
         cache.crop(0)
         return keep_logits(joined(before, self._verify(cache, last)), keep)
+
+    def _prepared(self, compiled: Call | None, starts: bool) -> Steps:
+        """What the model is compiled to. starts: a cache, after which the model stays as it is."""
+        placed = [(p.dtype, p.device) for p in self.model.parameters()] if starts or self.steps is None else self.placed
+        if self.steps is not None and self.steps.made_of(compiled) and placed == self.placed:
+            return self.steps
+        self.declines.clear()
+        self.blanks, self.placed = None, placed
+        return _with_room(self.model, compiled)
 
     def _begin(self, cache: Cache, inputs: dict[str, Any], known: int) -> Any:
         """The first call on a cache, of which the first `known` tokens fit in the buffers."""
@@ -155,51 +176,74 @@ class RecordedForward:
         layers = layers_of(cache)
         for layer in layers:
             layer.before()
-        with observers.also(self.records.append):
-            out = self.steps.call(**given)
+        with observers.also(self._note):
+            out = self.steps.call(self.model, given)
         for layer in layers:
             layer.after(token_count(inputs))
         self._check(cache)
         return out
 
+    def _note(self, record: GraphRecord) -> None:
+        """Remember reasons, not records: those hold graphs."""
+        self.declines |= dict.fromkeys(why.reason for why in record.declined)
+
     def _check(self, cache: Cache) -> None:
         states = [state for layer in layers_of(cache) for state in layer.states]
         lost = [s for s in states if not any(a.dirty for a in runtime.accounts_of(s))]
-        if not lost:
-            return
-        declined = [why for r in self.records for _, why in r.states if isinstance(why, Declined)]
-        declined += [r.why for record in self.records for r in record.refused if not r.hopeless]
-        declined += [record.why_not for record in self.records if record.why_not is not None]
-        reasons = dict.fromkeys(why.reason for why in declined)
-        raise StateError(
-            f"speculation: {len(lost)} of {len(states)} states of {self._name} do not run buffered, so that no token "
-            f"can be taken back from them: {'; '.join(reasons) or 'their memory is visible through other tensors'}"
-        )
+        if lost:
+            raise StateError(
+                f"speculation: {len(lost)} of {len(states)} states of {self._name} do not run buffered, so that no "
+                f"token can be taken back from them: {'; '.join(self.declines) or _otherwise(lost)}"
+            )
+
+
+def _otherwise(states: list[Tensor]) -> str:
+    """Why states that no graph declined owe no rows after a step."""
+    if any(a.aliased or a.exposed for a in runtime.accounts_of(states)):
+        return "their memory is visible through other tensors"
+    limit = torch._dynamo.config.recompile_limit
+    return f"the model ran without a graph; torch.compile makes {limit} (torch._dynamo.config.recompile_limit)"
+
+
+# --------------------------------------------------------------------------------------------------- compiling
+
+_numbers = itertools.count()
+# What a graph break leaves of the model is compiled by parts, and their code is that of other models as well.
+APART: dict[str, Any] = {
+    name: True for name in inspect.signature(torch.compile).parameters if name == "isolate_recompiles"
+}
+
+
+def _step(model: Any, inputs: dict[str, Any]) -> Any:
+    return model._call_impl(**inputs)
+
+
+def _apart(model: Any) -> Call:
+    """`_step` for one model alone: graphs for others do not count against its own."""
+    return afresh(_step, f"step_{next(_numbers)}_of_{type(model).__name__}")
 
 
 def _with_room(model: Any, compiled: Call | None) -> Steps:
     """The model compiled so that one-token and several-token graphs share rows, with slots for drafts."""
     if compiled is None:
         options = _room({"inner": "eager"})
-        call = torch.compile(model._call_impl, backend=BACKEND, options=options)
-        return Steps(None, call, options["capacity"])
+        call = torch.compile(_apart(model), backend=BACKEND, options=options, **APART)
+        return Steps(call, options["capacity"], None)
     known = inspect.getclosurevars(compiled).nonlocals
     context, backend = known["self"], cast(Any, innermost_backend(known["callback"]))
     if not getattr(getattr(backend, "compiler_fn", None), "rewrites_recurrences", False):
         raise StateError("speculation: the model is compiled for another backend; its states are not buffered")
-    given = dict(backend.kwargs.get("options", {}))
-    options = _room(given)
-    if options == given:
-        return Steps(compiled, compiled, options["capacity"])
+    options = _room(dict(backend.kwargs.get("options", {})))
     patches = torch._inductor.list_mode_options(backend.kwargs["mode"]) if "mode" in backend.kwargs else {}
     call = torch.compile(
-        model._call_impl,
+        _apart(model),
         backend=backend.compiler_fn,
         fullgraph=context.fullgraph,
         dynamic=backend.dynamic,
         options={**patches, **options},
+        **APART,
     )
-    return Steps(compiled, call, options["capacity"])
+    return Steps(call, options["capacity"], weakref.ref(compiled))
 
 
 def _room(options: dict[str, Any]) -> dict[str, Any]:

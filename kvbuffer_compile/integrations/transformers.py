@@ -2,12 +2,14 @@
 
 transformers refuses assisted generation for them, because a state cannot forget the drafts that were not accepted.
 Buffered states can: their last tokens are rows. Only attributes of the model instance are set; `disable_speculation`
-removes them again.
+removes them again. What speculation needs beside the model is kept here, not in the model, and goes with it.
 """
 
 from __future__ import annotations
 
 import inspect
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -15,12 +17,15 @@ from transformers import Cache
 from transformers.generation.configuration_utils import GenerationMode
 
 from kvbuffer_compile.errors import StateError
+from kvbuffer_compile.integrations import standins
 from kvbuffer_compile.integrations.adapters import MOST_TOKENS
 from kvbuffer_compile.integrations.recorded import RecordedForward
 from kvbuffer_compile.integrations.rollback_cache import adopt, layers_of, release
 
 MOST_DRAFTS = MOST_TOKENS - 1  # a verify step takes the last accepted token as well
-ATTRIBUTE = "_kvbuffer_speculation"
+COMPILED = "_compiled_call_impl"  # the one place where a call can be intercepted, whether the model is compiled or not
+
+_speculations: weakref.WeakKeyDictionary[Any, Speculation] = weakref.WeakKeyDictionary()
 
 
 def enable_speculation(model: Any) -> None:
@@ -29,67 +34,66 @@ def enable_speculation(model: Any) -> None:
     The model may be compiled for this backend, before or after, or not at all; then its decode steps are compiled here,
     without Inductor. Drafts are cut to 15 tokens. An assistant with recurrent states of its own is enabled while it
     serves. A second call changes nothing.
+
+    Copies of the model, pickled and saved ones among them, are ordinary models: as with `model.compile()`, this is to
+    be called for each.
     """
     if speculation_of(model) is None:
-        Speculation(model).install()
+        _speculations[model] = Speculation(model)
 
 
 def disable_speculation(model: Any) -> None:
     """Undo `enable_speculation`; a model it was not called for is left alone."""
-    speculation = speculation_of(model)
+    speculation = _speculations.pop(model, None)
     if speculation is not None:
-        speculation.remove()
+        speculation.release()
+        standins.take_off(model)
 
 
 def speculation_of(model: Any) -> Speculation | None:
-    found = vars(model).get(ATTRIBUTE)
-    return found if isinstance(found, Speculation) else None
+    return _speculations.get(model)
+
+
+def _standin(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a model in place of `name`: what `method` of its speculation does."""
+
+    def standin(model: Any, *args: Any, **kwargs: Any) -> Any:
+        speculation = speculation_of(model)
+        if speculation is not None:
+            return method(speculation, *args, **kwargs)
+        # somebody has kept it since speculation was enabled
+        return (standins.original(model, name) or model._call_impl)(*args, **kwargs)
+
+    standin.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]  # the library looks at it
+    return standin
 
 
 class Speculation:
-    """What stands in for some methods of one model.
+    """What stands in for some methods of one model, and goes with it.
 
     forward: how its calls run while tokens are recorded. stateful: whether the model has states, as the library
     says. caches: those being recorded.
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self._model = weakref.ref(model)
         self.forward = RecordedForward(model)
         self.stateful = bool(model._is_stateful)
         arguments = inspect.signature(model.forward).parameters
         self.takes_cache_params = "cache_params" in arguments
         self.takes_cache = self.takes_cache_params or "past_key_values" in arguments
         self.caches: list[Cache] = []
-        self.own: dict[str, Any] = {}  # attributes that the instance had itself
-        self.before: dict[str, Any] = {}  # what the attributes were, the instance's or its class's
+        methods = METHODS | (CACHE_PARAMS_METHODS if self.takes_cache_params else {})
+        made: dict[str, Any] = {name: _standin(name, method) for name, method in methods.items()}
+        standins.put(model, {"_is_stateful": False, **made})
 
-    # --------------------------------------------------------------------------- setting and removing attributes
+    @property
+    def model(self) -> Any:
+        return self._model()
 
-    def install(self) -> None:
-        ours: dict[str, Any] = {
-            ATTRIBUTE: self,
-            "_is_stateful": False,
-            "_compiled_call_impl": self.call,
-            "generate": self.generate,
-            "_get_candidate_generator": self.candidate_generator,
-            "_prepare_cache_for_generation": self.prepare_cache,
-        }
-        if self.takes_cache_params:
-            ours["prepare_inputs_for_generation"] = self.prepare_inputs
-        self.own = {name: value for name, value in vars(self.model).items() if name in ours}
-        self.before = {name: getattr(self.model, name, None) for name in ours}
-        for name, value in ours.items():
-            setattr(self.model, name, value)
-
-    def remove(self) -> None:
-        self.release()
-        self.notice_compile()
-        for name in self.before:
-            if name in self.own:
-                setattr(self.model, name, self.own[name])
-            else:
-                delattr(self.model, name)
+    def before(self, name: str) -> Any:
+        """What an attribute of the model is without us."""
+        return standins.original(self.model, name)
 
     def release(self) -> None:
         """Stop recording."""
@@ -99,29 +103,18 @@ class Speculation:
         self.forward.candidates = 0
         self.forward.opening = None
 
-    def notice_compile(self) -> None:
-        """model.compile() was called since: what it made is what runs under ours from now on."""
-        present = self.model._compiled_call_impl
-        if present != self.call:
-            self.before["_compiled_call_impl"] = present
-            if present is None:
-                self.own.pop("_compiled_call_impl", None)
-            else:
-                self.own["_compiled_call_impl"] = present
-            self.model._compiled_call_impl = self.call
-
     # ------------------------------------------------------------------------------------- in place of methods
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """GenerationMixin.generate, with an assistant that can take back its own tokens."""
-        self.notice_compile()
+        standins.go_under(self.model, COMPILED)  # model.compile() may have been called since
         assistant = kwargs.get("assistant_model")
         serving = bool(getattr(kwargs.get("generation_config"), "is_assistant", False))
         enabled_here = assistant is not None and assistant._is_stateful and speculation_of(assistant) is None
         if enabled_here:
             enable_speculation(assistant)
         try:
-            return self.before["generate"](*args, **kwargs)
+            return self.before("generate")(*args, **kwargs)
         finally:
             if not serving:
                 self.release()
@@ -134,31 +127,38 @@ class Speculation:
     def prepare_cache(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """The cache under the name that assisted decoding knows, whatever the model calls it."""
+        """The cache under the name that assisted decoding knows, whatever the model calls it. Any other decoding is
+        left as it is."""
         if self.takes_cache_params and model_kwargs.get("past_key_values") is not None:
             model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
-        self.before["_prepare_cache_for_generation"](generation_config, model_kwargs, mode, *args, **kwargs)
+        self.before("_prepare_cache_for_generation")(generation_config, model_kwargs, mode, *args, **kwargs)
+        assisted = mode == GenerationMode.ASSISTED_GENERATION
+        if not (assisted or generation_config.is_assistant):
+            return
         if self.takes_cache_params and "cache_params" in model_kwargs:
             model_kwargs["past_key_values"] = model_kwargs.pop("cache_params")
         cache = model_kwargs.get("past_key_values")
-        if mode == GenerationMode.ASSISTED_GENERATION and generation_config.use_cache is not False:
+        if assisted and generation_config.use_cache is not False:
             if not isinstance(cache, Cache):
                 raise self._elsewhere("a cache of its own kind" if cache is None else f"a {type(cache).__name__}")
             if not self.takes_cache:
                 raise self._elsewhere("its modules")
-        if generation_config.is_assistant and isinstance(model_kwargs.get("past_key_values"), Cache):
-            self.record(model_kwargs["past_key_values"])  # the library asks it for its length before it is used
+        if generation_config.is_assistant and isinstance(cache, Cache):
+            self.record(cache)  # the library asks it for its length before it is used
 
-    def prepare_inputs(self, input_ids: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        """prepare_inputs_for_generation of a model that calls its cache cache_params."""
+    def prepare_inputs(
+        self, input_ids: Any, past_key_values: Any = None, inputs_embeds: Any = None, **kwargs: Any
+    ) -> Any:
+        """prepare_inputs_for_generation of a model that calls its cache cache_params. The library looks at the names of
+        these arguments."""
         if past_key_values is not None:
             kwargs["cache_params"] = past_key_values
-        return self.before["prepare_inputs_for_generation"](input_ids, **kwargs)
+        return self.before("prepare_inputs_for_generation")(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """The library's generator, its drafts cut to what can be taken back; called before the first token."""
         self.record(kwargs["model_kwargs"]["past_key_values"])
-        generator = self.before["_get_candidate_generator"](*args, **kwargs)
+        generator = self.before("_get_candidate_generator")(*args, **kwargs)
         draft = generator.get_candidates
 
         def get_candidates(input_ids: Tensor, **given: Any) -> tuple[Tensor, Tensor | None]:
@@ -190,7 +190,7 @@ class Speculation:
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """model(...): as it was, except on a cache that is being recorded."""
         cache = kwargs.get("past_key_values", kwargs.get("cache_params"))
-        before = self.before["_compiled_call_impl"]
+        before = self.before(COMPILED)
         if not args and isinstance(cache, Cache) and any(getattr(x, "record_past", False) for x in cache.layers):
             self.record(cache)
             out = self.forward(cache, before, kwargs)
@@ -198,3 +198,12 @@ class Speculation:
                 out.past_key_values = cache
             return out
         return (before or self.model._call_impl)(*args, **kwargs)
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    COMPILED: Speculation.call,
+    "generate": Speculation.generate,
+    "_get_candidate_generator": Speculation.candidate_generator,
+    "_prepare_cache_for_generation": Speculation.prepare_cache,
+}
+CACHE_PARAMS_METHODS: dict[str, Callable[..., Any]] = {"prepare_inputs_for_generation": Speculation.prepare_inputs}
