@@ -8,7 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-torch.set_num_threads(1)  # two workers share two cores
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)  # two workers share two cores
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 from kvbuffer_compile.backend import GraphRecord
 from kvbuffer_compile.errors import Declined
 from tests import zoo
-from tests.oracle import check
+from tests.oracle import check, check_steps
 from tests.test_models import in_float64
 from tests.zoo import ARCHS, Arch
 
@@ -46,11 +46,8 @@ def options(arch: Arch) -> dict:
     return {**FAST, "donate": arch.name == "minimax"}
 
 
-def decode(arch: Arch, dtype: torch.dtype, each: bool, kind: str = "dynamic") -> None:
-    """TOKENS tokens with the compiled, the eager and the float64 model: logits by the oracle, states at the end.
-
-    each: hold every token to the oracle; a model in bfloat16 is held to it over all tokens.
-    """
+def decode(arch: Arch, dtype: torch.dtype, kind: str = "dynamic") -> None:
+    """TOKENS tokens with the compiled, the eager and the float64 model: logits by the oracle, states at the end."""
     models = [zoo.make_model(arch.name, dtype), zoo.make_model(arch.name, dtype)]
     models.append(in_float64(models[1]))
     steps = [zoo.prefilled(m, zoo.prompt(batch(arch), 6), kind) for m in models]
@@ -61,10 +58,7 @@ def decode(arch: Arch, dtype: torch.dtype, each: bool, kind: str = "dynamic") ->
         for t in range(TOKENS):
             for run, kept in zip((compiled, *steps[1:]), logits, strict=True):
                 kept.append(run(tokens[:, t : t + 1]))
-    if each:
-        for t, outs in enumerate(zip(*logits, strict=True)):
-            check(*outs, f"logits of token {t}")
-    check(*map(torch.stack, logits), "logits")
+    check_steps(*logits, "logits")
     for (name, got), (_, eager), (_, exact) in zip(*map(zoo.states_of, steps), strict=True):
         check(got + 0, eager, exact, name)
 
@@ -89,7 +83,7 @@ def assert_buffered(arch: Arch, records: list[GraphRecord]) -> None:
 
 @pytest.mark.parametrize("arch", rows(a for a in ARCHS if ARCHS[a].states))
 def test_buffered(arch: Arch, records: list[GraphRecord]) -> None:
-    decode(arch, torch.float32, each=True)
+    decode(arch, torch.float32)
     assert_buffered(arch, records)
 
 
@@ -97,21 +91,21 @@ def test_buffered(arch: Arch, records: list[GraphRecord]) -> None:
     "arch", [*rows(FIRST_BF16), *(pytest.param(ARCHS[a], id=a, marks=pytest.mark.nightly) for a in ("bamba", "zamba2"))]
 )
 def test_buffered_in_bfloat16(arch: Arch, records: list[GraphRecord]) -> None:
-    decode(arch, torch.bfloat16, each=False)
+    decode(arch, torch.bfloat16)
     assert_buffered(arch, records)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("arch", rows(a for a in ARCHS if ARCHS[a].states and ARCHS[a].static_cache))
 def test_buffered_with_a_static_cache(arch: Arch, records: list[GraphRecord]) -> None:
-    decode(arch, torch.float32, each=True, kind="static")
+    decode(arch, torch.float32, kind="static")
     assert_buffered(arch, records)
 
 
 @pytest.mark.parametrize("arch", rows(DECLINED))
 def test_declined(arch: Arch, records: list[GraphRecord]) -> None:
     zoo.skip_where_nothing_compiles(arch.name)
-    decode(arch, torch.float32, each=True)
+    decode(arch, torch.float32)
     assert records
     for record in records:
         assert not record.states

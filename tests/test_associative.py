@@ -12,7 +12,7 @@ from kvbuffer_compile import runtime
 from kvbuffer_compile.backend import GraphRecord
 from tests.forms import SIZES, outer, read
 from tests.lifting import capture, lifted_and_right
-from tests.oracle import check
+from tests.oracle import Oracle
 from tests.scan_forms import CAPTURED, NEAR, STEPS, as_an_op, form, gated, gla, several, state_in_front, unrolled
 from tests.steps import Sizes
 from tests.test_forms import FAST, assert_served, run_beside
@@ -89,11 +89,11 @@ def test_a_scan_and_a_decode_step_share_their_rows(records: list[GraphRecord]) -
     eager, exact = state.clone(), state.double()
     options = {**FAST, "flush": 16, "capacity": 24}
     steps = [(step, torch.compile(step, backend="kvbuffer", options=options)) for step in (decode, gated, unrolled)]
-    with torch.no_grad():
+    with torch.no_grad(), Oracle() as oracle:
         for tokens, (step, compiled) in zip((1, 4, 2), steps, strict=True):
             given = several(tokens)(SIZES, g)
             out = compiled(state, *given)
-            check(out, step(eager, *given), step(exact, *(x.double() for x in given)))
+            oracle.add(out, step(eager, *given), step(exact, *(x.double() for x in given)))
     (account,) = runtime.accounts_of(state)
     assert account.cursor[0].tolist() == [7, 7]
     assert len({plan.program for record in records for _, plan in record.rewritten}) == 1

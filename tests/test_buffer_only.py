@@ -54,7 +54,7 @@ def test_a_reset_state_is_not_touched_before_the_switch(target: str, zeroed: Cal
     for _ in range(3 * L):
         pair.run(1)
         untouched += bool(memory.isnan().all())
-        check(dense(account_of(pair)), pair.eager, pair.exact, "state")
+        pair.check(dense(account_of(pair)))
     assert untouched == SWITCH > L
     assert account_of(pair).cursor[3].tolist() == [0] * B and memory.isfinite().all()
     pair.check(pair.state + 0)
@@ -212,7 +212,7 @@ def test_a_declared_state_needs_no_memory_before_it_has_a_base(target: str) -> N
     pair.run(SWITCH)
     memory = account_of(pair).state
     assert memory.isnan().all()
-    check(dense(account_of(pair)), pair.eager, pair.exact)
+    pair.check(dense(account_of(pair)))
     pair.run(1)
     assert memory.isfinite().all()
     pair.check(pair.state + 0)

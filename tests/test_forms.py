@@ -9,7 +9,7 @@ from torch import Tensor
 from kvbuffer_compile.backend import GraphRecord
 from tests.forms import SIZES, Form, forms
 from tests.lifting import capture, capture_plain, lifted_and_right
-from tests.oracle import check
+from tests.oracle import check, check_steps
 from tests.steps import Sizes
 
 FORMS = list(forms())
@@ -48,7 +48,7 @@ def run_beside(form: Form, sizes: Sizes, seed: int = 0) -> None:
             token = form.inputs(sizes, g)
             for step, mine, dtype, out in zip(steps, states, dtypes, kept, strict=True):
                 out.append(step(*mine, *(x.to(dtype) if x.is_floating_point() else x for x in token)))
-    check(*map(torch.stack, kept), f"outputs of {form.name}")
+    check_steps(*kept, f"outputs of {form.name}")
     for i, (got, eager, exact) in enumerate(zip(*states, strict=True)):
         check(got + 0, eager, exact, f"state {i} of {form.name}")
 

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize, silu, softplus
 
 from kvbuffer_compile.backend import GraphRecord
 from kvbuffer_compile.integrations import functions
-from tests.oracle import check
+from tests.oracle import check, check_steps
 
 FAST = {"inner": "eager", "target": "aten", "flush": 4, "capacity": 20}
 B, H, K, V = 2, 3, 4, 5
@@ -198,7 +198,7 @@ def compare(step: Callable[..., Tensor], state: Tensor, draw: Callable[[], list[
             given = draw()
             for call, S, dtype, kept in zip((compiled, step, step), states, dtypes, outs, strict=True):
                 kept.append(call(S, *(x.to(dtype) for x in given)))
-    check(*map(torch.stack, outs), "outputs")
+    check_steps(*outs, "outputs")
     check(states[0] + 0, states[1], states[2], "state")
 
 

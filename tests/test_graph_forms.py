@@ -9,7 +9,7 @@ from kvbuffer_compile.backend import GraphRecord
 from tests.forms import SIZES, Form
 from tests.graph_forms import GRAPH_FORMS, NEAR
 from tests.lifting import capture, capture_plain, lifted_and_right
-from tests.oracle import check
+from tests.oracle import Oracle, check
 from tests.steps import Sizes
 from tests.test_forms import FAST, assert_served, run_beside, signatures
 
@@ -60,10 +60,11 @@ def test_batches_of_any_size_run_buffered(form: Form, records: list[GraphRecord]
             sizes = Sizes(batch, SIZES.H, SIZES.K, SIZES.V)
             states = form.start(g, sizes)
             eager, exact = [s.clone() for s in states], [s.double() for s in states]
-            for _ in range(34):
-                x = form.inputs(sizes, g)
-                wide = [y.double() if y.is_floating_point() else y for y in x]
-                check(compiled(*states, *x), form.step(*eager, *x), form.step(*exact, *wide))
+            with Oracle() as oracle:
+                for _ in range(34):
+                    x = form.inputs(sizes, g)
+                    wide = [y.double() if y.is_floating_point() else y for y in x]
+                    oracle.add(compiled(*states, *x), form.step(*eager, *x), form.step(*exact, *wide))
             for got, want, true in zip(states, eager, exact, strict=True):
                 check(got + 0, want, true)
     assert 2 <= len(records) <= 4, "plain and guarded, of one batch and of any"

@@ -30,7 +30,7 @@ from tests import (
     zoo,
 )
 from tests.forms import Form
-from tests.oracle import check
+from tests.oracle import check, check_steps
 from tests.steps import Sizes, gates, unit
 from tests.test_architectures import assert_buffered, options
 from tests.test_models import in_float64
@@ -92,7 +92,7 @@ def test_logits_in_bfloat16(arch: Arch, kind: str, batch: int, records: list[Gra
         for token in zoo.prompt(batch, TOKENS, seed=5).split(1, 1):
             for call, kept in zip(calls, logits, strict=True):
                 kept.append(call(token))
-    check(*map(torch.stack, logits), "logits")
+    check_steps(*logits, "logits")
     assert_buffered(arch, records)
     assert_flushed(steps[0])
 
@@ -190,7 +190,7 @@ def test_states_handed_back_and_several(
                 if step is returned:
                     out, mine[0] = out
                 kept.append(out)
-    check(*map(torch.stack, outs), "outputs")
+    check_steps(*outs, "outputs")
     for one in zip(*states, strict=True):
         check(one[0] + 0, *one[1:], "state")
     assert records and all(len(r.rewritten) == count for r in records), [str(x.why) for r in records for x in r.refused]

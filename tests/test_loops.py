@@ -12,7 +12,7 @@ from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 
 from kvbuffer_compile.backend import GraphRecord
-from tests.oracle import check
+from tests.oracle import check, check_steps
 from tests.steps import Sizes
 from tests.test_tokens import inputs, start
 
@@ -85,7 +85,7 @@ def run(step: Loop, tokens: int, backend: str = "kvbuffer", **options: object) -
             given = inputs(SIZES, tokens, g)
             for call, state, dtype, kept in zip((compiled, step, step), states, dtypes, outs, strict=True):
                 kept.append(call(state, *(x.to(dtype) for x in given)))
-    check(*map(torch.stack, outs), "outputs")
+    check_steps(*outs, "outputs")
     check(states[0] + 0, states[1], states[2], "state")
 
 

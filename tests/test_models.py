@@ -9,7 +9,7 @@ import torch
 
 from kvbuffer_compile import materialize
 from tests import zoo
-from tests.oracle import check
+from tests.oracle import Oracle, check, check_steps
 
 MODELS = ("qwen3_next", "qwen3_5", "mamba2")
 NIGHTLY = pytest.mark.nightly
@@ -67,24 +67,22 @@ def in_float64(model):
 
 
 def run_in_step(name, dtype, flush, steps, batch=2, dynamic=None, **options):
-    """Decode the same tokens with a buffered, an eager and a float64 model; logits by the oracle at every step, the
-    states at some. Yields the number of graphs rewritten at the end."""
+    """Decode the same tokens with a buffered, an eager and a float64 model, under the oracle: the logits of every step,
+    the states at some."""
     models = [zoo.make_model(name, dtype), zoo.make_model(name, dtype)]
     exact_model = in_float64(models[1])
     buffered, eager, exact = (zoo.prefilled(m, zoo.prompt(batch, 6)) for m in (*models, exact_model))
     step = torch.compile(buffered, backend="kvbuffer", dynamic=dynamic, options={**FAST, "flush": flush, **options})
     tokens = zoo.prompt(batch, steps, seed=5)
-    with torch.no_grad():
+    with torch.no_grad(), Oracle() as oracle:
         for t in range(steps):
             token = tokens[:, t : t + 1]
-            outs = [run(token) for run in (step, eager, exact)]
-            check(*outs, f"logits of step {t}")
+            oracle.add(*(run(token) for run in (step, eager, exact)), "logits")
             if t % 11 == 10 or t == steps - 1:
                 for (where, got), (_, want), (_, true) in zip(
                     *map(zoo.states_of, (buffered, eager, exact)), strict=True
                 ):
-                    check(got + 0, want, true, f"{where} after step {t}")
-    return buffered
+                    oracle.add(got + 0, want, true, where)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -114,7 +112,9 @@ def test_bfloat16_models(name, records):
         for t in range(24):
             for run, kept in ((step, got), (eager, want), (exact, true)):
                 kept.append(run(tokens[:, t : t + 1]))
-    check(torch.stack(got), torch.stack(want), torch.stack(true), "logits")
+    check_steps(got, want, true, "logits")
+    for (where, state), (_, wanted), (_, exactly) in zip(*map(zoo.states_of, (buffered, eager, exact)), strict=True):
+        check(state + 0, wanted, exactly, where)
     assert rewritten_graphs(records)
 
 

@@ -13,7 +13,7 @@ from kvbuffer_compile import rollback, runtime
 from kvbuffer_compile.check import dense
 from kvbuffer_compile.drafts import accept, draft_tree
 from tests import test_sequence as sequences
-from tests.oracle import check
+from tests.oracle import Oracle
 from tests.test_buffer_only import CAPACITY, SWITCH, account_of, targets
 from tests.test_runtime import READERS, B, H, K, L, Pair, V, draw
 
@@ -39,7 +39,7 @@ def test_memory_comes_with_the_base(target: str, inner: str) -> None:
     for step in range(1, 3 * L):
         pair.run(1)
         assert state_bytes(pair.state) == (B * H * K * V * 4 if step > SWITCH else 0)
-        check(dense(account_of(pair)), pair.eager, pair.exact, "state")
+        pair.check(dense(account_of(pair)))
     pair.check(pair.state + 0)
 
 
@@ -138,6 +138,7 @@ class Bare:
         self.state = runtime.zero_state(sizes, torch.float32, CPU)
         self.eager, self.exact = torch.zeros(sizes), torch.zeros(sizes).double()
         self.g = torch.Generator().manual_seed(0)
+        self.oracle = Oracle()
 
     @torch.no_grad()
     def play(self, tokens: int, kept: int | None = None) -> None:
@@ -146,7 +147,7 @@ class Bare:
         got = self.compiled(self.state, *inputs)
         before = self.eager.clone(), self.exact.clone()
         wanted = [sequences.grouped_delta_rule(s, *(x.to(s.dtype) for x in inputs)) for s in (self.eager, self.exact)]
-        check(got, *wanted, "outputs")
+        self.oracle.check(got, *wanted, "outputs")
         if kept < tokens:
             rollback(self.state, tokens - kept)
             self.eager, self.exact = before
@@ -160,7 +161,7 @@ class Bare:
         return account.fresh_rows
 
     def check(self) -> None:
-        check(self.state + 0, self.eager, self.exact, "state")
+        self.oracle.check(self.state + 0, self.eager, self.exact, "state")
 
 
 @pytest.mark.parametrize("target", targets)

@@ -16,7 +16,7 @@ from kvbuffer_compile.errors import Declined
 from tests.forms import operands, outer, read, rows
 from tests.fuse import blown, fuse
 from tests.lifting import capture, capture_plain, lifted_and_right
-from tests.oracle import check
+from tests.oracle import Oracle, check
 from tests.steps import Sizes
 
 L, SLOTS = 4, 7
@@ -115,6 +115,7 @@ class Beside:
         if self.step is layers:
             self.pool = torch.stack([self.pool, -self.pool])
         self.eager, self.exact = self.pool.clone(), self.pool.double()
+        self.oracle = Oracle()
         self.first = 1 if self.step is masked else 0
 
     def draw(self) -> Tensor:
@@ -129,14 +130,14 @@ class Beside:
                 eager, exact = (
                     self.step(p, idx, *(y.to(p.dtype) for y in x)) for p in (self.eager, self.exact)
                 )  # fmt: skip
-            check(out, eager, exact, "output")
+            self.oracle.check(out, eager, exact, "output")
 
     def each(self, change: Callable[[Tensor], Any]) -> None:
         for pool in (self.pool, self.eager, self.exact):
             change(pool)
 
     def check(self, got: Tensor | None = None) -> None:
-        check(self.pool + 0 if got is None else got, self.eager, self.exact, "pool")
+        self.oracle.check(self.pool + 0 if got is None else got, self.eager, self.exact, "pool")
 
     @property
     def owed(self) -> list[int]:
@@ -515,7 +516,7 @@ def test_a_pool_that_is_returned(step: Callable[..., Any], donate: bool, records
     compiled = torch.compile(step, backend="kvbuffer", fullgraph=True, options={**FAST, "donate": donate})
     first = torch.randn(SLOTS, SIZES.H, SIZES.K, SIZES.V, generator=g)
     pool, eager, exact = first.clone(), first.clone(), first.double()
-    with torch.no_grad():
+    with torch.no_grad(), Oracle() as oracle:
         for _ in range(10 * L):
             idx = torch.randperm(SLOTS, generator=g)[: SIZES.B]
             x = operands("qkvgb")(SIZES, g)
@@ -523,7 +524,7 @@ def test_a_pool_that_is_returned(step: Callable[..., Any], donate: bool, records
             out, pool = compiled(pool, idx, *x)
             want, eager = step(eager, idx, *x)
             true, exact = step(exact, idx, *(y.double() for y in x))
-            check(out, want, true, "output")
+            oracle.add(out, want, true, "output")
             assert (pool is before) == donate
     check(pool + 0, eager, exact, "pool")
     assert records and all(len(r.rewritten) == donate for r in records)

@@ -13,7 +13,7 @@ import torch
 
 from kvbuffer_compile import composite, explain, materialize, runtime
 from kvbuffer_compile.ledger import LEDGER
-from tests.oracle import check
+from tests.oracle import Oracle, check
 from tests.test_runtime import B, H, K, L, Pair, V, draw, pair, step  # noqa: F401  (pair is a fixture)
 
 
@@ -61,9 +61,10 @@ def test_an_alias_held_across_steps_stays_true(alias, inference):
             p.run()
             exact = alias(p.exact.float())
             if held.dtype == torch.int32:
-                check(held.view(torch.float32) + 0, eager.view(torch.float32), exact.view(torch.float32))
+                sides = [x.view(torch.float32) for x in (held, eager, exact)]
+                p.oracle.check(sides[0] + 0, *sides[1:], "alias")
             else:
-                check(held + 0, eager, exact)
+                p.oracle.check(held + 0, eager, exact, "alias")
 
 
 def test_an_alias_let_go_costs_nothing_any_more(pair):  # noqa: F811
@@ -150,14 +151,13 @@ def test_inductor_takes_the_rewritten_graph(fn, records):
     compiled = torch.compile(fn, backend="kvbuffer", options={"flush": 2, "target": "aten"})
     state = torch.randn(B, H, K, V)
     eager, exact = state.clone(), state.double()
-    for _ in range(5):
-        inputs = draw()
-        with torch.no_grad():
-            got = compiled(state, *inputs)
-        wanted, exactly = fn(eager, *inputs), fn(exact, *(x.double() for x in inputs))
-        for results in zip(got, wanted, exactly, strict=True):
-            check(*results)
-    check(state + 0, eager, exact)
+    with torch.no_grad(), Oracle() as oracle:
+        for _ in range(5):
+            inputs = draw()
+            outs = [compiled(state, *inputs), fn(eager, *inputs), fn(exact, *(x.double() for x in inputs))]
+            for i, results in enumerate(zip(*outs, strict=True)):
+                oracle.add(*results, f"output {i}")
+        oracle.add(state + 0, eager, exact, "state")
     assert records and all(len(r.rewritten) == 1 for r in records)
 
 

@@ -16,7 +16,7 @@ from kvbuffer_compile.codegen import build
 from kvbuffer_compile.ir import Program
 from tests import test_sequence as sequences
 from tests.exact import Exact, Token
-from tests.oracle import check
+from tests.oracle import Oracle
 from tests.programs import NAMED, random_programs
 from tests.test_cpp import is_exact, lenient
 from tests.test_runtime import LAZY, B, H, K, L, Pair, V, draw, step
@@ -80,6 +80,7 @@ class Drafts:
         self.g = torch.Generator().manual_seed(0)
         start = torch.randn(2, sequences.H, sequences.K, sequences.V, generator=self.g)
         self.states = [start.to(d).clone() for d in DTYPES]
+        self.oracle = Oracle()
 
     @torch.no_grad()
     def play(self, tokens: int, kept: Sequence[int], n: object = None) -> None:
@@ -89,7 +90,7 @@ class Drafts:
         outs = [self.compiled(self.states[0], *inputs)]
         for state, dtype in zip(self.states[1:], DTYPES[1:], strict=True):
             outs.append(sequences.grouped_delta_rule(state, *(x.to(dtype) for x in inputs)))
-        check(*outs, "outputs")
+        self.oracle.check(*outs, "outputs")
         rollback(self.states[0], [tokens - k for k in kept] if n is None else n)
         for state, old, dtype in zip(self.states[1:], before, DTYPES[1:], strict=True):
             for b, k in enumerate(kept):
@@ -97,7 +98,7 @@ class Drafts:
                 if k:
                     sequences.grouped_delta_rule(state[b : b + 1], *(x[b : b + 1, :k].to(dtype) for x in inputs))
         (account,) = runtime.accounts_of(self.states[0])
-        check(dense(account), *self.states[1:], "state")
+        self.oracle.check(dense(account), *self.states[1:], "state")
 
 
 targets = ["aten", pytest.param("cpp", marks=pytest.mark.skipif(build.compiler() is None, reason="no compiler"))]

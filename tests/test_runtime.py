@@ -19,7 +19,7 @@ from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.guard import GuardedState
 from kvbuffer_compile.ledger import LEDGER
 from tests.fuse import blown, fuse
-from tests.oracle import check
+from tests.oracle import Oracle, check
 
 B, H, K, V = 3, 2, 8, 16
 L = 4
@@ -50,6 +50,7 @@ class Pair:
         self.state = torch.randn(B, H, K, V) if state is None else state
         self.eager = self.state.clone()
         self.exact = self.state.double()
+        self.oracle = Oracle()
 
     def run(self, steps=1):
         for _ in range(steps):
@@ -58,10 +59,10 @@ class Pair:
                 out = self.compiled(self.state, *inputs)
                 eager = self.fn(self.eager, *inputs)
                 exact = self.fn(self.exact, *(x.double() for x in inputs))
-            check(out, eager, exact, "output")
+            self.oracle.check(out, eager, exact, "output")
 
     def check(self, got):
-        check(got, self.eager, self.exact, "state")
+        self.oracle.check(got, self.eager, self.exact, "state")
 
     @property
     def owed(self):
@@ -197,7 +198,7 @@ def test_another_compiled_graph_reads_the_true_value(pair, backend):
     other = torch.compile(norm, backend=backend)
     for _ in range(L + 1):
         with torch.no_grad():
-            check(other(pair.state), norm(pair.eager), norm(pair.exact))
+            pair.oracle.check(other(pair.state), norm(pair.eager), norm(pair.exact), "norm")
         pair.run()
 
 
@@ -230,15 +231,15 @@ def test_a_donated_state_is_returned_as_itself(flush, check_too, records):
     compiled = torch.compile(functional, backend="kvbuffer", options=options)
     state = torch.randn(B, H, K, V)
     eager, exact, first = state.clone(), state.double(), state
-    with torch.no_grad():
+    with torch.no_grad(), Oracle() as oracle:
         for _ in range(3 * L):
             inputs = draw()
             out, state = compiled(state, *inputs)
             want, eager = functional(eager, *inputs)
             true, exact = functional(exact, *(x.double() for x in inputs))
-            check(out, want, true)
+            oracle.add(out, want, true, "output")
+        oracle.add(state + 0, eager, exact, "state")
     assert state is first and all(len(r.rewritten) == 1 for r in records)
-    check(state + 0, eager, exact)
 
 
 def test_a_returned_state_that_is_not_donated_is_left_alone(records):
@@ -300,7 +301,7 @@ def test_a_process_may_end_with_rows_owed():
 
 def test_a_new_state_at_the_same_address_owes_nothing():
     compiled = torch.compile(step, backend="kvbuffer", options={"flush": L, "inner": "eager", "target": "aten"})
-    seen = set()
+    seen, oracle = set(), Oracle()
     for _ in range(20):
         state = torch.randn(B, H, K, V)
         eager, exact = state.clone(), state.double()
@@ -311,7 +312,7 @@ def test_a_new_state_at_the_same_address_owes_nothing():
                 compiled(state, *inputs)
             step(eager, *inputs)
             step(exact, *(x.double() for x in inputs))
-        check(state + 0, eager, exact)
+        oracle.check(state + 0, eager, exact, "state")
         del state
     assert len(seen) < 20, "no address was used twice: the test shows nothing"
 

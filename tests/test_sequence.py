@@ -13,7 +13,7 @@ from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.integrations.adapters import GATED, GATED_DELTA, MOST_TOKENS
 from kvbuffer_compile.plan import Plan
 from tests import zoo
-from tests.oracle import check
+from tests.oracle import check, check_steps
 from tests.test_models import in_float64
 from tests.zoo.configs import VOCAB
 
@@ -56,7 +56,7 @@ def test_any_number_of_tokens_is_one_graph(records: list[GraphRecord]) -> None:
             inputs = draw(tokens, g)
             for step, state, dtype, kept in zip((run, *[grouped_delta_rule] * 2), states, dtypes, outs, strict=True):
                 kept.append(step(state, *(x.to(dtype) for x in inputs)))
-    check(*(torch.cat(kept, 1) for kept in outs), "outputs")
+    check_steps(*outs, "outputs")
     check(states[0] + 0, states[1], states[2], "state")
     assert [plan.variant for plan in plans(records)] == ["verify", "verify", "buffered"]  # 3 tokens, any number, one
     assert all(plan.shares_rows(plans(records)[0]) for plan in plans(records))
@@ -141,7 +141,7 @@ def test_chunked_functions_verify(name: str, records: list[GraphRecord]) -> None
         for part in tokens.split(LENGTHS, 1):
             for run, kept in zip((compiled, *runs[1:]), outs, strict=True):
                 kept.append(run(part))
-    check(*(torch.cat(kept, 1) for kept in outs), "logits")
+    check_steps(*outs, "logits")
     for (what, got), (_, eager), (_, exact) in zip(*(zoo.states_of(r.step) for r in runs), strict=True):
         check(got + 0, eager, exact, what)
     states = zoo.ARCHS[name].states
@@ -167,7 +167,7 @@ def test_several_tokens_captured_in_parts_verify(records: list[GraphRecord]) -> 
                 kept.append(run(part))
     accounts = runtime.accounts_of(runs[0].step.cache)
     assert len(accounts) == zoo.ARCHS[name].states and all(a.cursor[0].max() > 0 for a in accounts)
-    check(*(torch.cat(kept, 1) for kept in outs), "logits")
+    check_steps(*outs, "logits")
     for (what, got), (_, eager), (_, exact) in zip(*(zoo.states_of(r.step) for r in runs), strict=True):
         check(got + 0, eager, exact, what)
     several = [r for r in records if r.states and any(lifted.several for lifted, _ in r.states)]

@@ -19,7 +19,7 @@ from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.integrations.recorded import RecordedForward
 from kvbuffer_compile.integrations.transformers import disable_speculation, enable_speculation, speculation_of
 from tests import zoo
-from tests.oracle import check
+from tests.oracle import Oracle
 from tests.test_models import in_float64
 from tests.test_no_memory import state_bytes
 from tests.test_speculation import (
@@ -90,6 +90,7 @@ def test_no_state_is_there_before_its_base(name: str, verified: list[tuple[int, 
     exact = in_float64(reference)
     model.compile(backend="kvbuffer", options=FAST)
     enable_speculation(model)
+    oracle = Oracle()
     for length in (1, 2, *range(10, CAPACITY + 2)):
         ids = zoo.prompt(1, length)
         text = plain_text(reference, ids, 6)
@@ -104,7 +105,8 @@ def test_no_state_is_there_before_its_base(name: str, verified: list[tuple[int, 
         for n, (got, want, true) in enumerate(zip(states(cache), *wanted, strict=True)):
             expected = 0 if after.shape[1] <= switches[n] else got.numel() * got.element_size()
             assert verified[-1][1][n] == expected or after.shape[1] - 4 <= switches[n] < after.shape[1]
-            check(got + 0, want, true, f"state {n} after {after.shape[1]} tokens")
+            oracle.add(got + 0, want, true, f"state {n}")
+    oracle.judge()
 
 
 @pytest.mark.parametrize("name", one_of_all("mamba2"))
@@ -175,7 +177,7 @@ def test_a_cache_is_one_of_the_accepted_tokens(name: str) -> None:
     model, reference = compiled_model(name), zoo.make_model(name)
     exact = in_float64(reference)
     enable_speculation(model)
-    drafts = 4
+    drafts, oracle = 4, Oracle()
     for kept in range(drafts + 1):
         cache, seen, text = DynamicCache(config=model.config), 0, torch.empty(1, 0, dtype=torch.long)
         cache.activate_past_recording()
@@ -190,14 +192,16 @@ def test_a_cache_is_one_of_the_accepted_tokens(name: str) -> None:
             caches = [DynamicCache(config=model.config) for _ in range(2)]
             wanted = [call(m, c, text, 0)[:, seen:] for m, c in zip((reference, exact), caches, strict=True)]
             seen = text.shape[1]
-            check(got[:, : wanted[0].shape[1]], *wanted, "logits")
+            oracle.add(got[:, : wanted[0].shape[1]], *wanted, "logits")
             assert cache.get_seq_length() == seen
             held = [dict(contents(c)) for c in (cache, *caches)]
             assert {what: x.shape for what, x in held[0].items()} == {what: x.shape for what, x in held[1].items()}
-            check(*(torch.cat([x.flatten() for x in h.values()]) for h in held), f"{kept} of {drafts} kept at {seen}")
-        for a, b, c in zip(*map(states, (cache, *caches)), strict=True):
-            check(a + 0, b, c, "state")
+            for what, one in held[0].items():
+                oracle.add(one, *(h[what] for h in held[1:]), what)
+        for n, sides in enumerate(zip(*map(states, (cache, *caches)), strict=True)):
+            oracle.add(sides[0] + 0, *sides[1:], f"state {n}")
         speculation_of(model).release()
+    oracle.judge()
 
 
 # -------------------------------------------------------------------------------------------- compiling and undoing

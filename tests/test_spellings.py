@@ -14,7 +14,7 @@ from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.options import Options
 from tests.lifting import traced
 from tests.near_sketches import MUTATIONS
-from tests.oracle import check
+from tests.oracle import check, check_steps
 from tests.sketches import Spelled, expected, ops_of, spelled, swapped
 
 Run = Callable[..., tuple[Tensor, ...]]
@@ -60,7 +60,7 @@ def run_beside(step: Spelled, seed: int = 0) -> GraphRecord:
     assume(all(bool(x.isfinite().all()) for outs in (*kept[1], states[1]) for x in outs))
     if record.rewritten:
         for i in range(len(kept[0][0])):
-            check(*(torch.stack([outs[i] for outs in run]) for run in kept), f"output {i}")
+            check_steps(*([outs[i] for outs in run] for run in kept), f"output {i}")
         for i, (got, eager, exact) in enumerate(zip(*states, strict=True)):
             check(got + 0, eager, exact, f"state {i}")
     return record

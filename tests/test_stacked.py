@@ -17,7 +17,7 @@ from kvbuffer_compile.overlap import overlap
 from tests.forms import operands, outer, read
 from tests.fuse import blown, fuse
 from tests.lifting import capture, lifted_and_right
-from tests.oracle import check
+from tests.oracle import Oracle, check
 from tests.steps import DISTINCT, Sizes
 
 L = 4
@@ -130,6 +130,7 @@ class Beside:
         self.step = step
         self.compiled = torch.compile(step, backend="kvbuffer", fullgraph=True, options={**FAST, **options})
         self.g = torch.Generator().manual_seed(0)
+        self.oracle = Oracle()
         self.begin(dim)
 
     def begin(self, dim: int = 0, sizes: Sizes = DISTINCT) -> None:
@@ -142,14 +143,15 @@ class Beside:
             x = operands("qkvgb")(self.sizes, self.g)
             with torch.no_grad():
                 out = self.compiled(self.states, *x)
-                check(out, self.step(self.eager, *x), self.step(self.exact, *(y.double() for y in x)), "output")
+                want, true = self.step(self.eager, *x), self.step(self.exact, *(y.double() for y in x))
+            self.oracle.check(out, want, true, "output")
 
     def each(self, change: Callable[[Tensor], Any]) -> None:
         for states in (self.states, self.eager, self.exact):
             change(states)
 
     def check(self, got: Tensor | None = None) -> None:
-        check(self.states + 0 if got is None else got, self.eager, self.exact, "states")
+        self.oracle.check(self.states + 0 if got is None else got, self.eager, self.exact, "states")
 
     @property
     def owed(self) -> list[int]:
@@ -311,7 +313,7 @@ def test_a_slice_made_before_the_first_step_is_never_stale(records: list[GraphRe
     slice_of = p.states[1]
     for _ in range(2 * L):
         p.run()
-        check(slice_of.clone(), p.eager[1], p.exact[1])
+        p.oracle.check(slice_of.clone(), p.eager[1], p.exact[1], "slice")
     assert records and all(len(r.rewritten) == LAYERS for r in records)
 
 
@@ -323,9 +325,11 @@ def test_eager_steps_and_other_graphs_alternate_with_compiled_ones(pair: Beside)
         pair.each(lambda s, x=x: layers_first(s, *(y.to(s.dtype) for y in x)))
         pair.run(2)
         with torch.no_grad():
-            check(norm(pair.states), pair.eager.square().sum((-1, -2)), pair.exact.square().sum((-1, -2)))
+            norms = [x.square().sum((-1, -2)) for x in (pair.eager, pair.exact)]
+            pair.oracle.check(norm(pair.states), *norms, "norms")
             pair.run()
-            check(one(pair.states), pair.eager[1].square().sum((-1, -2)), pair.exact[1].square().sum((-1, -2)))
+            norms = [x[1].square().sum((-1, -2)) for x in (pair.eager, pair.exact)]
+            pair.oracle.check(one(pair.states), *norms, "norms of one")
     pair.check()
 
 
@@ -527,14 +531,14 @@ def stepped(step: Callable[..., Any], order: tuple[int, ...], **options: Any) ->
     compiled = torch.compile(step, backend="kvbuffer", fullgraph=True, options={**FAST, **options})
     first = [start(0, g) for _ in order]
     states = [first, [s.clone() for s in first], [s.double() for s in first]]
-    with torch.no_grad():
+    with torch.no_grad(), Oracle() as oracle:
         for _ in range(8 * L + 3):
             x = operands("qkvgb")(DISTINCT, g)
             wide = [y.double() for y in x]
             outs = [
                 call(*s, *given) for call, s, given in zip((compiled, step, step), states, (x, x, wide), strict=True)
             ]
-            check(*(out[0] for out in outs), "output")
+            oracle.add(*(out[0] for out in outs), "output")
             states = [[out[i] for i in order] for out in outs]
     for i in range(len(order)):
         check(states[0][i] + 0, states[1][i], states[2][i], "states")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvbuffer_compile.backend import GraphRecord
 from tests.lifting import capture, lifted_and_right
-from tests.oracle import check
+from tests.oracle import check, check_steps
 from tests.steps import DISTINCT, EQUAL, Sizes, gates, unit
 
 FAST = {"inner": "eager", "target": "aten", "flush": 4}
@@ -83,7 +83,7 @@ def test_unrolled_tokens_are_one_program(name: str, tokens: int, records: list[G
             token = inputs(DISTINCT, tokens, g)
             for run, state, dtype, kept in zip(steps, states, dtypes, outs, strict=True):
                 kept.append(run(state, *(x.to(dtype) for x in token)))
-    check(*map(torch.stack, outs), "outputs")
+    check_steps(*outs, "outputs")
     check(states[0] + 0, states[1], states[2], "state")
     assert records
     for record in records:

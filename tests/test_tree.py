@@ -20,7 +20,7 @@ from kvbuffer_compile.codegen import build, triton
 from kvbuffer_compile.errors import EmitError, StateError
 from kvbuffer_compile.ir import Program
 from tests.exact import Exact, Token
-from tests.oracle import check
+from tests.oracle import Oracle
 from tests.programs import NAMED, random_programs
 from tests.test_cpp import is_exact, lenient
 from tests.test_runtime import Pair
@@ -179,6 +179,7 @@ class Drafts:
         self.g = torch.Generator().manual_seed(0)
         start = torch.randn(BATCH, H, K, V, generator=self.g)
         self.states = [start.to(d).clone() for d in DTYPES]
+        self.oracle = Oracle()
 
     @torch.no_grad()
     def draft(self, parents: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
@@ -192,7 +193,7 @@ class Drafts:
                 torch.stack([self.alone(s[b : b + 1].clone(), inputs, b, path)[0, -1] for path in paths])
                 for s in self.states[1:]
             )
-            check(out[b], eager, exact, f"nodes of {tree}")
+            self.oracle.check(out[b], eager, exact, "nodes")
         return inputs
 
     def alone(self, state: Tensor, inputs: Sequence[Tensor], b: int, path: list[int]) -> Tensor:
@@ -205,15 +206,15 @@ class Drafts:
             for b, path in enumerate(paths):
                 if path:
                     self.alone(state[b : b + 1], inputs, b, path)
-        check(dense(self.account), *self.states[1:], "state")
+        self.oracle.check(dense(self.account), *self.states[1:], "state")
 
     @torch.no_grad()
     def decode(self, tokens: int) -> None:
         inputs = draw_tokens(tokens, self.g)
         outs = [self.compiled(self.states[0], *inputs)]
         outs += [grouped_delta_rule(s, *(x.to(s.dtype) for x in inputs)) for s in self.states[1:]]
-        check(*outs, "outputs")
-        check(dense(self.account), *self.states[1:], "state")
+        self.oracle.check(*outs, "outputs")
+        self.oracle.check(dense(self.account), *self.states[1:], "state")
 
     @property
     def account(self) -> Account:
@@ -268,12 +269,12 @@ def test_whatever_comes_between_rejects_the_tree(between) -> None:
     between(run)
     with pytest.raises(ValueError, match="no draft tree waits"):
         accept(run.states[0], [0])
-    check(run.states[0] + 0, *run.states[1:], "state")
+    run.oracle.check(run.states[0] + 0, *run.states[1:], "state")
     inputs = run.draft(TREE)
     with torch.no_grad():
         run.compiled(run.states[0], *draw_tokens(1, run.g))
     rollback(run.states[0], 1)
-    check(run.states[0] + 0, *run.states[1:], "state")
+    run.oracle.check(run.states[0] + 0, *run.states[1:], "state")
     assert len(inputs) == 5
 
 
@@ -327,7 +328,7 @@ def test_a_tree_that_fails_or_is_not_taken_leaves_nothing(monkeypatch: pytest.Mo
         patched.setattr(drafts._Redirected, "__torch_dispatch__", lambda s, f, t, a=(), k=None: f(*a, **(k or {})))
         with pytest.raises(StateError, match="CUDA graph"), draft_tree([-1, 0, 0]):
             run.compiled(run.states[0], *inputs)
-    check(dense(run.account), *run.states[1:], "state")
+    run.oracle.check(dense(run.account), *run.states[1:], "state")
 
     def torn(*args: object) -> None:
         raise RuntimeError("torn")
@@ -336,7 +337,7 @@ def test_a_tree_that_fails_or_is_not_taken_leaves_nothing(monkeypatch: pytest.Mo
         patched.setattr("kvbuffer_compile.tree.tree_step", torn)
         with pytest.raises(RuntimeError, match="torn"), draft_tree([-1, 0, 0]):
             run.compiled(run.states[0], *inputs)
-    check(dense(run.account), *run.states[1:], "state")
+    run.oracle.check(dense(run.account), *run.states[1:], "state")
     run.decode(3)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
-import oracle
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -24,6 +23,7 @@ from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir import Program
 from kvbuffer_compile.plan import Layout, Plan
 from kvbuffer_compile.text import parse
+from tests.oracle import Oracle
 from tests.programs import NAMED, random_programs, vocabulary
 
 LANES = {"b": 2, "h": 2, "g": 2}
@@ -275,7 +275,7 @@ def test_low_precision_is_only_for_storing():
     program, dtype = NAMED["gdn"], torch.float16
     plan = make_plan(program, "buffered", state_dtype=dtype, row_dtypes=(torch.float32, dtype, dtype))
     session = Session(plan, [3, 2], state=torch.randn(2, 2, K, V).to(dtype), block=8)
-    exact = composite_in_float64(plan, session)
+    exact, oracle = composite_in_float64(plan, session), Oracle()
     for _ in range(7):
         inputs = [0.5 + 0.3 * x + 0.1 * torch.randn_like(x) for x in draw(program)]
         (got,), (eager,) = session.step(inputs)
@@ -296,7 +296,7 @@ def test_maps_in_floats():
     program = NAMED["mamba2"]
     plan = make_plan(program, "buffered")
     session = Session(plan, [3, 1])
-    exact = composite_in_float64(plan, session)
+    exact, oracle = composite_in_float64(plan, session), Oracle()
     for _ in range(5):
         inputs = [torch.randn_like(x) for x in draw(program)]
         inputs[4] = -inputs[4].abs()
