@@ -134,8 +134,9 @@ NEVER = {
     "other devices and processes": "cudnn|miopen|mkldnn|cuda|xpu|ipu|mtia|hpu|distributed|sync|broadcast$|"
     "all_reduce|^reduce$|all_gather|^gather$|^scatter$|reduce_scatter|all_to_all|isend|irecv|^send$|^recv$|"
     "record_stream|pin_memory|register|backward|retain_grad|autocast",
-    "a module's internals": "multi_head_attention_forward|batch_norm_(elemt|gather|stats)|fake_quant|^torch.(gru|lstm)$|"
-    "native_norm|tensorinv|_fused_rms_norm|ldl_solve|_fw_primal|_make_dual|fractional_max_pool|lp_pool1d|affine_grid|conv_tbc$",
+    "a module's internals": "multi_head_attention_forward|batch_norm_(elemt|gather|stats)|fake_quant|"
+    "^torch.(gru|lstm)$|native_norm|tensorinv|_fused_rms_norm|ldl_solve|_fw_primal|_make_dual|fractional_max_pool|"
+    "lp_pool1d|affine_grid|conv_tbc$",
     "a dim of 3 only": r"cross$",
     "no use of a tensor's values, or another tensor's": "__array_wrap__|__setstate__|float_power_$|Tensor.resize$",
 }

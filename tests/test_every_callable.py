@@ -1,6 +1,7 @@
 """Never stale: every public callable of torch, called on a state that owes rows.
 
-The result must be that of a call on an ordinary tensor with the same values, and so must the state be afterwards; whatever shares memory with the state must follow it through the next step.
+The result must be that of a call on an ordinary tensor with the same values, and so must the state be afterwards;
+whatever shares memory with the state must follow it through the next step.
 """
 
 from __future__ import annotations
@@ -97,9 +98,11 @@ def _equal_tensors(a: Tensor, b: Tensor) -> bool:
         return False
     if a.layout is not torch.strided:
         a, b = a.to_dense(), b.to_dense()
+    if a.is_complex():
+        a, b = (torch.view_as_real(x.to(torch.complex128).resolve_conj()) for x in (a, b))
     if not torch.equal(a.isnan(), b.isnan()):
         return False
-    a, b = a.nan_to_num(0, 1e30, -1e30), b.nan_to_num(0, 1e30, -1e30)
+    a, b = (x.nan_to_num(0, 1e30, -1e30) if x.is_floating_point() else x for x in (a, b))
     # LAPACK's last bits depend on how its arguments are aligned
     return torch.equal(a, b) or (a.is_floating_point() and excess(a, b, b.double()) <= 0)
 
