@@ -1,7 +1,7 @@
 """Every public callable of torch that takes a tensor, each with arguments that it accepts.
 
-The list is torch's own, `torch.overrides`. Arguments are found by trying a few candidates for each parameter on ordinary
-tensors, or stand in `tests.callables_by_hand`. Nothing here knows about the compiler.
+The list is torch's own, `torch.overrides`. Arguments are found by trying a few candidates for each parameter on
+ordinary tensors, or stand in `tests.callables_by_hand`. Nothing here knows about the compiler.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import re
 import types
 import warnings
@@ -24,8 +23,8 @@ from torch import Tensor
 from kvbuffer_compile.codegen import build
 from tests.callables import SHAPES, STATE, Call, Public, first_call, overridable, same, values, variants
 from tests.callables_by_hand import ARGUMENTS, BY_HAND, NEVER
+from tests.equality import equal
 from tests.op_samples import samples
-from tests.oracle import excess
 from tests.owing import owed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,42 +72,6 @@ def states() -> States:
 
 
 # ------------------------------------------------------------------------------------------------- judging
-
-
-def equal(a: Any, b: Any) -> bool:
-    """The same values; what holds no values is equal to anything."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return _equal_tensors(a, b)
-    if isinstance(a, np.ndarray | torch.UntypedStorage):
-        return bool(np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True))
-    if isinstance(a, dict):
-        return equal(list(a.items()), list(b.items()))
-    if isinstance(a, list | tuple | types.GeneratorType):
-        a, b = list(a), list(b)
-        return len(a) == len(b) and all(map(equal, a, b))
-    if isinstance(a, str):
-        return _numbers(a) == _numbers(b)
-    if isinstance(a, float):
-        return a == b or (math.isnan(a) and math.isnan(b))
-    return bool(a == b) if isinstance(a, int | bool | complex) else True
-
-
-def _equal_tensors(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout:
-        return False
-    if a.layout is not torch.strided:
-        a, b = a.to_dense(), b.to_dense()
-    if a.is_complex():
-        a, b = (torch.view_as_real(x.to(torch.complex128).resolve_conj()) for x in (a, b))
-    if not torch.equal(a.isnan(), b.isnan()):
-        return False
-    a, b = (x.nan_to_num(0, 1e30, -1e30) if x.is_floating_point() else x for x in (a, b))
-    # LAPACK's last bits depend on how its arguments are aligned
-    return torch.equal(a, b) or (a.is_floating_point() and excess(a, b, b.double()) <= 0)
-
-
-def _numbers(text: str) -> list[str]:
-    return re.findall(r"-?\d+\.?\d*(?:e[-+]\d+)?", text)
 
 
 def shares(x: Any, state: Tensor) -> bool:
