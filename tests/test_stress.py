@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from kvbuffer_compile.codegen import build
 from tests import stress, stress_rules, stress_threads  # noqa: F401  (they register the rules)
-from tests.stress import RULES, Compiled, play
+from tests.stress import RULES, Compiled, fails, play
+from tests.stress_mutants import MUTANTS
 
 TARGETS = ["aten", pytest.param("cpp", marks=pytest.mark.skipif(build.compiler() is None, reason="no compiler"))]
 EXAMPLES = 200
@@ -48,3 +49,23 @@ def test_whatever_happens_no_token_is_stale_or_lost(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_many_examples(target: str, part: int) -> None:
     run(target, range(1000 * (part + 1), 1000 * (part + 2)))
+
+
+TIMING = [name for name in RULES if "thread" in name or "interrupt" in name]
+
+
+def caught(compiled: Compiled, apply: Callable[[pytest.MonkeyPatch], None]) -> int | None:
+    """The first example that fails with a mutant and not without it."""
+    for seed in range(EXAMPLES):
+        with pytest.MonkeyPatch.context() as patch:
+            apply(patch)
+            wrong = fails(compiled, seed, (), TIMING)
+        if wrong and not fails(compiled, seed, (), TIMING):
+            return seed
+    return None
+
+
+def test_broken_runtimes_are_noticed() -> None:
+    compiled = Compiled("cpp" if build.compiler() else "aten")
+    found = {name: caught(compiled, apply) for name, apply in MUTANTS.items()}
+    assert None not in found.values(), found
