@@ -1,0 +1,105 @@
+"""Ways to break the runtime that the stress machine must notice: each replaces one rule of it by a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvbuffer_compile import accounts, composite, drafts, guard, ledger, runtime
+
+Patch = pytest.MonkeyPatch
+MUTANTS: dict[str, Callable[[Patch], None]] = {}
+
+
+def mutant(name: str) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
+    def register(apply: Callable[[Patch], None]) -> Callable[[Patch], None]:
+        MUTANTS[name] = apply
+        return apply
+
+    return register
+
+
+def _flush(patch: Patch, wrong: Callable[..., None]) -> None:
+    right = composite.flush
+    patch.setattr(composite, "flush", lambda *args: wrong(right, *args))
+
+
+@mutant("a flush drops the newest row")
+def dropping(patch: Patch) -> None:
+    def flush(right: Any, plan: Any, state: Tensor, cursor: Tensor, rows: Any, which: Tensor) -> None:
+        cursor[0] -= ((cursor[0] > 1) & which).int()
+        right(plan, state, cursor, rows, which)
+
+    _flush(patch, flush)
+
+
+@mutant("a flush is applied twice")
+def twice(patch: Patch) -> None:
+    def flush(right: Any, plan: Any, state: Tensor, cursor: Tensor, rows: Any, which: Tensor) -> None:
+        before = cursor.clone()
+        right(plan, state, cursor, rows, which)
+        cursor.copy_(before)
+        right(plan, state, cursor, rows, which)
+
+    _flush(patch, flush)
+
+
+@mutant("a flush leaves out the last sequence")
+def one_short(patch: Patch) -> None:
+    def flush(right: Any, plan: Any, state: Tensor, cursor: Tensor, rows: Any, which: Tensor) -> None:
+        right(plan, state, cursor, rows, which & (torch.arange(len(which)) < len(which) - 1))
+
+    _flush(patch, flush)
+
+
+@mutant("states in lists are not seen")
+def no_lists(patch: Patch) -> None:
+    def states(given: Any) -> Iterator[Tensor]:
+        args, kwargs = given
+        yield from (x for x in (*args, *kwargs.values()) if isinstance(x, guard.GuardedState))
+
+    patch.setattr(guard, "_states", states)
+
+
+@mutant("who else holds the memory is not asked")
+def no_aliases(patch: Patch) -> None:
+    patch.setattr(ledger.Ledger, "check_aliases", lambda self, account: None)
+
+
+@mutant("only a state itself is its own")
+def no_overlap(patch: Patch) -> None:
+    patch.setattr(ledger, "overlap", lambda a, b: a.data_ptr() == b.data_ptr() and a.shape == b.shape)
+
+
+@mutant("a step that failed is not taken back")
+def not_undone(patch: Patch) -> None:
+    patch.setattr(accounts.Account, "take_back_unfinished", lambda self, tokens: None)
+
+
+@mutant("one token too few is taken back")
+def too_few(patch: Patch) -> None:
+    right = runtime.take_back
+    patch.setattr(runtime, "take_back", lambda found, n: right(found, torch.as_tensor(n).sub(1).clamp_min(0)))
+
+
+@mutant("an accepted path stays where it was")
+def not_moved(patch: Patch) -> None:
+    def keep(account: Any, paths: Tensor) -> None:
+        account.cursor[0] += (paths >= 0).sum(1)
+        account.drafts = None
+
+    patch.setattr(drafts, "_keep", keep)
+
+
+@mutant("what was overwritten still owes")
+def not_dropped(patch: Patch) -> None:
+    patch.setattr(accounts.Account, "drop", lambda self, zero=False: None)
+
+
+@mutant("accounts outlive their states")
+def immortal(patch: Patch) -> None:
+    patch.setattr(ledger.Ledger, "owner_died", lambda self, key: None)

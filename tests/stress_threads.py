@@ -1,0 +1,136 @@
+"""Rules of the stress machine with something going on at the same time: other threads, interrupts."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.equality import equal
+from tests.stress import Place, World, rule
+from tests.stress_graphs import operands
+from tests.stress_rules import step
+from tests.stress_ways import READS
+
+SOURCE = "kvbuffer_compile"  # interrupts come in its lines
+
+
+def _beside(main: Callable[[], Any], other: Callable[[], Any]) -> None:
+    """Both at once, switching as often as can be; what goes wrong in either is raised."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with torch.no_grad():
+                other()
+        except BaseException as e:
+            raised.append(e)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        main()
+    finally:
+        thread.join()
+        sys.setswitchinterval(before)
+    if raised:
+        raise raised[0]
+
+
+@rule("a thread reads what another steps", 2)
+def read_beside(world: World, place: Place, dice: random.Random) -> None:
+    """What it reads was true at some moment, and reading harms nothing."""
+    if place.kind not in ("own", "zero", "cache"):
+        return
+    graph, seen, truths = world.compiled.steps["decode"], [], [place.twin.clone()]
+    inputs = [operands(graph, len(place.twin), world.generator(dice)) for _ in range(4)]
+    for x in inputs:
+        graph.plain(place.twin, *x)
+        truths.append(place.twin.clone())
+    _beside(
+        lambda: [graph.compiled(place.real, *x) for x in inputs],
+        lambda: seen.extend(place.real.clone() for _ in range(3)),
+    )
+    place.history.clear()
+    for x in seen:
+        assert any(equal(x, truth) for truth in truths), "a thread read what was never true"
+
+
+@rule("two threads step two states", 2)
+def step_beside(world: World, place: Place, dice: random.Random) -> None:
+    others = [p for p in world.places if p is not place and "delta" in p.steps]
+    if "delta" not in place.steps or not others:
+        return
+    other, graph = dice.choice(others), world.compiled.steps["decode"]
+    given = [[operands(graph, len(p.twin), world.generator(dice)) for _ in range(4)] for p in (place, other)]
+    _beside(
+        lambda: [step(world, place, "decode", x) for x in given[0]],
+        lambda: [step(world, other, "decode", x) for x in given[1]],
+    )
+
+
+# -------------------------------------------------------------------------------------------------- interrupts
+
+
+class _Interrupt:
+    """Raises KeyboardInterrupt at the n-th line that is run in the package."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __enter__(self) -> _Interrupt:
+        sys.settrace(self.enter)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> bool:
+        sys.settrace(None)
+        return kind is KeyboardInterrupt
+
+    def enter(self, frame: FrameType, event: str, arg: Any) -> Any:
+        ours = SOURCE in frame.f_code.co_filename and "tests" not in frame.f_code.co_filename.rsplit("/", 2)[-2]
+        return self.line if ours else None
+
+    def line(self, frame: FrameType, event: str, arg: Any) -> Any:
+        self.left -= event == "line"
+        if self.left == 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return self.line
+
+
+@rule("interrupt a read", 3)
+def interrupt_read(world: World, place: Place, dice: random.Random) -> None:
+    n = dice.randint(1, 120)
+    world.note(f"at line {n}")
+    with _Interrupt(n) as interrupt:
+        READS["clone"](place.real)
+    world.counts["interrupts"] += interrupt.left == 0
+    place.history.clear()
+    world.read(place, "clone", torch.clone)
+
+
+@rule("interrupt a step", 3)
+def interrupt_step(world: World, place: Place, dice: random.Random) -> None:
+    """It has been done or it has not, for all sequences."""
+    if "decode" not in place.steps or place.inference:
+        return
+    graph, n = world.compiled.steps["decode"], dice.randint(1, 250)
+    inputs = operands(graph, len(place.twin), world.generator(dice))
+    world.note(f"at line {n}")
+    with _Interrupt(n) as interrupt:
+        graph.compiled(place.real, *inputs)
+    done: Tensor = place.twin.clone()
+    graph.plain(done, *inputs)
+    got = place.real.clone()
+    world.counts["interrupts"] += interrupt.left == 0
+    assert equal(got, done) or (interrupt.left == 0 and equal(got, place.twin)), "a step was done by halves"
+    place.twin.copy_(got)
+    place.history.clear()
