@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbuffer_compile import accounts, composite, drafts, guard, ledger, runtime
+from kvbuffer_compile import access, accounts, attempt, composite, dispatch_watch, drafts, entry, guard, ledger, runtime
 
 Patch = pytest.MonkeyPatch
 MUTANTS: dict[str, Callable[[Patch], None]] = {}
@@ -62,12 +62,13 @@ def no_lists(patch: Patch) -> None:
         args, kwargs = given
         yield from (x for x in (*args, *kwargs.values()) if isinstance(x, guard.GuardedState))
 
-    patch.setattr(guard, "_states", states)
+    patch.setattr(access, "states_in", states)
+    patch.setattr(dispatch_watch, "_callback", None)  # would see them all the same
 
 
 @mutant("who else holds the memory is not asked")
 def no_aliases(patch: Patch) -> None:
-    patch.setattr(ledger.Ledger, "check_aliases", lambda self, account: None)
+    patch.setattr(accounts.Allocation, "check", lambda self: False)
 
 
 @mutant("only a state itself is its own")
@@ -88,18 +89,30 @@ def too_few(patch: Patch) -> None:
 
 @mutant("an accepted path stays where it was")
 def not_moved(patch: Patch) -> None:
-    def keep(account: Any, paths: Tensor) -> None:
-        account.cursor[0] += (paths >= 0).sum(1)
-        account.drafts = None
+    def keep(found: Any, paths: Tensor) -> None:
+        for account in found:
+            account.cursor[0] += (paths >= 0).sum(1)
+            account.drafts = None
 
     patch.setattr(drafts, "_keep", keep)
 
 
-@mutant("what was overwritten still owes")
-def not_dropped(patch: Patch) -> None:
-    patch.setattr(accounts.Account, "drop", lambda self, zero=False: None)
+@mutant("a call counts before it is done")
+def too_early(patch: Patch) -> None:
+    right = attempt.Attempt.__init__
+
+    def begin(self: Any, parents: Tensor | None = None) -> None:
+        right(self, parents)
+        self.done = True
+
+    patch.setattr(attempt.Attempt, "__init__", begin)
+
+
+@mutant("graphs of other backends settle nothing")
+def unsettled(patch: Patch) -> None:
+    patch.setattr(entry, "touch", lambda state: None)
 
 
 @mutant("accounts outlive their states")
 def immortal(patch: Patch) -> None:
-    patch.setattr(ledger.Ledger, "owner_died", lambda self, key: None)
+    patch.setattr(ledger.Ledger, "owner_died", lambda self, account, owner=None: None)
