@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import weakref
 from typing import Protocol
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from kvbuffer_compile import composite, ops
+from kvbuffer_compile import composite
+from kvbuffer_compile.buffers import allocate
 from kvbuffer_compile.guard import plain_calls
 from kvbuffer_compile.overlap import address, has_memory, provide
 from kvbuffer_compile.plan import Plan
@@ -67,7 +67,7 @@ class Account:
         self.first = phase
         self.most = 0
         with torch.inference_mode(False):
-            self.cursor, self.rows = _allocate(self.state, plan)
+            self.cursor, self.rows = allocate(self.state, plan)
         self.cursor[1].fill_(phase)
 
     @property
@@ -190,16 +190,3 @@ def alias(owner: Tensor, place: Place | None = None) -> Tensor:
         return torch.empty(0, dtype=owner.dtype, device=owner.device).set_(
             owner.untyped_storage(), offset, sizes, strides
         )
-
-
-def _allocate(state: Tensor, plan: Plan) -> tuple[Tensor, list[Tensor]]:
-    lanes = plan.layout.sizes(state.shape)[:-2]
-    cursor = ops.new_cursor(plan, lanes, state.device)
-    rows = [
-        torch.empty(plan.row_shape(v, lanes), dtype=dtype, device=state.device)
-        for v, dtype in zip(plan.program.logged, plan.row_dtypes, strict=True)
-    ]
-    if os.environ.get("KVBUFFER_STRICT") == "1":  # unused slots must never be read
-        for row in rows:
-            row.fill_(float("nan"))
-    return cursor, rows

@@ -21,6 +21,7 @@ MAPPED = ("passes", "codegen")  # folders at the top that are sub-packages to Py
 LEVELS = {
     "errors": 0,
     "options": 0,
+    "disk": 1,
     "ir": 1,
     "text": 1,
     "memory": 2,
@@ -35,6 +36,7 @@ LEVELS = {
     "tree": 4,
     "drafts": 4,
     "guard": 4,
+    "buffers": 4,
     "ledger": 4,
     "accounts": 4,
     "ops": 4,
