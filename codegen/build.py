@@ -10,32 +10,37 @@ g++ switch subnormals off for the whole process.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
 import platform
 import shlex
-import shutil
-import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from kvbuffer_compile import disk
+from kvbuffer_compile.codegen import compiler as cxx
 from kvbuffer_compile.codegen import cpp
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.plan import Plan
 
 FLAGS = (
     "-std=c++17", "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-march=native", "-fopenmp",
-    "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-w",
+    "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-w", "-Wno-psabi",
 )  # fmt: skip
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
-INSTALL = "install a C++ compiler (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++) or name one in CXX"
-SEAL = 32  # a library ends with the SHA-256 of what is before it: loaders ignore it, and a torn file is noticed
+INSTALL = cxx.INSTALL
+SEAL = 32  # bytes of the SHA-256 of name and contents at a library's end: loaders ignore it, a torn file is noticed
+MOST = 1 << 28  # bytes of a library
 
 _loaded: set[str] = set()
+L = TypeVar("L")
 
 
 def load(plan: Plan) -> None:
@@ -46,116 +51,125 @@ def load(plan: Plan) -> None:
     """
     if plan.key in _loaded:
         return
-    path = library(cpp.emit(plan))
+    source = cpp.emit(plan)
     try:
-        torch.ops.load_library(str(path))
-    except OSError:  # sealed, and still not loadable: built for another machine or PyTorch
-        path.unlink(missing_ok=True)
-        _open(library(cpp.emit(plan)))
+        loaded(library(source), ctypes.CDLL)
+    except OSError:  # whole, and still not loadable: built for another machine or PyTorch, or by a broken compiler
+        try:
+            loaded(library(source, afresh=True), ctypes.CDLL)
+        except OSError as error:
+            name = shlex.join(cxx.command())
+            raise EmitError(f"what the C++ compiler {name!r} makes cannot be loaded: {INSTALL}\n{error}") from error
     _loaded.add(plan.key)
 
 
-def _open(path: Path) -> None:
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        raise EmitError(f"the kernel was built but cannot be loaded: {error}") from error
+def loaded(path: Path, loader: Callable[[str], L]) -> L:
+    """A library whose bytes have just been checked, of a folder where nobody else can change them. OSError."""
+    with disk.opened(path.parent) as place:
+        data = disk.read_in(place, path.name, MOST)
+        if data is None or not _sealed(path.name, data):
+            raise OSError(f"{path} was changed after it was built")
+        within = f"/proc/self/fd/{place}"  # the folder that was checked, whatever stands at its path by now
+        return loader(f"{within}/{path.name}" if os.path.isdir(within) else str(path))
 
 
-def library(source: str, options: Sequence[str] = ()) -> Path:
-    """The shared library of a source text, compiled unless a whole one is in the cache. options: go after FLAGS."""
-    command = [*_command(), *options]
-    key = hashlib.sha256("\0".join([source, _fingerprint(command)]).encode()).hexdigest()[:32]
+def library(source: str, options: Sequence[str] = (), afresh: bool = False) -> Path:
+    """The shared library of a source text, compiled unless a whole one is in the cache; afresh: even then. options: for
+    the compiler, behind FLAGS.
+
+    Of processes that want the same one at once, one compiles and the others wait for it.
+    """
+    key = hashlib.sha256("\0".join([source, _fingerprint(options)]).encode()).hexdigest()[:32]
+    name = f"{key}.so"
     try:
-        path = cache_folder() / f"{key}.so"
-        if not is_whole(path):
-            _compile(command, source, path)
+        found = None if afresh else _kept(name)
+        if found is None:
+            with disk.alone(name, cxx.limit()):
+                found = None if afresh else _kept(name)
+                found = found or _built(name, source, options)
     except OSError as error:
-        raise EmitError(f"no folder for built kernels, set TORCHINDUCTOR_CACHE_DIR to one: {error}") from error
+        raise EmitError(
+            f"no room for built kernels ({error.strerror or error}); {disk.ADVICE}, and TMPDIR as well"
+        ) from error
+    return found
+
+
+def _kept(name: str) -> Path | None:
+    return next((place / name for place in disk.places() if is_whole(place / name)), None)
+
+
+def _built(name: str, source: str, options: Sequence[str]) -> Path:
+    path = disk.keep(name, _seal(name, _compile(source, options)))
+    with suppress(OSError):  # for people
+        disk.write(path.with_suffix(".cpp"), source.encode())
     return path
 
 
-def cache_folder() -> Path:
-    """Where libraries are kept: under Inductor's cache, so TORCHINDUCTOR_CACHE_DIR moves it."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "kvbuffer"
-
-
 def is_whole(path: Path) -> bool:
-    """Whether a library is complete and unchanged since it was written."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return False
-    return len(data) > SEAL and hashlib.sha256(data[:-SEAL]).digest() == data[-SEAL:]
+    """Whether a library is ours, complete, and that of its name."""
+    data = disk.read(path, MOST)
+    return data is not None and _sealed(path.name, data)
+
+
+def _seal(name: str, data: bytes) -> bytes:
+    return data + hashlib.sha256(name.encode() + data).digest()
+
+
+def _sealed(name: str, data: bytes) -> bool:
+    return len(data) > SEAL and _seal(name, data[:-SEAL]) == data
 
 
 def compiler() -> str | None:
     """Path and version of the compiler that kernels are built with; None when there is none."""
-    command = _compiler_command()
-    path = shutil.which(command[0]) if command else None
-    if path is None:
-        return None
+    return None if no_compiler() else cxx.find(cxx.command())
+
+
+def no_compiler() -> str:
+    """Why there is none, and what to do; "" when there is one."""
     try:
-        version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{path}: {version.splitlines()[0] if version else 'unknown version'}"
-
-
-def _compiler_command() -> list[str]:
-    """CXX, which may carry arguments, or g++."""
-    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
-
-
-def _command() -> list[str]:
-    sanitize = SANITIZE if os.environ.get("KVBUFFER_SANITIZE") == "1" else ()
-    return [*_compiler_command(), *FLAGS, *sanitize]
-
-
-def _fingerprint(command: list[str]) -> str:
-    """All besides the source that decides what a library holds and whether it runs here."""
-    return "\n".join([*command, _version(tuple(_compiler_command())), torch.__version__, _cpu()])
+        cxx.find(cxx.command())
+    except EmitError as error:
+        return str(error)
+    return ""
 
 
 @functools.cache
 def _version(command: tuple[str, ...]) -> str:
-    found = compiler()
-    if found is None:
-        raise EmitError(f"there is no C++ compiler {shlex.join(command)!r}: {INSTALL}")
-    return found
+    return cxx.find(command)
+
+
+def _flags() -> list[str]:
+    sanitize = SANITIZE if os.environ.get("KVBUFFER_SANITIZE") == "1" else ()
+    return [*FLAGS, *sanitize]
+
+
+def _fingerprint(options: Sequence[str] = ()) -> str:
+    """All besides the source that decides what a library holds and whether it runs here."""
+    command = cxx.command()
+    return "\n".join([*command, *_flags(), *options, _version(command), torch.__version__, _cpu()])
 
 
 @functools.cache
 def _cpu() -> str:
     """What -march=native depends on."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.machine() + platform.processor()
     return "\n".join(sorted({x for x in lines if x.startswith(("flags", "model name", "Features", "CPU part"))}))
 
 
-def _compile(command: list[str], source: str, path: Path) -> None:
-    """Compile beside `path` and move the result there in one step: readers see a whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+def _compile(source: str, options: Sequence[str]) -> bytes:
+    """The library of a source text. Compilers keep their own files in the temporary folder too."""
+    with tempfile.TemporaryDirectory(prefix="kvbuffer_") as folder:
         text, built = Path(folder, "step.cpp"), Path(folder, "step.so")
         text.write_text(source, encoding="utf-8")
         libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
-        _run([*command, str(text), "-o", str(built), *libraries], source)
-        data = built.read_bytes()
-        built.write_bytes(data + hashlib.sha256(data).digest())
-        os.replace(built, path)
-        os.replace(text, path.with_suffix(".cpp"))
-
-
-def _run(command: list[str], source: str) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError as error:
-        raise EmitError(f"cannot run {command[0]!r} ({error}): {INSTALL}") from error
-    if done.returncode:
-        head = source.split("#include", 1)[0]
-        raise EmitError(f"{shlex.join(command)} failed; {INSTALL}\n{done.stderr[-4000:]}\n{head}")
+        command = cxx.command()
+        try:
+            cxx.run(command, [*_flags(), *options, str(text), "-o", str(built), *libraries])
+        except EmitError as error:
+            raise EmitError(f"{error}\n{source.split('#include', 1)[0]}") from error
+        if not built.is_file():
+            raise EmitError(f"the C++ compiler {shlex.join(command)!r} ended well and wrote no library: {INSTALL}")
+        return built.read_bytes()

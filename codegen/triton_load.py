@@ -1,16 +1,16 @@
-"""From generated Triton text to a Python module: the text is kept on disk by content, for inspection and tracebacks."""
+"""From generated Triton text to a Python module. The text is kept on disk for people; what runs is the text itself."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
-import os
+import linecache
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
+
+from kvbuffer_compile import disk
 
 
 def load(source: str, interpret: bool = False) -> ModuleType:
@@ -21,33 +21,33 @@ def load(source: str, interpret: bool = False) -> ModuleType:
     """
     name = f"kvbuffer_triton_{hashlib.sha256(source.encode()).hexdigest()[:16]}{'_interpreted' if interpret else ''}"
     if name not in sys.modules:
-        module = _import(name, _kept(name, source), interpret)
+        module = _module(name, source, interpret)
         if interpret:
             vars(module)["launch"] = _interpreted(vars(module)["launch"])
         sys.modules[name] = module
     return sys.modules[name]
 
 
-def _kept(name: str, source: str) -> Path:
-    """The file of a text; it appears whole or not at all, whoever else writes it."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    path = Path(cache_dir()) / "kvbuffer" / f"{name}.py"
-    if not path.exists() or path.read_text(encoding="utf-8") != source:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(source, encoding="utf-8")
-        os.replace(part, path)
-    return path
-
-
-def _import(name: str, path: Path, interpret: bool) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+def _module(name: str, source: str, interpret: bool) -> ModuleType:
+    path = _shown_at(name, source)
+    # Triton and tracebacks ask for the lines of a file; with no time of its own an entry is never compared with one.
+    linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
+    module = ModuleType(name)
+    module.__file__ = path
     with _interpret(interpret):
-        spec.loader.exec_module(module)
+        exec(compile(source, path, "exec"), vars(module))
     return module
+
+
+def _shown_at(name: str, source: str) -> str:
+    """Where people find a text: a file, unless none can be kept."""
+    try:
+        path = disk.folder() / f"{name}.py"
+        if disk.read(path, len(source) * 4) != source.encode():
+            disk.write(path, source.encode())
+        return str(path)
+    except OSError:
+        return f"<{name}>"
 
 
 @contextmanager

@@ -10,16 +10,16 @@ import json
 import math
 import os
 import statistics
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kvbuffer_compile import disk
 from kvbuffer_compile.codegen import triton as emitter
-from kvbuffer_compile.codegen.build import cache_folder
 from kvbuffer_compile.codegen.example import example, typical_lanes
 from kvbuffer_compile.codegen.launch import Config, space
 from kvbuffer_compile.codegen.schedule import schedule
@@ -28,6 +28,7 @@ from kvbuffer_compile.plan import Plan
 
 LANES = 1024  # that a launch is timed with: enough for any GPU to be full
 TOKENS = 4  # of a verify step
+MOST_BYTES = 1 << 20  # of a file
 
 Timer = Callable[[Plan, Config], float]
 
@@ -39,12 +40,12 @@ def tuned(plan: Plan, device: str, timer: Timer) -> Config:
     disk knows no answer.
     """
     choices = space(plan, schedule(plan.program, in_place=plan.variant != "buffered"))
-    path = cache_folder() / f"launch_{_key(plan, choices, device)}.json"
-    known = _read(path, choices)
+    path = _path(_key(plan, choices, device))
+    known = path and _read(path, choices)
     if known is None and os.environ.get("KVBUFFER_TUNE") != "0":
         times = {config: timer(plan, config) for config in choices}
         known = min(choices, key=lambda c: times[c])  # the model's own among equals
-        if math.isfinite(times[known]):
+        if path and math.isfinite(times[known]):
             _write(path, known, times)
     return known or choices[0]
 
@@ -56,26 +57,28 @@ def _key(plan: Plan, choices: list[Config], device: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
+def _path(key: str) -> Path | None:
+    """The file of an answer; None where nothing can be kept."""
+    try:
+        return disk.folder() / f"launch_{key}.json"
+    except OSError:
+        return None
+
+
 def _read(path: Path, choices: list[Config]) -> Config | None:
     """The answer in a file; None when there is none, or none that makes sense."""
     try:
-        found = Config(**json.loads(path.read_text(encoding="utf-8"))["best"])
-    except (OSError, ValueError, KeyError, TypeError):
+        found = Config(**json.loads(disk.read(path, MOST_BYTES) or b"")["best"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return found if found in choices else None
+    return choices[choices.index(found)] if found in choices else None  # True is as good as 1, and prints otherwise
 
 
 def _write(path: Path, best: Config, times: dict[Config, float]) -> None:
-    """The file appears whole or not at all. A cache that cannot be written costs the next process its time."""
+    """A cache that cannot be written costs the next process its time."""
     seconds = [{**asdict(c), "seconds": t} for c, t in times.items() if math.isfinite(t)]
-    text = json.dumps({"best": asdict(best), "measured": seconds}, indent=1)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as part:
-            part.write(text)
-        os.replace(part.name, path)
-    except OSError:
-        return
+    with suppress(OSError):
+        disk.write(path, json.dumps({"best": asdict(best), "measured": seconds}, indent=1).encode())
 
 
 def on_gpu(plan: Plan, config: Config) -> float:

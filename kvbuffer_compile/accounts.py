@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import os
 import weakref
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kvbuffer_compile import composite, ops
+from kvbuffer_compile import composite
 from kvbuffer_compile.aliases import Place, alias, known_alias, plain
 from kvbuffer_compile.attempt import Attempt
+from kvbuffer_compile.buffers import allocate
 from kvbuffer_compile.forks import one_thread_in_a_fork
 from kvbuffer_compile.locks import RLock
 from kvbuffer_compile.overlap import has_memory, provide
@@ -76,7 +76,7 @@ class Account:
         self.first = phase
         self.most = 0
         with torch.inference_mode(False):
-            self.cursor, self.rows = _allocate(self.state, plan)
+            self.cursor, self.rows = allocate(self.state, plan)
         self.cursor[1].fill_(phase)
         self.arguments = (self.cursor, *self.rows)  # of a step op, behind the state
 
@@ -264,16 +264,3 @@ class Allocation:
 def geometry(t: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
     """Where a tensor lies and how."""
     return t.data_ptr(), t.shape, t.stride()
-
-
-def _allocate(state: Tensor, plan: Plan) -> tuple[Tensor, list[Tensor]]:
-    lanes = plan.layout.sizes(state.shape)[:-2]
-    cursor = ops.new_cursor(plan, lanes, state.device)
-    rows = [
-        torch.empty(plan.row_shape(v, lanes), dtype=dtype, device=state.device)
-        for v, dtype in zip(plan.program.logged, plan.row_dtypes, strict=True)
-    ]
-    if os.environ.get("KVBUFFER_STRICT") == "1":  # unused slots must never be read
-        for row in rows:
-            row.fill_(float("nan"))
-    return cursor, rows

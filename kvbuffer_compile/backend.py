@@ -25,6 +25,7 @@ from kvbuffer_compile.passes import composites, pools
 from kvbuffer_compile.passes.choose import choose
 from kvbuffer_compile.passes.lift import lift
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Part
+from kvbuffer_compile.passes.reasons import EMPTY
 from kvbuffer_compile.passes.rewrite import Spliced, splice
 from kvbuffer_compile.passes.sequences import spelled_out
 from kvbuffer_compile.passes.validate import validate
@@ -183,7 +184,10 @@ def _plan(graph: LiftedGraph, found: Lifted, ours: Options) -> Plan | Declined:
     if found.write is None and not ours.donate:
         reason = "the next state is returned, and the caller may still hold the old one: pass options={'donate': True}"
         return Declined(found.state.name, "not-donated", reason, found.source)
-    device = found.state.meta["val"].device
+    value = found.state.meta["val"]
+    if 0 in value.shape:
+        return Declined(found.state.name, "empty", EMPTY, found.source)
+    device = value.device
     target = targets.resolve(ours.target, device)
     if found.slots is not None:
         target = targets.for_slots(target, ours.target)

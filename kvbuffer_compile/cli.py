@@ -12,7 +12,7 @@ from typing import Any
 from kvbuffer_compile import doctor, workload
 from kvbuffer_compile.emit import add_arguments as add_emit_arguments
 from kvbuffer_compile.emit import emit
-from kvbuffer_compile.options import TARGETS, Options
+from kvbuffer_compile.options import COUNT, TARGETS, Options, is_count
 
 PLOTS = (".png", ".svg", ".pdf")
 
@@ -68,10 +68,11 @@ def _count(text: str) -> int:
 
 
 def _flush(text: str) -> str | int:
-    try:
-        return text if text == "auto" else _count(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f'{text!r} is not allowed: it must be "auto" or an integer >= 1') from None
+    if text == "auto":
+        return text
+    if not text.isdecimal() or not is_count(int(text)):
+        raise argparse.ArgumentTypeError(f'{text!r} is not allowed: it must be "auto" or {COUNT}')
+    return int(text)
 
 
 # ----------------------------------------------------------------------------------------------- commands

@@ -87,7 +87,7 @@ def _set_key(tensor: Tensor, on: bool) -> None:
 
 def _load() -> ctypes.PyDLL:
     source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
-    extension = ctypes.PyDLL(str(build.library(source, _OPTIONS)))
+    extension = build.loaded(build.library(source, _OPTIONS), ctypes.PyDLL)
     extension.kvbuffer_watch_start.restype = ctypes.c_bool
     extension.kvbuffer_watch_mark.argtypes = (ctypes.c_void_p, ctypes.c_bool)
     extension.kvbuffer_watch_mark.restype = None

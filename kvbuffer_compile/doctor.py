@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -11,7 +12,8 @@ from typing import Literal
 
 import torch
 
-from kvbuffer_compile.machine import cache_root, machine_for
+from kvbuffer_compile import disk
+from kvbuffer_compile.machine import machine_for
 
 GROUP, NAME = "torch_dynamo_backends", "kvbuffer"
 TORCH, TRANSFORMERS = (2, 11), (5, 17)
@@ -37,7 +39,7 @@ def findings() -> Iterator[Finding]:
     yield _version("triton", None, needed=False)
     yield _compiler()
     yield _entry_point()
-    yield Finding("ok", "cache", str(cache_root()))
+    yield _cache()
     yield from _machines()
 
 
@@ -67,8 +69,18 @@ def _compiler() -> Finding:
 
     found = build.compiler()
     if found is None:
-        return Finding("note", "C++ compiler", f"none, steps on a CPU are slower; {build.INSTALL}")
+        return Finding("note", "C++ compiler", f"none, steps on a CPU are slower; {build.no_compiler()}")
     return Finding("ok", "C++ compiler", found)
+
+
+def _cache() -> Finding:
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = str(disk.folder())
+    except OSError as error:
+        return Finding("note", "cache", f"none, kernels and measurements are not kept ({error}); {disk.ADVICE}")
+    return Finding("note", "cache", f"{found}: {said[0].message}") if said else Finding("ok", "cache", found)
 
 
 def _entry_point() -> Finding:

@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch.fx import GraphModule
 
-from kvbuffer_compile import targets
+from kvbuffer_compile import disk, targets
 from kvbuffer_compile.passes.lifted import Lifted
 from kvbuffer_compile.plan import Plan
 
 
-def write(folder: str | Path, before: GraphModule, after: GraphModule, chosen: list[tuple[Lifted, Plan]]) -> Path:
-    """Write graph<N>/ under folder and return it. Existing dumps are kept: N counts up."""
-    root = Path(folder)
+def write(folder: str | Path, before: GraphModule, after: GraphModule, chosen: list[tuple[Lifted, Plan]]) -> None:
+    """Write graph<N>/ under folder. Existing dumps are kept: N counts up. What cannot be written is missing, with one
+    warning a process: a dump is for looking at, and no reason to decode otherwise."""
+    texts = list(_texts(before, after, chosen))
+    try:
+        target = _new_folder(Path(folder))
+        for name, text in texts:
+            (target / name).write_text(text, encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        why = getattr(error, "strerror", None) or error
+        disk.tell(
+            f"kvbuffer cannot write dumps to {folder} ({why}): give the option dump, or the environment variable "
+            "KVBUFFER_DUMP, a folder that can be written"
+        )
+
+
+def _new_folder(root: Path) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     n = 0
     while True:
         target = root / f"graph{n}"
         try:
             target.mkdir()
-            break
+            return target
         except FileExistsError:
             n += 1
-    (target / "before.txt").write_text(str(before.graph))
-    (target / "after.txt").write_text(str(after.graph))
+
+
+def _texts(before: GraphModule, after: GraphModule, chosen: list[tuple[Lifted, Plan]]) -> Iterator[tuple[str, str]]:
+    yield "before.txt", str(before.graph)
+    yield "after.txt", str(after.graph)
     for lifted, plan in chosen:
-        (target / f"{lifted.state.name}.txt").write_text(f"{lifted.source}\n{lifted.program}\n\n{plan}\n")
+        yield f"{lifted.state.name}.txt", f"{lifted.source}\n{lifted.program}\n\n{plan}\n"
         source = targets.source(plan)
         if source is not None:
-            (target / f"{lifted.state.name}{source[0]}").write_text(source[1])
-    return target
+            yield f"{lifted.state.name}{source[0]}", source[1]

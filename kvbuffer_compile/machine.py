@@ -9,21 +9,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kvbuffer_compile import disk
 from kvbuffer_compile.surroundings import neutral
 
 FORMAT = 2  # raised when a number changes its meaning
+MOST_BYTES = 1 << 16  # of a file
+SMALLEST, LARGEST = 1e-12, 1e24  # of any number in it: no product or quotient of a few overflows
 LARGE = {"cpu": 32 << 20, "cuda": 512 << 20}  # bytes of a copy that no cache should hold; CPU: small enough to be quick
 
 
@@ -62,9 +63,12 @@ def machine_for(device: torch.device | str) -> Machine:
 
 @functools.cache
 def _known(device: torch.device, name: str) -> Machine:
-    path = machine_path(device, name)
+    try:
+        path = machine_path(device, name)
+    except OSError:  # no folder at all: a measurement costs a fraction of a second
+        return measure(device, name)
     found = load(path)
-    if found is None:
+    if found is None or (found.name, found.device) != (name, device.type):
         found = measure(device, name)
         store(found, path)
     return found
@@ -81,7 +85,7 @@ def _name(device: torch.device) -> str:
 @functools.cache
 def _cpu_model() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -91,42 +95,43 @@ def _cpu_model() -> str:
 # ------------------------------------------------------------------------------------------------ on disk
 
 
-def cache_root() -> Path:
-    """Where we keep what outlives a process: beside Inductor's caches (TORCHINDUCTOR_CACHE_DIR is honoured)."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "kvbuffer"
-
-
 def machine_path(device: torch.device, name: str) -> Path:
     """The file of one device; another torch, thread count or format is another file."""
     key = "\n".join((str(FORMAT), device.type, name, torch.__version__))
-    return cache_root() / f"machine-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return disk.folder() / f"machine-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def load(path: Path) -> Machine | None:
     """A stored machine, or None when there is none or the file cannot be trusted."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(disk.read(path, MOST_BYTES) or b"")
         found = Machine(**{f.name: stored[f.name] for f in fields(Machine)})
-        sound = all(
-            float(x) > 0 for x in (found.bandwidth, found.cache_bandwidth, found.cache, found.launch, found.rate)
-        )
-    except (OSError, ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    return found if sound else None
+    return found if _is_sound(found) else None
+
+
+def _is_sound(found: Machine) -> bool:
+    """Whether each field is of its type, and each number one that a machine could have."""
+    numbers = (found.bandwidth, found.cache_bandwidth, found.cache, found.launch, found.rate)
+    return (
+        isinstance(found.name, str)
+        and isinstance(found.device, str)
+        and isinstance(found.cache, int)
+        and all(_is_number(x) and SMALLEST < x for x in numbers)
+        and _is_number(found.update_bandwidth)
+        and (found.update_bandwidth == 0 or SMALLEST < found.update_bandwidth)
+    )
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and x < LARGEST  # NaN is not
 
 
 def store(machine: Machine, path: Path) -> None:
     """Write atomically; a folder that cannot be written only costs a measurement in the next process."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(asdict(machine), file, indent=1)
-        os.replace(temporary, path)
-    except OSError:
-        pass
+    with suppress(OSError):
+        disk.write(path, json.dumps(asdict(machine), indent=1).encode())
 
 
 # ---------------------------------------------------------------------------------------------- measuring

@@ -15,13 +15,19 @@ from kvbuffer_compile.errors import OptionError
 TARGETS = ("auto", "aten", "cpp", "triton")
 ON_DECLINE = ("ignore", "warn", "raise")
 INNER = ("inductor", "eager")
+# Of flush and capacity. Rows take as many bytes as the state when there are K*V/(K+V) of them, 64 for 128 x 128: a
+# buffer this long pays for no state below 131,072 x 131,072, and one slot more only costs. Loops over flush lengths and
+# the indices of rows were tested up to here.
+LONGEST = 1 << 16
+COUNT = f"an integer from 1 to {LONGEST}"
 
 
 @dataclass(frozen=True)
 class Options:
     """Options of `torch.compile(..., backend="kvbuffer", options={...})`.
 
-    flush: tokens between two writes of a state; "auto" takes the cost model's choice, 1 is the plain recurrence.
+    flush: tokens between two writes of a state; "auto" takes the cost model's choice, 1 is the plain recurrence, and
+        LONGEST is the most.
     inner: who compiles the rewritten graph: "inductor", "eager" (run it as it is) or a callable(gm, inputs).
     donate: states passed in and returned by the function may be overwritten, the caller will not look at the old ones.
     row_dtype: dtype of buffered keys and values; None takes that of the operands.
@@ -44,7 +50,7 @@ class Options:
     capacity: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self.flush == "auto" or _is_count(self.flush), "flush", self.flush, '"auto" or an integer >= 1')
+        _check(self.flush == "auto" or is_count(self.flush), "flush", self.flush, f'"auto" or {COUNT}')
         _check(self.inner in INNER or callable(self.inner), "inner", self.inner, f"one of {INNER} or a callable")
         _check(isinstance(self.donate, bool), "donate", self.donate, "True or False")
         _check(
@@ -55,11 +61,12 @@ class Options:
         _check(self.dump is None or isinstance(self.dump, str | Path), "dump", self.dump, "None or a path")
         _check(isinstance(self.check, bool), "check", self.check, "True or False")
         _check(self.target in TARGETS, "target", self.target, f"one of {TARGETS}")
-        _check(self.capacity is None or _is_count(self.capacity), "capacity", self.capacity, "None or an integer >= 1")
+        _check(self.capacity is None or is_count(self.capacity), "capacity", self.capacity, f"None or {COUNT}")
 
 
-def _is_count(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+def is_count(x: object) -> bool:
+    """Whether flush or capacity may be this."""
+    return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= LONGEST
 
 
 def _check(ok: object, name: str, value: object, allowed: str) -> None:

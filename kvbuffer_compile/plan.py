@@ -203,12 +203,18 @@ class Plan:
         """How many cursors a state with these lane sizes needs."""
         return lanes[0] if self.layout.sequence else 1
 
-    def __str__(self) -> str:
+    @property
+    def settings(self) -> str:
+        """What equal plans have in common, for people: the text of kernels, which are kept by their text, holds this
+        and nothing that was measured."""
         dtypes = (str(d).removeprefix("torch.") for d in self.row_dtypes)
         rows = ", ".join(f"{v}:{d}" for v, d in zip(self.program.logged, dtypes, strict=True))
         sizes = f"K={self.sizes[0]} V={self.sizes[1]}"
         head = f"{self.variant} L={self.flush} capacity={self.capacity} {sizes} target={self.target}"
-        return f"{head}\n  rows {rows or '-'}\n  {self.why}".rstrip()
+        return f"{head}\n  rows {rows or '-'}"
+
+    def __str__(self) -> str:
+        return f"{self.settings}\n  {self.why}".rstrip()
 
 
 def _hash(*parts: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import warnings
 from typing import Any
@@ -12,6 +13,9 @@ import torch
 from kvbuffer_compile import ops
 from kvbuffer_compile.errors import EmitError, OptionError
 from kvbuffer_compile.plan import Plan
+
+log = logging.getLogger("kvbuffer_compile")
+_said: set[str] = set()  # the first lines of warnings
 
 
 def resolve(wanted: str, device: torch.device) -> str:
@@ -36,10 +40,10 @@ def for_slots(target: str, wanted: str) -> str:
 def _has_compiler() -> bool:
     from kvbuffer_compile.codegen import build
 
-    if build.compiler() is None:
-        _warn_once(f"there is no C++ compiler: {build.INSTALL}")
-        return False
-    return True
+    problem = build.no_compiler()
+    if problem:
+        _warn_once(problem)
+    return not problem
 
 
 def build(plan: Plan) -> str:
@@ -75,8 +79,13 @@ def source(plan: Plan) -> tuple[str, str] | None:
     return None
 
 
-@functools.cache
 def _warn_once(message: str) -> None:
+    """Warn of the first of all problems that begin with the same line: what follows is of one kernel of many."""
+    line = message.splitlines()[0]
+    if line in _said:
+        log.info("composite steps: %s", message)
+        return
+    _said.add(line)
     warnings.warn(f"kvbuffer runs its slower composite steps: {message}", stacklevel=2)
 
 

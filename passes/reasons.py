@@ -25,6 +25,8 @@ _SYMPTOMS = frozenset(
     {"nonlinear", "full-rank", "full-decay", "extra-axis", "both-axes", "three-axes", "wider-read", "opaque-map"}
 )
 
+EMPTY = "the state has an axis of size 0: it holds nothing that could be buffered"
+
 
 def refused(walk: Walk, refusal: Refusal, write: Node | None) -> Refused:
     """The refusal as reports show it. write: the copy_ that stores the next state, None when nothing is stored.
@@ -37,7 +39,9 @@ def refused(walk: Walk, refusal: Refusal, write: Node | None) -> Refused:
             "by a one-dimensional integer index, and stored once by the same one"
         )
         refusal = Refusal(refusal.node, "partial", reason)
-    if refusal.rule in _SYMPTOMS and _is_vector(walk):
+    if 0 in walk.state.meta["val"].shape:  # of nothing much is true: sums are zeros, and axes look alike
+        refusal = Refusal(refusal.node, "empty", EMPTY)
+    elif refusal.rule in _SYMPTOMS and _is_vector(walk):
         reason = "the state is used element by element, as a vector: a token's update would be as large as itself"
         refusal = Refusal(refusal.node, "vector", reason)
     if write is None:

@@ -27,10 +27,10 @@ def failure(options):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("flush", [0, -1, "often", 2.5, True, None])
+@pytest.mark.parametrize("flush", [0, -1, "often", 2.5, True, None, 65537, 2**31 - 1])
 def test_a_bad_flush_is_named(flush):
     message = failure({"flush": flush})
-    assert "flush" in message and "integer >= 1" in message
+    assert "flush" in message and "integer from 1 to 65536" in message
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,8 @@ def test_a_bad_flush_is_named(flush):
         ("on_decline", "cry", "warn"),
         ("target", "metal", "cpp"),
         ("check", 1, "True or False"),
-        ("capacity", 0, "integer >= 1"),
+        ("capacity", 0, "integer from 1 to 65536"),
+        ("capacity", 65537, "integer from 1 to 65536"),
         ("dump", 3, "path"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from kvbuffer_compile import disk
 from kvbuffer_compile import machine as machine_module
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir import Program
-from kvbuffer_compile.machine import Machine, cache_root, load, machine_for, machine_path, measure, store
+from kvbuffer_compile.machine import Machine, load, machine_for, machine_path, measure, store
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choose import choose, exact_dtype, explain_choice, holds, lane_sizes, row_dtypes
 from kvbuffer_compile.passes.lifted import Lifted
@@ -332,7 +333,7 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_machine_is_kept_on_disk(stored: Path, tmp_path: Path) -> None:
-    assert cache_root() == tmp_path / "kvbuffer"
+    assert disk.folder() == stored.parent == tmp_path / "kvbuffer"
     found = machine_for("cpu")
     assert load(stored) == found
     assert [p.name for p in stored.parent.iterdir()] == [stored.name]  # no temporary left
@@ -344,15 +345,43 @@ def test_a_machine_is_kept_on_disk(stored: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", json.dumps({"name": "x"}), "null"])
 def test_a_broken_file_is_measured_again(stored: Path, text: str) -> None:
-    stored.parent.mkdir(parents=True)
     stored.write_text(text)
     assert machine_for("cpu").bandwidth == CPU.bandwidth
     assert load(stored) is not None
 
 
-def test_numbers_that_make_no_sense_are_measured_again(stored: Path) -> None:
-    store(replace(CPU, bandwidth=0.0), stored)
+NONSENSE = ("x", "1e10", None, True, [1.0], {}, float("nan"), float("inf"), -1.0, 1e-300, 10**400)
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Machine)])
+def test_a_field_that_makes_no_sense_is_measured_again(stored: Path, name: str) -> None:
     assert load(stored) is None
+    store(CPU, stored)
+    assert load(stored) == CPU
+    for value in NONSENSE[2:] if name in ("name", "device") else (*NONSENSE, *([0] if name == "bandwidth" else [])):
+        stored.write_text(json.dumps({**asdict(CPU), name: value}))
+        assert load(stored) is None, value
+
+
+def test_a_machine_without_a_speed_of_its_own_for_updates(stored: Path) -> None:
+    store(replace(CPU, update_bandwidth=0), stored)
+    assert load(stored) == replace(CPU, update_bandwidth=0)
+
+
+def test_the_file_of_another_machine_is_measured_again(stored: Path) -> None:
+    store(replace(CPU, name="another"), stored)
+    assert machine_for("cpu").name != "another" and load(stored) == machine_for("cpu")
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"name": ' * 50_000, " " * (1 << 20) + "{}", "\0", "1" * 5000])
+def test_a_file_that_is_no_machine_at_all(stored: Path, text: str) -> None:
+    stored.write_text(text)
+    assert load(stored) is None
+
+
+def test_a_folder_in_the_place_of_the_file(stored: Path) -> None:
+    stored.mkdir()
+    assert machine_for("cpu").bandwidth == CPU.bandwidth and stored.is_dir()
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from sessions import Session, make_plan
 
-from kvbuffer_compile import ops
+from kvbuffer_compile import disk, ops
 from kvbuffer_compile.codegen import build, calls, cpp
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.memory import overload
@@ -293,7 +293,7 @@ def test_wrong_tensors_are_refused():
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    assert build.cache_folder() == tmp_path / "kvbuffer"
+    assert disk.folder() == tmp_path / "kvbuffer"
     return tmp_path / "kvbuffer"
 
 
@@ -342,13 +342,6 @@ def test_no_compiler_says_what_to_install(cache, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert build.compiler() is None
     with pytest.raises(EmitError, match="install a C"):
-        build.library(SOURCE)
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
-    with pytest.raises(EmitError, match="TORCHINDUCTOR_CACHE_DIR"):
         build.library(SOURCE)
 
 

@@ -17,7 +17,7 @@ OPTIONS = {"inner": "eager", "flush": 4}
 @pytest.fixture
 def told():
     """The warnings of a test; what was said before is said again."""
-    targets._warn_once.cache_clear()
+    targets._said.clear()
     targets._built.cache_clear()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
@@ -59,7 +59,7 @@ def test_an_op_without_spelling_cuts_the_step(records, told, tmp_path):
 
 @pytest.fixture
 def unbuildable(monkeypatch):
-    def library(source):
+    def library(source, afresh=False):
         raise EmitError("the compiler is broken")
 
     monkeypatch.setattr(build, "library", library)

@@ -199,7 +199,7 @@ class RecordedForward:
 
 def _otherwise(states: list[Tensor]) -> str:
     """Why states that no graph declined owe no rows after a step."""
-    if any(a.aliased or a.exposed for a in runtime.accounts_of(states)):
+    if any(a.aliased or a.shared for a in runtime.accounts_of(states)):
         return "their memory is visible through other tensors"
     limit = torch._dynamo.config.recompile_limit
     return f"the model ran without a graph; torch.compile makes {limit} (torch._dynamo.config.recompile_limit)"
