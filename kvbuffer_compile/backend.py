@@ -16,7 +16,7 @@ import torch._functorch.config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.fx import GraphModule
 
-from kvbuffer_compile import dump, entry, loops, options, targets
+from kvbuffer_compile import dump, entry, gradients, loops, options, targets
 from kvbuffer_compile.errors import Declined, DeclinedError, IRError, OptionError
 from kvbuffer_compile.integrations import functions
 from kvbuffer_compile.machine import machine_for
@@ -52,8 +52,13 @@ def kvbuffer(
     entry.install()
     ours, inductor = _split_options(options)
     patches = {**_mode_options(mode), **inductor}
-    inner = functools.partial(compile_graph, ours=ours, sources=_sources(gm))
-    written_out = None if torch.is_grad_enabled() else loops.unrolled(gm)
+    sources = _sources(gm)
+    inner = functools.partial(compile_graph, ours=ours, sources=sources)
+    if gradients.may_be_needed(gm, example_inputs):
+        compile = functools.partial(_compile, patches=patches)
+        decline = functools.partial(_decline_for_gradients, ours=ours, sources=sources)
+        return gradients.compile_beside(gm, example_inputs, compile, inner, decline, ours.donate)
+    written_out = loops.unrolled(gm)
     if written_out is not None:
         records: list[GraphRecord] = []
         with observers.also(records.append):
@@ -135,16 +140,14 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Inductor's inner compile with our rewrite in front of it. sources: the user's names of the captured inputs."""
     compile_inner = _inner_compiler(ours)
+    if not kwargs.get("is_inference"):
+        return cast(Callable[..., Any], compile_inner(spelled_out(gm), example_inputs, **kwargs))
     try:
-        record, rewritten, spliced, given = rewrite_graph(gm, ours, inference=bool(kwargs.get("is_inference")))
+        record, rewritten, spliced, given = rewrite_graph(gm, ours)
     except OptionError:
         raise
     except Exception as error:
-        if os.environ.get("KVBUFFER_STRICT") == "1":  # as an IRError: Dynamo takes some exceptions for a graph break
-            raise IRError(f"internal error while rewriting a graph: {error!r}") from error
-        if ours.on_decline == "raise":
-            raise DeclinedError(f"kvbuffer failed on a graph, please report this model: {error!r}") from error
-        warnings.warn(f"kvbuffer left a graph to Inductor after an internal error: {error!r}", stacklevel=2)
+        _failed(error, ours)
         record, rewritten, spliced = GraphRecord(why_not=Declined("", "internal-error", str(error))), gm, []
         given = LiftedGraph(gm, gm)
     parts = given.parts
@@ -161,12 +164,35 @@ def compile_graph(
     return Step(compiled, spliced, gm if ours.check else None, len(example_inputs), parts, given.donated)
 
 
-def rewrite_graph(
-    gm: GraphModule, ours: Options, inference: bool
-) -> tuple[GraphRecord, GraphModule, list[Spliced], LiftedGraph]:
+def _failed(error: Exception, ours: Options) -> None:
+    """An internal error leaves a graph to Inductor, unless the user wants to know."""
+    if os.environ.get("KVBUFFER_STRICT") == "1":  # as an IRError: Dynamo takes some exceptions for a graph break
+        raise IRError(f"internal error while rewriting a graph: {error!r}") from error
+    if ours.on_decline == "raise":
+        raise DeclinedError(f"kvbuffer failed on a graph, please report this model: {error!r}") from error
+    warnings.warn(f"kvbuffer left a graph to Inductor after an internal error: {error!r}", stacklevel=2)
+
+
+def _decline_for_gradients(gm: GraphModule | None, ours: Options, sources: Sequence[str]) -> None:
+    """A graph needs gradients. gm: as it would be without, if it may hold states. Only those that it would buffer are
+    declined: nothing else in it is anything to us."""
+    record = GraphRecord(why_not=gradients.WHY)
+    try:
+        lifted = None if gm is None else lift(gm, ours.donate)
+    except Exception as error:
+        _failed(error, ours)
+        lifted = None
+    if gm is not None and lifted is not None:
+        found = [one for one in lifted.found if one.write is not None or ours.donate]
+        states = tuple((one, replace(gradients.WHY, node=one.state.name, source=one.source)) for one in found)
+        whose = {pool.rows.name: pool.state.name for pool in lifted.pools}
+        record = replace(record, states=states, names=_names(gm, sources, lifted.parts, whose))
+    observers.tell(record)
+    _report_declines(record, ours)
+
+
+def rewrite_graph(gm: GraphModule, ours: Options) -> tuple[GraphRecord, GraphModule, list[Spliced], LiftedGraph]:
     """The pipeline: what was decided, the rewritten copy of the graph, and what its step needs at run time."""
-    if not inference:
-        return GraphRecord(why_not=Declined("", "gradients", "the graph needs gradients")), gm, [], LiftedGraph(gm, gm)
     lifted = lift(gm, ours.donate)
     states = tuple((found, _plan(lifted, found, ours)) for found in lifted.found)
     whose = {pool.rows.name: pool.state.name for pool in lifted.pools}
@@ -232,14 +258,12 @@ def _report_declines(record: GraphRecord, ours: Options) -> None:
     for lifted, plan in record.states:
         if isinstance(plan, Plan):
             log.info("%s: %s %s", record.name(lifted.state), lifted.program.signature, plan)
-    declined = [plan for _, plan in record.states if isinstance(plan, Declined)]
-    declined += [r.why for r in record.refused if not r.hopeless]
-    for why in declined:
+    for why in record.declined:
         log.info("declined %s", why)
         if ours.on_decline == "warn":
             warnings.warn(f"kvbuffer declined {why}", stacklevel=2)
-    if declined and ours.on_decline == "raise":
-        raise DeclinedError("; ".join(map(str, declined)))
+    if record.declined and ours.on_decline == "raise":
+        raise DeclinedError("; ".join(map(str, record.declined)))
 
 
 __all__ = ["GraphRecord", "IRError", "kvbuffer", "observers"]

@@ -88,13 +88,16 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
+    import torch
+
     from kvbuffer_compile.explain import explain
 
     _writable(arguments, "html", "plot", "json")
     if arguments.plot is not None and arguments.plot.suffix not in PLOTS:
         raise ValueError(f"--plot {arguments.plot} is not allowed: the file must end in {', '.join(PLOTS)}")
     fn, args = workload.load(arguments.spec, arguments.batch)()
-    report = explain(fn, *args, options=_options(arguments))
+    with torch.no_grad():  # as bench runs it
+        report = explain(fn, *args, options=_options(arguments))
     print(report)
     if arguments.html is not None:
         report.to_html(arguments.html)

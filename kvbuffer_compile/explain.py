@@ -25,20 +25,31 @@ from kvbuffer_compile.runtime import tensors_in
 def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
     """Run one call of fn under the backend on copies of its arguments and report every state that was found.
 
+    The report is about a call in the grad mode at hand: where it needs gradients, nothing is buffered.
+
     fn: a function or module. args, kwargs: what it would be called with; tensors and caches in them are copied, modules
     are not, and tensors of fn or of modules that the call writes to are put back. options: as for torch.compile.
     ValueError for an unknown option.
     """
-    given = {**(options or {}), "inner": "eager"}
-    ours, _ = split(given)  # bad options are reported before anything runs
+    split(options)  # bad options are reported before anything runs
+    given = {**(options or {}), "inner": "eager", "on_decline": "ignore"}
+    ours, _ = split(given)
     call_args, call_kwargs = _copied((args, kwargs))
     findings = Findings(ours)
 
+    # a backend of its own: Dynamo does not reuse graphs compiled before
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return kvbuffer(gm, inputs, options=given)  # a backend of its own: Dynamo does not reuse graphs compiled before
+        told: list[GraphRecord] = []
+        try:
+            with observers.also(told.append):
+                return kvbuffer(gm, inputs, options=given)
+        except Exception:  # the true call fails as well; what is asked for is why its states are not buffered
+            if not any(why.rule == "gradients" for record in told for why in record.declined):
+                raise
+            return gm.forward
 
     backend.rewrites_recurrences = True  # type: ignore[attr-defined]
-    with observers.also(findings.add), _restored((fn, call_args, call_kwargs)), torch.no_grad():
+    with observers.also(findings.add), _restored((fn, call_args, call_kwargs)):
         torch.compile(afresh(fn), backend=backend)(*call_args, **call_kwargs)
     return findings.report(dict(options or {}))
 
@@ -59,7 +70,7 @@ class Findings:
         refused = [(r.state, state_report(r.state, r.why)) for r in record.refused if not r.hopeless]
         self.states += [replace(report, name=record.name(state)) for state, report in lifted + refused]
         self.hidden += sum(r.hopeless for r in record.refused)
-        if record.why_not is not None:
+        if record.why_not is not None and not record.states and record.why_not.reason not in self.notes:
             self.notes.append(record.why_not.reason)
 
     def report(self, options: dict[str, Any]) -> Report:
@@ -68,8 +79,9 @@ class Findings:
 
 
 def _copied(values: Any) -> Any:
-    """Deep copies; modules are shared, they may be large."""
-    memo: dict[int, Any] = {}
+    """Deep copies; modules are shared, they may be large. Tensors that were computed with gradients are copied without
+    their history."""
+    memo: dict[int, Any] = {id(t): _without_history(t) for t in tensors_in(values) if t.grad_fn is not None}
 
     def share(x: Any) -> None:
         if isinstance(x, torch.nn.Module):
@@ -84,6 +96,11 @@ def _copied(values: Any) -> Any:
     return copy.deepcopy(values, memo)
 
 
+def _without_history(tensor: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return tensor.detach().requires_grad_().clone()  # a leaf could not be written in place
+
+
 @contextmanager
 def _restored(called: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]) -> Iterator[None]:
     """Put back what the call changes besides its copied arguments: tensors of the modules and objects involved, and the
@@ -92,14 +109,23 @@ def _restored(called: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
     involved = [fn, getattr(fn, "__self__", None), *(x for x in tree_leaves((args, kwargs)) if isinstance(x, Module))]
     involved += [cell.cell_contents for cell in getattr(fn, "__closure__", None) or () if _is_filled(cell)]
     tensors = [t for t in tensors_in(involved) if not isinstance(t, torch.nn.Parameter) and _is_writable(t)]
-    saved: list[tuple[Tensor, Tensor]] = [(t, t.detach().clone()) for t in tensors]
+    saved = [(t, t.clone(), t.grad_fn) for t in tensors]
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        with torch.inference_mode():  # tensors made in inference mode can be written nowhere else
-            for tensor, value in saved:
-                tensor.copy_(value)
+        for tensor, value, history in saved:
+            _put_back(tensor, value, history)
+
+
+def _put_back(tensor: Tensor, value: Tensor, history: Any) -> None:
+    """Values and history as they were. value: a copy that has the history itself."""
+    with torch.inference_mode():  # tensors made in inference mode can be written nowhere else
+        tensor.copy_(value)
+    if tensor.grad_fn is not history and not tensor._is_view():
+        tensor.detach_()
+        if history is not None:
+            tensor.copy_(value)
 
 
 def _is_writable(tensor: Tensor) -> bool:

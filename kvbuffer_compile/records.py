@@ -38,8 +38,7 @@ class GraphRecord:
     def declined(self) -> list[Declined]:
         """Why states are not rewritten; candidates that could never be states are left out."""
         states = [why for _, why in self.states if isinstance(why, Declined)]
-        refused = [one.why for one in self.refused if not one.hopeless]
-        return states + refused + ([] if self.why_not is None else [self.why_not])
+        return states + [one.why for one in self.refused if not one.hopeless]
 
 
 @dataclass

@@ -58,6 +58,7 @@ LEVELS = {
     "runtime": 4,
     "step": 4,
     "loops": 4,
+    "gradients": 4,
     "check": 4,
     "cut_step": 4,
     "targets": 4,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
 import torch
+from torch._higher_order_ops.scan import scan
 
 import kvbuffer_compile
 from kvbuffer_compile import backend
@@ -130,8 +132,88 @@ def test_a_graph_that_needs_gradients_is_left_alone(records):
     torch.testing.assert_close(state, expected)
     out.sum().backward()
     assert all(x.grad is not None for x in inputs)
-    assert records and not any(r.rewritten for r in records)
-    assert all(r.why_not is not None and r.why_not.rule == "gradients" for r in records)
+    (record,) = records
+    ((found, why),) = record.states
+    assert record.name(found.state) == "S" and why.rule == "gradients" and "torch.no_grad()" in why.reason
+    assert "test_backend.py" in why.source
+
+
+def test_gradients_are_declined_like_anything_else(caplog):
+    def call(on_decline):
+        torch._dynamo.reset()
+        compiled = torch.compile(remember, backend="kvbuffer", options={**EAGER, "on_decline": on_decline})
+        return compiled(torch.randn(B, H, K, V), *(x.requires_grad_() for x in draw()[:3]))
+
+    with pytest.raises(DeclinedError, match=r"gradients at .*torch\.no_grad\(\).*test_backend\.py"):
+        call("raise")
+    with pytest.warns(UserWarning, match=r"declined gradients at .*torch\.no_grad\(\)"):
+        call("warn")
+    with caplog.at_level(logging.INFO, "kvbuffer_compile"):
+        call("ignore")
+    assert "declined gradients at" in caplog.text
+
+
+def unseen(S, q, k, v):
+    """A state that is written where autograd does not look."""
+    with torch.no_grad():
+        S.mul_(0.5).add_(k[..., None] * v[..., None, :])
+        out = (S * q[..., None]).sum(-2)
+    return out * q.sum()
+
+
+def in_a_loop(S, q, k, v):
+    def body(S, token):
+        q, k, v = token
+        S = S + k[..., None] * v[..., None, :]
+        return S.clone(), (S * q[..., None]).sum(-2)
+
+    new, out = scan(body, S, (q[None], k[None], v[None]))
+    S.copy_(new)
+    return out
+
+
+def returned(S, q, k, v):
+    new = S * 0.5 + k[..., None] * v[..., None, :]
+    return new, (new * q[..., None]).sum(-2)
+
+
+@pytest.mark.parametrize("fn", [remember, unseen, in_a_loop, returned])
+def test_what_gradients_cost_is_what_is_buffered_without(fn, records):
+    options = {**EAGER, "donate": fn is returned}
+    for needed in (True, False):
+        torch._dynamo.reset()
+        inputs = [x.requires_grad_(needed) for x in draw()[:3]]
+        torch.compile(fn, backend="kvbuffer", options=options)(torch.randn(B, H, K, V), *inputs)
+    declined, served = records
+    assert [why.rule for _, why in declined.states] == ["gradients"]
+    assert [plan.variant for _, plan in served.rewritten] == ["buffered"]
+
+
+def test_training_is_nothing_to_us(records):
+    """Buffers that are written, moving averages of matrices among them, are no states; nothing is said or raised."""
+
+    class Averaged(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Sequential(torch.nn.Conv1d(4, 4, 3), torch.nn.BatchNorm1d(4), torch.nn.Linear(6, 6))
+            self.register_buffer("average", torch.zeros(2, 6, 6))
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.average.mul_(0.9).add_(self.inner[2].weight, alpha=0.1)
+            return self.inner(x).sum() + self.average.sum()
+
+    torch.manual_seed(0)
+    eager, x = Averaged(), torch.randn(3, 4, 8)
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, backend="kvbuffer", options={**EAGER, "on_decline": "raise"})
+    for _ in range(2):
+        compiled(x).backward()
+        eager(x).backward()
+    for a, b in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(model.state_dict(), eager.state_dict())
+    assert [r.declined for r in records] == [[]]
 
 
 def test_a_graph_with_gradients_behind_a_rewritten_one_sees_the_true_state(records):
@@ -221,6 +303,62 @@ def test_explain_leaves_the_arguments_alone():
     (found,) = report.states
     assert found.status == "buffered" and found.signature == "DRUR" and found.name == "S"
     assert "update" in found.program and "test_runtime.py" in found.source
+
+
+class Remembering(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(K, 3 * K)
+        self.register_buffer("S", torch.zeros(B, K, K))
+
+    def forward(self, x):
+        q, k, v = self.inner(x).chunk(3, -1)
+        return remember(self.S, q, k, v)
+
+
+def test_explain_is_about_the_grad_mode_at_hand():
+    model, x, options = Remembering(), torch.randn(B, K), {**EAGER, "on_decline": "raise"}
+    with torch.no_grad():
+        assert [s.status for s in kvbuffer_compile.explain(model, x, options=options).states] == ["buffered"]
+    report = kvbuffer_compile.explain(model, x, options=options)
+    (state,) = report.states
+    assert (state.name, state.status, state.rule) == ("self.S", "declined", "gradients")
+    assert "torch.no_grad()" in str(report) and not report.notes
+    assert not model.S.requires_grad and not model.S.any() and model.inner.weight.grad is None
+    model.inner.requires_grad_(False)
+    assert [s.status for s in kvbuffer_compile.explain(model, x, options=options).states] == ["buffered"]
+
+
+def test_explain_leaves_the_history_of_a_state_alone():
+    model, x = Remembering(), torch.randn(B, K)
+    model(x)
+    assert model.S.grad_fn is not None
+    expected = torch.autograd.grad(model.S.sum(), model.inner.weight, retain_graph=True)
+    before = model.S.detach().clone()
+    for fn, given in ((model, (x,)), (remember, (model.S, *torch.randn(3, B, K).requires_grad_()))):
+        report = kvbuffer_compile.explain(fn, *given, options=EAGER)
+        assert [s.rule for s in report.states] == ["gradients"]
+        assert torch.equal(model.S, before)
+        got = torch.autograd.grad(model.S.sum(), model.inner.weight, retain_graph=True)
+        torch.testing.assert_close(got, expected)
+
+
+def test_explain_answers_where_autograd_gives_up():
+    """The call itself fails under any backend; the reason why its state is not buffered is known all the same."""
+    model = Remembering()
+
+    def step(x):
+        q, k, v = model.inner(x).chunk(3, -1)
+        model.S.add_(k[..., None] * v[..., None, :])
+        out = (model.S * q[..., None]).sum(-2)
+        model.S.mul_(0.5)
+        return out
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.compile(step, backend="kvbuffer", options=EAGER)(torch.randn(B, K))
+    with pytest.raises(DeclinedError, match="gradients"):
+        torch.compile(step, backend="kvbuffer", options={**EAGER, "on_decline": "raise"})(torch.randn(B, K))
+    assert [s.rule for s in kvbuffer_compile.explain(step, torch.randn(B, K), options=EAGER).states] == ["gradients"]
 
 
 def test_explain_names_a_bad_option():

@@ -185,7 +185,8 @@ class RecordedForward:
 
     def _note(self, record: GraphRecord) -> None:
         """Remember reasons, not records: those hold graphs."""
-        self.declines |= dict.fromkeys(why.reason for why in record.declined)
+        whole = [] if record.why_not is None else [record.why_not]
+        self.declines |= dict.fromkeys(why.reason for why in record.declined + whole)
 
     def _check(self, cache: Cache) -> None:
         states = [state for layer in layers_of(cache) for state in layer.states]
@@ -199,7 +200,7 @@ class RecordedForward:
 
 def _otherwise(states: list[Tensor]) -> str:
     """Why states that no graph declined owe no rows after a step."""
-    if any(a.aliased or a.shared for a in runtime.accounts_of(states)):
+    if any(a.aliased or a.shared is not None for a in runtime.accounts_of(states)):
         return "their memory is visible through other tensors"
     limit = torch._dynamo.config.recompile_limit
     return f"the model ran without a graph; torch.compile makes {limit} (torch._dynamo.config.recompile_limit)"
