@@ -43,7 +43,7 @@ def accessed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for account in reached:
             account.settle()
             if exported:
-                account.shared = f"whoever called {getattr(func, '__name__', func)} on it"
+                account.shared = f"whoever called {getattr(func, '__name__', func)}() on it"
         with dispatch_watch.unwatched():
             out = func(*args, **kwargs)
         for state in states:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from kvbuffer_compile.afresh import afresh
 from kvbuffer_compile.backend import GraphRecord, kvbuffer, observers
+from kvbuffer_compile.opening import reached_by
 from kvbuffer_compile.options import Options, split
 from kvbuffer_compile.report import Report, StateReport, state_report
 from kvbuffer_compile.runtime import tensors_in
@@ -34,8 +36,8 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
     split(options)  # bad options are reported before anything runs
     given = {**(options or {}), "inner": "eager", "on_decline": "ignore"}
     ours, _ = split(given)
+    findings = Findings(ours, _scope(fn, args, kwargs))
     call_args, call_kwargs = _copied((args, kwargs))
-    findings = Findings(ours)
 
     # a backend of its own: Dynamo does not reuse graphs compiled before
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -57,8 +59,9 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
 class Findings:
     """Collects what the backend decides, graph by graph, while the graphs still carry their fake tensors."""
 
-    def __init__(self, ours: Options) -> None:
+    def __init__(self, ours: Options, scope: dict[str, Any]) -> None:
         self.ours = ours
+        self.scope = scope
         self.states: list[StateReport] = []
         self.hidden = 0
         self.graphs = 0
@@ -68,14 +71,39 @@ class Findings:
         self.graphs += 1
         lifted = [(found.state, state_report(found, plan, self.ours)) for found, plan in record.states]
         refused = [(r.state, state_report(r.state, r.why)) for r in record.refused if not r.hopeless]
-        self.states += [replace(report, name=record.name(state)) for state, report in lifted + refused]
+        self.states += [self._named(report, record.name(state)) for state, report in lifted + refused]
         self.hidden += sum(r.hopeless for r in record.refused)
         if record.why_not is not None and not record.states and record.why_not.reason not in self.notes:
             self.notes.append(record.why_not.reason)
 
+    def _named(self, report: StateReport, name: str) -> StateReport:
+        """By the user's name, and with what is to be said of the tensor that has it."""
+        reason = report.reason
+        shared = _reached_by(name, self.scope) if report.status == "buffered" else None
+        if shared is not None:
+            reason += f"; its memory is shared with {shared}: rows are folded in after every step"
+        return replace(report, name=name, reason=reason)
+
     def report(self, options: dict[str, Any]) -> Report:
         """Everything so far; options as the user gave them."""
         return Report(tuple(self.states), self.hidden, self.graphs, options, tuple(self.notes))
+
+
+def _scope(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the names of a call's inputs mean to its caller."""
+    called = fn.forward if isinstance(fn, Module) else fn
+    with suppress(TypeError, ValueError):
+        scope = inspect.signature(called).bind(*args, **kwargs).arguments
+        return {**scope, "self": getattr(called, "__self__", None)}
+    return {}
+
+
+def _reached_by(name: str, scope: dict[str, Any]) -> str | None:
+    try:
+        found = eval(name, {"__builtins__": {}}, scope)  # an expression that Dynamo made of the call's own arguments
+    except Exception:  # a name that is none: of a slice, or of a closure
+        return None
+    return reached_by(found) if isinstance(found, Tensor) else None
 
 
 def _copied(values: Any) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvbuffer_compile.accounts import Account
 from kvbuffer_compile.aliases import Place
 from kvbuffer_compile.fresh import forget_fresh, is_fresh, make_zero
-from kvbuffer_compile.guard import GuardedState, guard
+from kvbuffer_compile.guard import GuardedState, guard, plain_calls
 from kvbuffer_compile.ledger import LEDGER
 from kvbuffer_compile.locks import RLock
 from kvbuffer_compile.overlap import storage_of
@@ -49,10 +49,18 @@ def open_account(owner: Tensor, plan: Plan, place: Place | None = None, lock: RL
     return account
 
 
+def reached_by(owner: Tensor) -> str | None:
+    """Who else can reach the memory of a state, so that it is never owed anything; None when nobody can."""
+    with plain_calls():
+        known = [a.shared for a in LEDGER.in_memory_of(owner) if a.shared is not None]
+        if known:
+            return known[0]
+        return _exported(owner) if type(owner) is GuardedState else shared_with(owner)
+
+
 def _first_met(owner: Tensor) -> str | None:
     """Guard a state that is about to owe rows; who else can reach its memory, if anybody."""
-    known = [a.shared for a in LEDGER.in_memory_of(owner) if a.shared is not None]
-    shared = known[0] if known else shared_with(owner) if type(owner) is not GuardedState else _exported(owner)
+    shared = reached_by(owner)
     base = owner._base if owner._is_view() else None
     if not guard(owner) or (base is not None and not guard(base)):
         return shared or f"code that knows nothing of its class, {type(owner).__name__}"

@@ -16,7 +16,7 @@ import torch._dynamo.convert_frame as convert_frame
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
-from kvbuffer_compile import kvbuffer, materialize, runtime
+from kvbuffer_compile import explain, kvbuffer, materialize, runtime
 from kvbuffer_compile.guard import GuardedState
 from kvbuffer_compile.ledger import LEDGER, Phases
 from tests.oracle import check
@@ -283,6 +283,19 @@ def test_memory_that_others_can_reach_is_true_after_every_step(make, tmp_path):
         p.run()
         p.check(look())
         assert not p.owed
+
+
+def test_the_report_says_who_shares_the_memory():
+    def told(state):
+        with torch.no_grad():
+            return explain(step, state, *operands(), options={"flush": L}).states[0].reason
+
+    assert "shared with whoever made it: NumPy" in told(torch.from_numpy(np.zeros((B, H, K, V), np.float32)))
+    assert "shared with other processes" in told(torch.zeros(B, H, K, V).share_memory_())
+    p = Pair(steps=1)
+    assert "shared" not in told(p.state)
+    p.state.data_ptr()
+    assert "shared with whoever called data_ptr() on it" in told(p.state)
 
 
 def test_what_is_written_into_memory_of_others_counts():
