@@ -15,12 +15,15 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch._dynamo.pgo import CodeId
 from torch._subclasses import FakeTensor
 
 from kvbuffer_compile import runtime
 from kvbuffer_compile.backend import GraphRecord, observers
 from kvbuffer_compile.errors import StateError
+from kvbuffer_compile.integrations.recorded import _apart
 from kvbuffer_compile.integrations.transformers import disable_speculation, enable_speculation, speculation_of
+from kvbuffer_compile.ledger import LEDGER
 from tests import zoo
 from tests.zoo.configs import BASE, BUFFERED
 from tests.zoo.weights import remember
@@ -83,6 +86,12 @@ def test_the_next_model_has_the_graphs_that_it_has_alone(sizes: list[str]) -> No
             sizes.clear()
             lookup(model, ids)
     assert sizes == alone
+
+
+def test_torch_compile_remembers_sizes_by_model() -> None:
+    """Sizes that change between models, of attention heads for one, would else be symbols in the graphs."""
+    known = [CodeId.make(_apart(one_layer()).__code__) for _ in range(2)]
+    assert known[0] != known[1]
 
 
 @NIGHTLY
@@ -223,7 +232,7 @@ def test_a_model_that_is_dropped_is_freed(how: str) -> None:
     del model
     gc.collect()
     assert [ref() for ref in watched] == [None] * len(watched)
-    assert not runtime._ledger.accounts
+    assert not LEDGER.accounts
 
 
 @pytest.mark.parametrize("calls", [12, pytest.param(200, marks=NIGHTLY)])
@@ -237,7 +246,7 @@ def test_many_calls_of_many_lengths_leave_nothing(calls: int, records: list[Grap
         if count == 2:
             made, tensors = len(records), alive()
     assert len(records) == made and alive() <= tensors
-    assert not runtime._ledger.accounts and not runtime._ledger.lying_at
+    assert not LEDGER.accounts and not LEDGER.allocations
 
 
 def alive() -> int:
