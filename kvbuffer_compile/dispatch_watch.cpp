@@ -34,7 +34,9 @@ const c10::StorageImpl* storage(const at::Tensor& tensor) {
 
 bool marked(const at::Tensor& tensor) {
   // A wrapper of functionalisation takes the keys of what it wraps; that comes by itself when the call is unwrapped.
-  return tensor.defined() && tensor.key_set().has(KEY) && !tensor.key_set().has(DispatchKey::Functionalize);
+  // A nested tensor has no sizes to ask for; what it was made of was reported then.
+  return tensor.defined() && tensor.key_set().has(KEY) && !tensor.key_set().has(DispatchKey::Functionalize) &&
+         !tensor.is_nested();
 }
 
 template <typename Visit>

@@ -21,7 +21,7 @@ from tests import stress_graphs as graphs
 from tests.equality import equal
 from tests.owing import owed
 
-OPERATIONS = 24  # of an example
+OPERATIONS = 18  # of an example
 MOST = 2.0**22  # beyond that float32 would round sums of whole numbers
 
 

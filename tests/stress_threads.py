@@ -6,19 +6,23 @@ import random
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import kvbuffer_compile
+from kvbuffer_compile import codegen, passes
 from tests.equality import equal
 from tests.stress import Place, World, rule
 from tests.stress_graphs import operands
 from tests.stress_rules import step
 from tests.stress_ways import READS
 
-SOURCE = "kvbuffer_compile"  # interrupts come in its lines
+# Interrupts come in the package.
+SOURCES = {Path(kvbuffer_compile.__file__).parent, *(Path(m.__file__).parent for m in (passes, codegen) if m.__file__)}
 
 
 def _beside(main: Callable[[], Any], other: Callable[[], Any]) -> None:
@@ -81,38 +85,42 @@ def step_beside(world: World, place: Place, dice: random.Random) -> None:
 
 
 class _Interrupt:
-    """Raises KeyboardInterrupt at the n-th line that is run in the package."""
+    """Raises KeyboardInterrupt at the n-th place in the package where Python would: a function of ours begins, or
+    something that it called in C has returned. (At a line is no such place: between `with` and its `__exit__` Python
+    does not look for signals.)"""
 
     def __init__(self, n: int) -> None:
         self.left = n
 
     def __enter__(self) -> _Interrupt:
-        sys.settrace(self.enter)
+        sys.setprofile(self.event)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> bool:
-        sys.settrace(None)
+        sys.setprofile(None)
         return kind is KeyboardInterrupt
 
-    def enter(self, frame: FrameType, event: str, arg: Any) -> Any:
-        ours = SOURCE in frame.f_code.co_filename and "tests" not in frame.f_code.co_filename.rsplit("/", 2)[-2]
-        return self.line if ours else None
-
-    def line(self, frame: FrameType, event: str, arg: Any) -> Any:
-        self.left -= event == "line"
-        if self.left == 0:
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return self.line
+    def event(self, frame: FrameType, event: str, arg: Any) -> None:
+        if event in ("call", "c_return") and Path(frame.f_code.co_filename).parent in SOURCES:
+            self.left -= 1
+            if self.left == 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
 
 
-@rule("interrupt a read", 3)
-def interrupt_read(world: World, place: Place, dice: random.Random) -> None:
-    n = dice.randint(1, 120)
-    world.note(f"at line {n}")
-    with _Interrupt(n) as interrupt:
-        READS["clone"](place.real)
-    world.counts["interrupts"] += interrupt.left == 0
+@rule("interrupt reads", 1.5)
+def interrupt_reads(world: World, place: Place, dice: random.Random) -> None:
+    """One read after another, each interrupted some calls later than the one before, until one gets through."""
+    stride = dice.randint(1, 3)
+    n = dice.randint(1, stride)
+    world.note(f"at call {n} and every {stride} calls later")
+    while True:
+        with _Interrupt(n) as interrupt:
+            READS["clone"](place.real)
+        if interrupt.left > 0:
+            break
+        world.counts["interrupts"] += 1
+        n += stride
     place.history.clear()
     world.read(place, "clone", torch.clone)
 
@@ -124,7 +132,7 @@ def interrupt_step(world: World, place: Place, dice: random.Random) -> None:
         return
     graph, n = world.compiled.steps["decode"], dice.randint(1, 250)
     inputs = operands(graph, len(place.twin), world.generator(dice))
-    world.note(f"at line {n}")
+    world.note(f"at call {n}")
     with _Interrupt(n) as interrupt:
         graph.compiled(place.real, *inputs)
     done: Tensor = place.twin.clone()
