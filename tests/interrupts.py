@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import linecache
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +22,12 @@ PURE = {"ahead.py", "ir.py", "memory.py"}  # what these change is made by themse
 class Interrupt:
     """Raises at the n-th place that is reached in the package. where: which one that was.
 
-    Code that writes in place is looked at bytecode by bytecode, all other code line by line, each line once.
+    Code that writes in place is looked at bytecode by bytecode if `fine`, else line by line, each time that it is run;
+    all other code line by line, each line once.
     """
 
-    def __init__(self, n: int) -> None:
-        self.left = n
+    def __init__(self, n: int, fine: bool = True) -> None:
+        self.left, self.fine = n, fine
         self.seen: set[tuple[CodeType, int]] = set()
         self.where = ""
 
@@ -33,41 +35,43 @@ class Interrupt:
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
         if not writes(frame.f_code):
-            return self._by_line
-        frame.f_trace_opcodes = True
-        return self._by_opcode
+            return self._once
+        frame.f_trace_opcodes = self.fine
+        return self._each
 
-    def _by_line(self, frame: FrameType, event: str, arg: Any) -> Any:
+    def _once(self, frame: FrameType, event: str, arg: Any) -> Any:
         line = frame.f_code, frame.f_lineno
         if event == "line" and line not in self.seen:
             self.seen.add(line)
             self._reached(frame)
-        return self._by_line
+        return self._once
 
-    def _by_opcode(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "opcode":
+    def _each(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if event == ("opcode" if self.fine else "line"):
             self._reached(frame)
-        return self._by_opcode
+        return self._each
 
     def _reached(self, frame: FrameType) -> None:
+        code = frame.f_code
+        op = dis.opname[code.co_code[frame.f_lasti]]
+        line = linecache.getline(code.co_filename, frame.f_lineno).lstrip()
+        if line.startswith("with ") and op in ("SWAP", "LOAD_CONST"):
+            return  # the way out of a with statement, which CPython does not interrupt
         self.left -= 1
         if self.left < 0:
-            code = frame.f_code
-            op = dis.opname[code.co_code[frame.f_lasti]]
             self.where = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name} ({op})"
             raise KeyboardInterrupt
 
     def run(self, act: Callable[[], Any]) -> bool:
-        """Whether the call was interrupted."""
+        """Whether the call was interrupted; a callback of the garbage collector would swallow what is raised there."""
         sys.settrace(self)
         try:
             act()
         except KeyboardInterrupt:
             assert self.where, "Ctrl-C of the user"
-            return True
         finally:
             sys.settrace(None)
-        return False
+        return bool(self.where)
 
 
 @functools.cache
@@ -79,7 +83,7 @@ def writes(code: CodeType) -> bool:
     return assigns or any(n == "at_once" or (n[-1] == "_" and n[0] != "_") for n in (code.co_name, *code.co_names))
 
 
-def everywhere(start: Callable[[], Callable[[], Any]], check: Callable[[str], None]) -> None:
+def everywhere(start: Callable[[], Callable[[], Any]], check: Callable[[str], None], fine: bool = True) -> None:
     """Interrupt a call at each place in turn, and name all places after which something was wrong.
 
     start: sets everything up anew and gives the call. check: is told where it was interrupted, and raises when
@@ -88,7 +92,7 @@ def everywhere(start: Callable[[], Callable[[], Any]], check: Callable[[str], No
     wrong: list[str] = []
     n = 0
     while True:
-        act, interrupt = start(), Interrupt(n)
+        act, interrupt = start(), Interrupt(n, fine)
         before = _thread()
         hit = interrupt.run(act)
         assert _thread() == before, f"surroundings left behind at {interrupt.where}"
