@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 import os
 import sys
 import threading
@@ -28,8 +27,8 @@ class Phases:
 
     def __init__(self, flush: int) -> None:
         self.flush = flush
-        near_golden = range(max(1, round(flush * 0.618)), flush + 1)
-        self.stride = next(n for n in near_golden if math.gcd(n, flush) == 1)
+        bits = flush.bit_length()
+        self.order = sorted(range(flush), key=lambda n: int(f"{n:0{bits}b}"[::-1], 2))  # 0, half, a quarter, ...
         self.next = 0
         self.free: list[int] = []
 
@@ -39,7 +38,7 @@ class Phases:
             number = heapq.heappop(self.free)
         else:
             number, self.next = self.next, self.next + 1
-        return number, self.flush - number * self.stride % self.flush
+        return number, self.flush - self.order[number % self.flush]
 
     def give_back(self, number: int) -> None:
         """The state with this number is gone."""
