@@ -90,7 +90,7 @@ def use_triton(plan: Plan, interpret: bool = False) -> None:
         return _returned(tuple(launch(state, cursor, tickets_of(cursor), rest[:split], rest[split:])))
 
     step = recurrent if plan.variant == "recurrent" else buffered
-    LIBRARY.impl(plan.op_name, torch.compiler.disable(neutral(step)), "CPU" if interpret else "CUDA")
+    LIBRARY.impl(plan.op_name, torch.compiler.disable(step), "CPU" if interpret else "CUDA")
 
 
 def new_cursor(plan: Plan, lanes: tuple[int, ...], device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import multiprocessing
 import os
@@ -139,12 +140,12 @@ def test_a_library_that_a_stranger_may_have_written_is_not_loaded(cache: Path, m
     path = build.library(SOURCE)
     path.chmod(0o666)
     with pytest.raises(OSError, match="was changed"):
-        build._load(path)
+        build.loaded(path, ctypes.CDLL)
     path.chmod(0o600)
-    build._load(path)
+    build.loaded(path, ctypes.CDLL)
     cache.chmod(0o777)
     with pytest.raises(OSError, match="other users"):
-        build._load(path)
+        build.loaded(path, ctypes.CDLL)
 
 
 def test_a_library_is_that_of_its_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
