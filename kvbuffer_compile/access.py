@@ -11,7 +11,7 @@ from torch._ops import HigherOrderOperator
 
 from kvbuffer_compile import dispatch_watch
 from kvbuffer_compile.accounts import geometry
-from kvbuffer_compile.aliases import forget, known_alias
+from kvbuffer_compile.aliases import forget, known_alias, plain
 from kvbuffer_compile.fresh import make_zero
 from kvbuffer_compile.guard import GuardedState, is_export, is_inspecting, on_access, states_in
 from kvbuffer_compile.ledger import LEDGER
@@ -19,6 +19,7 @@ from kvbuffer_compile.locks import under_locks
 
 _alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]  # whether two tensors share a storage
 _ZEROES: frozenset[Any] = frozenset([Tensor.zero_, torch.zero_])
+_LEGACY: frozenset[Any] = frozenset(getattr(Tensor, n) for n in ("new", "resize", "resize_as"))  # ask for the key
 _FILLS: frozenset[Any] = frozenset([Tensor.fill_, torch.fill_])
 
 
@@ -45,7 +46,7 @@ def accessed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if exported:
                 account.shared = f"whoever called {getattr(func, '__name__', func)}() on it"
         with dispatch_watch.unwatched():
-            out = func(*args, **kwargs)
+            out = func(*_unmarked(args), **kwargs) if func in _LEGACY else func(*args, **kwargs)
         for state in states:
             _check_geometry(state)
         if zeros:
@@ -56,6 +57,10 @@ def accessed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = run() if isinstance(func, HigherOrderOperator) else under_locks(reached, run)
     guard_views(out, states)
     return out
+
+
+def _unmarked(args: tuple[Any, ...]) -> list[Any]:
+    return [plain(a) if isinstance(a, Tensor) else a for a in args]
 
 
 def touched_below(op: str, tensors: list[Tensor]) -> None:

@@ -57,11 +57,11 @@ def draft_tree(parents: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Ite
     tree = Tree(_parents(parents))
     if active() is not None:
         raise ValueError("draft_tree(parents): another draft tree is active")
-    token = _active.set(tree)
     try:
+        _active.set(tree)
         yield
     finally:
-        _active.reset(token)
+        _active.set(None)
     if not tree.served:
         raise StateError("draft_tree(parents): no compiled graph with a buffered state was called inside")
 

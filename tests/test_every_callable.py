@@ -193,12 +193,9 @@ def _compiled(call: Call, state: Tensor, again: Callable[[], Tensor]) -> tuple[A
 PARTS = 2
 # What the README names among its limits, by the words it does so with: no call asks the class of a tensor there.
 LIMITS = {
-    "torch.tensor": "torch.tensor(state)",
-    "Tensor.new_tensor": "x.new_tensor(state)",
-    "torch.func.vmap": "torch.func.vmap",
-    "torch.jit.script": "torch.jit",
-    "torch.jit.script(list)": "torch.jit",
     "torch.utils.dlpack.to_dlpack": "torch.utils.dlpack.to_dlpack",
+    "torch.func.linearize": "torch.func.linearize",
+    "torch.utils.swap_tensors": "torch.utils.swap_tensors",
 }
 
 

@@ -21,7 +21,8 @@ FLUSH, DRAFTS = 3, 3
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no compiler")
 TARGETS = ["aten", pytest.param("cpp", marks=[needs_compiler, pytest.mark.nightly])]
 PARENTS = [-1, 0, 0]
-WAY_BACK = ("step.py", "locks.py", "entry.py")
+# Where a step has been when it is interrupted: on its way back, and in a guard of Dynamo, which drops the interrupt.
+WAY_BACK = ("step.py", "locks.py", "entry.py", "aliases.py")
 
 
 def token(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
