@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -36,12 +37,14 @@ class Tree:
     served: int = field(default=0)
 
 
-_active: ContextVar[Tree | None] = ContextVar("draft_tree", default=None)
+# Only the with statement itself holds its tree: when an interrupt ends it anywhere, no tree is active any more.
+_active: ContextVar[weakref.ref[Tree] | None] = ContextVar("draft_tree", default=None)
 
 
 def active() -> Tree | None:
     """The tree that the steps run now are to take."""
-    return _active.get()
+    found = _active.get()
+    return None if found is None else found()
 
 
 @contextmanager
@@ -58,7 +61,7 @@ def draft_tree(parents: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Ite
     if active() is not None:
         raise ValueError("draft_tree(parents): another draft tree is active")
     try:
-        _active.set(tree)
+        _active.set(weakref.ref(tree))
         yield
     finally:
         _active.set(None)
