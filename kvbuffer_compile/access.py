@@ -10,12 +10,13 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 
 from kvbuffer_compile import dispatch_watch
-from kvbuffer_compile.accounts import geometry
+from kvbuffer_compile.accounts import Account, geometry
 from kvbuffer_compile.aliases import forget, known_alias, plain
 from kvbuffer_compile.fresh import make_zero
 from kvbuffer_compile.guard import GuardedState, is_export, is_inspecting, on_access, states_in
 from kvbuffer_compile.ledger import LEDGER
 from kvbuffer_compile.locks import under_locks
+from kvbuffer_compile.sharing import hand_out
 
 _alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]  # whether two tensors share a storage
 _ZEROES: frozenset[Any] = frozenset([Tensor.zero_, torch.zero_])
@@ -43,8 +44,8 @@ def accessed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             make_zero(state, known_zero=zeros and state is args[0])
         for account in reached:
             account.settle()
-            if exported:
-                account.shared = f"whoever called {getattr(func, '__name__', func)}() on it"
+        if exported:
+            _hand_out(states, reached, f"whoever called {getattr(func, '__name__', func)}() on it")
         with dispatch_watch.unwatched():
             out = func(*_unmarked(args), **kwargs) if func in _LEGACY else func(*args, **kwargs)
         for state in states:
@@ -75,8 +76,15 @@ def settle_memory(state: Tensor, exported: bool) -> None:
     make_zero(state)
     for account in LEDGER.in_memory_of(state):
         account.settle()
-        if exported:
-            account.shared = "whoever was given it in another class, or in another process"
+    if exported:
+        _hand_out([state], LEDGER.in_memory_of(state), "whoever was given it in another class, or in another process")
+
+
+def _hand_out(states: Sequence[Tensor], accounts: Sequence[Account], why: str) -> None:
+    for account in accounts:
+        account.shared = why
+    for owner in {id(t): t for t in (*states, *(a.owner() for a in accounts)) if t is not None}.values():
+        hand_out(owner, why)
 
 
 on_access(accessed, settle_memory)

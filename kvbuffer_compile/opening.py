@@ -14,7 +14,7 @@ from kvbuffer_compile.ledger import LEDGER
 from kvbuffer_compile.locks import RLock
 from kvbuffer_compile.overlap import storage_of
 from kvbuffer_compile.plan import Plan
-from kvbuffer_compile.sharing import Storage, shared_with
+from kvbuffer_compile.sharing import Storage, handed_out, shared_with
 
 
 def open_account(owner: Tensor, plan: Plan, place: Place | None = None, lock: RLock = None) -> Account:
@@ -52,6 +52,8 @@ def open_account(owner: Tensor, plan: Plan, place: Place | None = None, lock: RL
 def reached_by(owner: Tensor) -> str | None:
     """Who else can reach the memory of a state, so that it is never owed anything; None when nobody can."""
     with plain_calls():
+        if (why := handed_out(owner)) is not None:
+            return why
         known = [a.shared for a in LEDGER.in_memory_of(owner) if a.shared is not None]
         if known:
             return known[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any
 
 import torch
@@ -35,6 +36,23 @@ _OWN_USES, _OWN_REFERENCES = _seen.users - 1, sys.getrefcount(_seen.object)
 del _seen, _one
 
 
+# Why memory that was handed out can be reached by others, by the storage's handle: for as long as its owner lives.
+_handed_out: dict[int, str] = {}
+
+
+def hand_out(owner: Tensor, why: str) -> None:
+    """Remember that others can reach the memory of a state from now on, whatever becomes of its account."""
+    handle = Storage(owner).handle
+    if handle not in _handed_out:
+        weakref.finalize(owner, _handed_out.pop, handle, None).atexit = False
+    _handed_out[handle] = why
+
+
+def handed_out(owner: Tensor) -> str | None:
+    """To whom the memory of a state was given."""
+    return _handed_out.get(Storage(owner).handle) if _handed_out else None
+
+
 def shared_with(owner: Tensor) -> str | None:
     """Who, besides the tensors that torch counts, can reach the memory of a state that is met for the first time.
 
@@ -45,7 +63,8 @@ def shared_with(owner: Tensor) -> str | None:
         return "other processes (shared memory)"
     if not storage.object.resizable():
         return "whoever made it: NumPy, DLPack, a file, torch.load (clone() the state once to have it buffered)"
-    if owner._use_count() > 1 and storage.users == 1:  # type: ignore[attr-defined]
-        # not views of it: they would hold its storage as well
+    # a view of it would hold the tensor and its storage; a view itself is held by no other view
+    views = 0 if owner._is_view() else storage.users - 1
+    if owner._use_count() > 1 + views:  # type: ignore[attr-defined]
         return "a DLPack capsule, or C++ code that holds the tensor"
     return None

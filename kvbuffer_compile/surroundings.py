@@ -45,10 +45,21 @@ def neutral(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        tracing: object = torch._C._get_tracing_state()
+        if tracing is not None:  # of TorchScript: it notes lists of sizes before a call is dispatched
+            return _untraced(tracing, run, *args, **kwargs)
         with _Keys(_INCLUDED, _EXCLUDED), _Plain():
             return function(*args, **kwargs)
 
     return run
+
+
+def _untraced(tracing: object, call: Callable[..., T], *args: object, **kwargs: object) -> T:
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        return call(*args, **kwargs)
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
