@@ -194,6 +194,8 @@ def by_hand(world: World, place: Place, dice: random.Random) -> None:
 @rule("hold", 6)
 def hold(world: World, place: Place, dice: random.Random) -> None:
     name = dice.choice([h for h in HOLDS if h not in world.without])
+    if name == "memory at its address" and type(place.real) is Tensor:
+        return  # a pointer taken before the first step leaves no trace: README, Limits
     if place.kind != "inference" and place.kind != "parameter":
         world.note(name)
         place.held.append(Held(name, *place.each(HOLDS[name])))
