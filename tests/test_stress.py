@@ -39,7 +39,7 @@ def run(target: str, seeds: range) -> Counter[str]:
 def test_whatever_happens_no_token_is_stale_or_lost(target: str) -> None:
     counts = run(target, range(EXAMPLES))
     assert counts["reads of owed rows"] > EXAMPLES, counts
-    for what in ("drafts rejected", "trees accepted", "interrupts"):
+    for what in ("tokens taken back", "drafts rejected", "trees accepted", "interrupts"):
         assert counts[what] > EXAMPLES / 20, counts
     assert not [name for name, (weight, _) in RULES.items() if weight >= 1 and not counts[name]]
 
