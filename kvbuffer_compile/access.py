@@ -36,8 +36,7 @@ def accessed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     states = list(states_in((args, kwargs)))
     exported = is_export(func)
     zeros = _writes_zeros(func, args, kwargs)
-    find = LEDGER.in_memory_of if exported else LEDGER.overlapping
-    reached = list({a.serial: a for state in states for a in find(state)}.values())
+    reached = LEDGER.reached(states, whole=exported)
 
     def run() -> Any:
         for state in states:

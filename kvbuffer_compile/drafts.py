@@ -179,7 +179,7 @@ def _paths(path: Paths) -> Tensor:
     each = [x.tolist() if isinstance(x, Tensor) else list(x) for x in parts]
     width = max(map(len, each), default=0)
     padded = [x + [-1] * (width - len(x)) for x in each]
-    return integers(padded, name) if width else torch.empty(len(each), 0, dtype=torch.long)
+    return integers(padded, name) if width else torch.empty(len(each), 0, dtype=torch.long, device="cpu")
 
 
 def _check(account: Account, paths: Tensor) -> None:

@@ -85,8 +85,7 @@ def enter_settled(compiled: Compiled, held: Sequence[Tensor]) -> Compiled:
         if not states:
             return compiled(*args)
         with plain_calls():
-            reached = list({a.serial: a for s in states for a in LEDGER.overlapping(s)}.values())
-            return under_locks(reached, lambda: _settled(compiled, args, states))
+            return under_locks(LEDGER.reached(states), lambda: _settled(compiled, args, states))
 
     return enter
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -53,7 +53,7 @@ class Ledger:
         self.by_alias: dict[int, Account] = {}  # by the id of what stands for the owner, where that is the state
         self.allocations: dict[int, Allocation] = {}  # by overlap.storage_of
         self._phases: dict[int, Phases] = {}  # by flush length
-        self._numbers: dict[int, int] = {}  # of phases, by the account's serial number
+        self._numbers: dict[int, tuple[Phases, int]] = {}  # by the account's serial number
         self._serials = itertools.count()
         self._died: deque[weakref.ref[Account]] = deque()
         self._lock = threading.RLock()
@@ -85,13 +85,14 @@ class Ledger:
         """An account made by make(serial, phase), and kept."""
         self.bury()
         with self._lock:
-            number, phase = self._phases.setdefault(flush, Phases(flush)).take()
+            phases = self._phases.setdefault(flush, Phases(flush))
+            number, phase = phases.take()
         serial = next(self._serials)
-        self._numbers[serial] = number
+        self._numbers[serial] = phases, number
         try:
             account = make(serial, phase)
         except BaseException:
-            self._give_back(serial, flush)
+            self._give_back(serial)
             raise
         self._change(lambda: self._add(account))
         return account
@@ -123,13 +124,13 @@ class Ledger:
         account.allocation.accounts.pop(account.serial, None)
         if not account.allocation.accounts:
             self.allocations.pop(account.allocation.storage.handle, None)
-        self._give_back(account.serial, account.plan.flush)
+        self._give_back(account.serial)
 
-    def _give_back(self, serial: int, flush: int) -> None:
-        number = self._numbers.pop(serial, None)
-        if number is not None:
+    def _give_back(self, serial: int) -> None:
+        phases, number = self._numbers.pop(serial, (None, 0))
+        if phases is not None:
             with self._lock:
-                self._phases[flush].give_back(number)
+                phases.give_back(number)
 
     # ------------------------------------------------------------------------------------------ deaths
 
@@ -177,6 +178,11 @@ class Ledger:
     def overlapping(self, t: Tensor) -> list[Account]:
         """The accounts of states of which a tensor is a part, or they of it."""
         return [a for a in self.in_memory_of(t) if overlap(a.state, t)]
+
+    def reached(self, tensors: Iterable[Tensor], whole: bool = False) -> list[Account]:
+        """The accounts of states that overlap with any of these tensors; whole: or share an allocation with one."""
+        find = self.in_memory_of if whole else self.overlapping
+        return list({a.serial: a for t in tensors for a in find(t)}.values())
 
 
 LEDGER = Ledger()

@@ -17,11 +17,7 @@ class Locked(Protocol):
 
 def under_locks(accounts: Sequence[Locked], call: Callable[[], T]) -> T:
     """call() with the locks of these accounts held. One lock after the other, always in the same order."""
-    if accounts and all(a.lock is accounts[0].lock for a in accounts):
-        with accounts[0].lock:
-            return call()
-    locks = {id(a.lock): a.lock for a in accounts}
-    return _holding([locks[key] for key in sorted(locks)], call)
+    return _holding(sorted({a.lock for a in accounts}, key=id), call)
 
 
 def _holding(locks: list[RLock], call: Callable[[], T]) -> T:

@@ -46,13 +46,17 @@ class Step:
         self.states = states
         self.whole = whole
         self.indices = {s.index for s in states} | {part.index for part in parts}
+        self.own = [i for i in sorted(self.indices) if i < whole]
         self.rowless = [s.index for s in states if s.plan.variant == "recurrent"]
         kept = {s.index for s in states}
         self.settled = [whole + i for i in range(len(parts)) if whole + i not in kept]
+        self.unused = {s.index for s in self.buffered}  # inputs that the account's own tensor takes the place of
         self.original = original
         self.parts = parts
         # positions of an input and of the output it is returned as: states, then stacks and pools
         self.donated = [(s.index, s.returned) for s in states if s.returned is not None] + list(donated)
+        counts = [s.tokens for s in self.buffered]
+        self.counts = [c.size for c in counts] if all(c.size is not None for c in counts) else None
         self.stored = tuple(donated)
         self.others: list[int] | None = None  # further inputs that can be states
 
@@ -62,29 +66,28 @@ class Step:
             if tree is not None:
                 drafts.check_graph(tree, self.states, args)
             self._settle_others(args)
-            given = [(position, owner_of(args[index])) for index, position in self.donated]
+            owners = {position: owner_of(args[index]) for index, position in self.donated}
             accounts = self._open(args)
             out = under_locks(accounts, lambda: self._stepped(args, accounts, tree))
-            if given:
-                owners = dict(given)
-                return type(out)(owners.get(i, x) for i, x in enumerate(out))
-            return out
+            return type(out)(owners.get(i, x) for i, x in enumerate(out)) if owners else out
 
     def _settle_others(self, args: list[Any]) -> None:
         """Fold in the rows of every state that is an input and not stepped here."""
         if self.others is None:
             self.others = [i for i, a in enumerate(args) if may_be_state(a) and i not in self.indices]
         for i in self.others:
-            if is_alias(args[i]) or type(args[i]) is GuardedState:
-                touch(args[i])
-                args[i] = plain(args[i])
+            x = args[i]
+            if type(x) is GuardedState or is_alias(x):
+                touch(x)
+                args[i] = plain(x)
 
     def _open(self, args: list[Any]) -> list[Account]:
         """The accounts of the buffered states; what else the graph uses of their tensors is settled."""
         accounts: list[Account] = []
         lock: RLock = None
+        known = LEDGER.by_alias
         for state in self.buffered:
-            account = LEDGER.by_alias.get(id(args[state.index])) if state.index < self.whole else None
+            account = known.get(id(args[state.index])) if state.index < self.whole else None
             if account is None or account.plan is not state.plan or account.rivals:
                 owner, place = self._where(args, state.index)
                 account = open_account(owner, state.plan, place, lock)
@@ -109,7 +112,7 @@ class Step:
     # ------------------------------------------------------------------------------------- with the locks
 
     def _stepped(self, args: list[Any], accounts: list[Account], tree: Tree | None) -> Any:
-        counts = [s.tokens.of(args) for s in self.buffered]
+        counts = self.counts or [s.tokens.of(args) for s in self.buffered]
         self._hand_over(args, accounts)
         if self.original is None or tree is not None:
             return self.run(args, accounts, counts, tree)
@@ -138,12 +141,11 @@ class Step:
 
     def _hand_over(self, args: list[Any], accounts: list[Account]) -> None:
         """Append slices, cursors and rows."""
-        kept = {s.index for s in self.buffered}
-        for i in self.indices:
-            if i < self.whole and type(args[i]) is GuardedState:
+        for i in self.own:
+            if type(args[i]) is GuardedState:
                 args[i] = plain(args[i])
         for i, part in enumerate(self.parts):
-            args.append(None if self.whole + i in kept else alias(args[part.index], part.place))
+            args.append(None if self.whole + i in self.unused else alias(args[part.index], part.place))
         for state, account in zip(self.buffered, accounts, strict=True):
             args[state.index] = account.state
             args += account.arguments

@@ -54,12 +54,13 @@ class Interrupt:
     def _reached(self, frame: FrameType) -> None:
         code = frame.f_code
         op = dis.opname[code.co_code[frame.f_lasti]]
-        line = linecache.getline(code.co_filename, frame.f_lineno).lstrip()
+        at: int | None = frame.f_lineno  # none for bytecodes that the compiler added
+        line = linecache.getline(code.co_filename, at or 0).lstrip()
         if line.startswith("with ") and op in ("SWAP", "LOAD_CONST"):
             return  # the way out of a with statement, which CPython does not interrupt
         self.left -= 1
         if self.left < 0:
-            self.where = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name} ({op})"
+            self.where = f"{Path(code.co_filename).name}:{at} {code.co_name} ({op})"
             raise KeyboardInterrupt
 
     def run(self, act: Callable[[], Any]) -> bool:

@@ -120,9 +120,19 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("owed", [2, 3], ids=["some flush", "all flush"])
-@pytest.mark.parametrize("variant", STEPS)
+@pytest.mark.parametrize(
+    ("variant", "owed"),
+    [
+        ("buffered", 3),
+        ("verify", 2),
+        pytest.param("buffered", 2, marks=pytest.mark.nightly),
+        pytest.param("verify", 3, marks=pytest.mark.nightly),
+        pytest.param("tree", 2, marks=pytest.mark.nightly),
+        pytest.param("tree", 3, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_step(variant: str, owed: int) -> None:
+    """Of sequences that flush at 3, 2 and 1: some are full, or all are."""
     start, run = held(owed)
     tokens, step = STEPS[variant]
     start.plan = replace(start.plan, variant=variant)
@@ -156,7 +166,7 @@ def test_a_recurrent_step(pool: bool) -> None:
     everywhere(begin, check)
 
 
-@pytest.mark.parametrize("tokens", [None, MOST], ids=["one token", "several"])
+@pytest.mark.parametrize("tokens", [None, pytest.param(MOST, marks=pytest.mark.nightly)], ids=["one token", "several"])
 @pytest.mark.parametrize("index", [[2, 0], [1, -2]], ids=["two slots", "one slot twice"])
 def test_a_step_on_a_pool(index: list[int], tokens: int | None) -> None:
     """Slots flush and have their rows written over in the same step."""
