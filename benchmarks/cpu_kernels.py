@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -77,7 +78,19 @@ def machine() -> dict[str, Any]:
     capability = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
     versions = {"torch": torch.__version__, "compiler": (build.compiler() or "").split(": ")[-1]}
-    return {"cpu": cpu, "capability": capability, "cores": os.cpu_count(), "threads": threads, **versions}
+    run = {"commit": _commit(), "command": " ".join(["python", "-m", _module(), *sys.argv[1:]])}
+    return {"cpu": cpu, "capability": capability, "cores": os.cpu_count(), "threads": threads, **versions, **run}
+
+
+def _module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return sys.argv[0] if spec is None else spec.name
+
+
+def _commit() -> str:
+    """Of the code that runs; with a plus when files differ from it."""
+    asked = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip()
 
 
 def _cpuinfo() -> list[str]:

@@ -17,8 +17,9 @@ from tests.zoo import ARCHS, Arch
 
 FAST = {"inner": "eager", "target": "aten", "flush": 4}
 TOKENS = 20
-NIGHTLY = {"qwen4_exp", "glm5_next"}  # a dozen graphs, and the largest one
-FIRST_BF16 = ("olmo_hybrid", "kimi_linear", "nemotron_h", "minimax", "xlstm")
+# A dozen graphs, the largest one, and those that are put together like another one here.
+NIGHTLY = {"qwen4_exp", "glm5_next", "qwen3_5_moe", "bamba", "granitemoehybrid", "zamba", "zaya", "recurrent_gemma"}
+FIRST_BF16 = ("kimi_linear", "minimax", "xlstm")
 DENSE, VECTOR, OVERWRITTEN = "full-decay", "vector", "overwritten"
 # Rules that reports must show for the states of what is declined, each at a line of the model.
 DECLINED: dict[str, Counter[str]] = {
@@ -88,7 +89,14 @@ def test_buffered(arch: Arch, records: list[GraphRecord]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arch", [*rows(FIRST_BF16), *(pytest.param(ARCHS[a], id=a, marks=pytest.mark.nightly) for a in ("bamba", "zamba2"))]
+    "arch",
+    [
+        *rows(FIRST_BF16),
+        *(
+            pytest.param(ARCHS[a], id=a, marks=pytest.mark.nightly)
+            for a in ("bamba", "zamba2", "olmo_hybrid", "nemotron_h")
+        ),
+    ],
 )
 def test_buffered_in_bfloat16(arch: Arch, records: list[GraphRecord]) -> None:
     decode(arch, torch.bfloat16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from tests.oracle import Oracle, check, check_steps
 
 MODELS = ("qwen3_next", "qwen3_5", "mamba2")
 NIGHTLY = pytest.mark.nightly
+FIRST, *OTHERS = MODELS
+ONE = [FIRST, *(pytest.param(name, marks=NIGHTLY) for name in OTHERS)]  # the others nightly
 FAST = {"inner": "eager", "target": "aten"}
 
 
@@ -27,19 +30,15 @@ def generate(model, ids, tokens, cache):
 
 
 def cases():
-    """All of L x batch x cache nightly, a few of them always."""
-    always = {(7, 3, "dynamic"), (16, 1, "static")}
-    for flush in (1, 2, 7, 16, 32):
-        for batch in (1, 3):
-            for cache in ("dynamic", "static"):
-                case = (flush, batch, cache)
-                yield pytest.param(*case, 128 if case in always else 512, marks=[] if case in always else NIGHTLY)
-    yield pytest.param(7, 3, "dynamic", 512, marks=NIGHTLY)
-    yield pytest.param(16, 1, "static", 512, marks=NIGHTLY)
+    """All models x L x batch x cache nightly, one of each model always."""
+    yield "qwen3_next", 16, 1, "static", 128
+    yield "qwen3_5", 7, 3, "dynamic", 128
+    yield "mamba2", 7, 3, "dynamic", 128
+    for case in itertools.product(MODELS, (1, 2, 7, 16, 32), (1, 3), ("dynamic", "static"), (512,)):
+        yield pytest.param(*case, marks=NIGHTLY)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("flush", "batch", "cache", "tokens"), cases())
+@pytest.mark.parametrize(("name", "flush", "batch", "cache", "tokens"), cases())
 def test_generate_gives_the_tokens_of_eager(name, flush, batch, cache, tokens, records):
     model = zoo.make_model(name)
     ids = zoo.prompt(3, 8)[:batch]
@@ -91,7 +90,7 @@ def test_logits_and_states_satisfy_the_oracle(name, records):
     assert rewritten_graphs(records)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ONE)
 def test_a_loop_with_dynamic_shapes(name, records):
     run_in_step(name, torch.float32, flush=5, steps=23, dynamic=True)
     assert rewritten_graphs(records) and all(
@@ -99,7 +98,7 @@ def test_a_loop_with_dynamic_shapes(name, records):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ONE)
 def test_bfloat16_models(name, records):
     """A model in bfloat16 rounds its logits; the states, float32 in all three, are held to the oracle as well."""
     model, reference = zoo.make_model(name, torch.bfloat16), zoo.make_model(name, torch.bfloat16)
@@ -118,7 +117,7 @@ def test_bfloat16_models(name, records):
     assert rewritten_graphs(records)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ONE)
 def test_two_caches_interleave(name, records):
     model, reference = zoo.make_model(name), zoo.make_model(name)
     pairs = [(zoo.prefilled(model, zoo.prompt(2, n)), zoo.prefilled(reference, zoo.prompt(2, n))) for n in (5, 9)]
@@ -143,7 +142,7 @@ def test_inference_mode(records):
     assert torch.equal(got, expected) and rewritten_graphs(records)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["mamba2", *(pytest.param(name, marks=NIGHTLY) for name in ("qwen3_next", "qwen3_5"))])
 def test_with_inductor_and_generated_kernels(name, records):
     """The whole way, as a user runs it, for some tokens."""
     model = zoo.make_model(name)
