@@ -13,14 +13,15 @@ from kvbuffer_compile import dispatch_watch
 from kvbuffer_compile.accounts import Account, geometry
 from kvbuffer_compile.aliases import forget, known_alias, plain
 from kvbuffer_compile.fresh import make_zero
-from kvbuffer_compile.guard import GuardedState, is_export, is_inspecting, on_access, states_in
+from kvbuffer_compile.guard import GuardedState, is_export, is_inspecting, on_access, plain_calls, states_in
 from kvbuffer_compile.ledger import LEDGER
 from kvbuffer_compile.locks import under_locks
 from kvbuffer_compile.sharing import hand_out
 
 _alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]  # whether two tensors share a storage
 _ZEROES: frozenset[Any] = frozenset([Tensor.zero_, torch.zero_])
-_LEGACY: frozenset[Any] = frozenset(getattr(Tensor, n) for n in ("new", "resize", "resize_as"))  # ask for the key
+# These ask a tensor for its dispatch key, and take a device from it.
+_LEGACY: frozenset[Any] = frozenset(getattr(Tensor, n) for n in ("new", "new_tensor", "resize", "resize_as"))
 _FILLS: frozenset[Any] = frozenset([Tensor.fill_, torch.fill_])
 
 
@@ -66,8 +67,9 @@ def _unmarked(args: tuple[Any, ...]) -> list[Any]:
 def touched_below(op: str, tensors: list[Tensor]) -> None:
     """Called before an operation that did not come by way of a state's class."""
     if not is_inspecting():
-        for tensor in tensors:
-            touch(tensor)
+        with plain_calls():
+            for tensor in tensors:
+                touch(tensor)
 
 
 def settle_memory(state: Tensor, exported: bool) -> None:
@@ -82,8 +84,8 @@ def settle_memory(state: Tensor, exported: bool) -> None:
 def _hand_out(states: Sequence[Tensor], accounts: Sequence[Account], why: str) -> None:
     for account in accounts:
         account.shared = why
-    for owner in {id(t): t for t in (*states, *(a.owner() for a in accounts)) if t is not None}.values():
-        hand_out(owner, why)
+    for state in states:
+        hand_out(state, why)
 
 
 on_access(accessed, settle_memory)

@@ -67,7 +67,7 @@ class Ledger:
         """Other threads, and with them the locks they held, stayed in the parent."""
         self._lock, self._changing = threading.RLock(), False
         for found in self.allocations.values():
-            for account in found.accounts.values():
+            for account in found.accounts:
                 account.lock = threading.RLock()
 
     def _change(self, change: Callable[[], None]) -> None:
@@ -102,7 +102,7 @@ class Ledger:
         if found is None:
             found = self.allocations[storage_of(account.state)] = Allocation(account.state)
         account.allocation = found
-        found.accounts[account.serial] = account
+        found.add(account)
         self.accounts[account.key] = account
         self.by_alias[id(account.state)] = account
 
@@ -121,7 +121,7 @@ class Ledger:
         for rival in list(account.rivals):
             if account in rival.rivals:
                 rival.rivals.remove(account)
-        account.allocation.accounts.pop(account.serial, None)
+        account.allocation.remove(account)
         if not account.allocation.accounts:
             self.allocations.pop(account.allocation.storage.handle, None)
         self._give_back(account.serial)
@@ -161,7 +161,7 @@ class Ledger:
 
     def _bury(self, account: Account, dying: bool) -> None:
         """Free the rows of a state, folded in first if its memory lives on in another tensor."""
-        if account.serial not in account.allocation.accounts:
+        if account not in account.allocation:
             return
         if account.allocation.outlives(dying):
             account.settle()
@@ -173,7 +173,7 @@ class Ledger:
         """The accounts of states in the same allocation, wherever there."""
         self.bury()
         found = self.allocations.get(storage_of(t))
-        return [] if found is None else list(found.accounts.values())
+        return [] if found is None else found.accounts
 
     def overlapping(self, t: Tensor) -> list[Account]:
         """The accounts of states of which a tensor is a part, or they of it."""

@@ -14,7 +14,7 @@ from kvbuffer_compile.ledger import LEDGER
 from kvbuffer_compile.locks import RLock
 from kvbuffer_compile.overlap import storage_of
 from kvbuffer_compile.plan import Plan
-from kvbuffer_compile.sharing import Storage, handed_out, shared_with
+from kvbuffer_compile.sharing import Storage, hand_out, handed_out, shared_with
 
 
 def open_account(owner: Tensor, plan: Plan, place: Place | None = None, lock: RLock = None) -> Account:
@@ -54,9 +54,6 @@ def reached_by(owner: Tensor) -> str | None:
     with plain_calls():
         if (why := handed_out(owner)) is not None:
             return why
-        known = [a.shared for a in LEDGER.in_memory_of(owner) if a.shared is not None]
-        if known:
-            return known[0]
         return _exported(owner) if type(owner) is GuardedState else shared_with(owner)
 
 
@@ -65,11 +62,13 @@ def _first_met(owner: Tensor) -> str | None:
     shared = reached_by(owner)
     base = owner._base if owner._is_view() else None
     if not guard(owner) or (base is not None and not guard(base)):
-        return shared or f"code that knows nothing of its class, {type(owner).__name__}"
+        shared = shared or f"code that knows nothing of its class, {type(owner).__name__}"
+    if shared is not None:  # by the next account it is guarded, and who holds it cannot be told from ourselves
+        hand_out(owner, shared)
     return shared
 
 
 def _exported(owner: Tensor) -> str | None:
-    """What was handed out of a state since it is guarded is remembered by its account, or by the memory itself."""
+    """Of a state that is guarded: what has become of its memory itself. All else was noted when it was handed out."""
     storage = Storage(owner).object
     return shared_with(owner) if storage.is_shared() or not storage.resizable() else None

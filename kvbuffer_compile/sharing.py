@@ -36,20 +36,20 @@ _OWN_USES, _OWN_REFERENCES = _seen.users - 1, sys.getrefcount(_seen.object)
 del _seen, _one
 
 
-# Why memory that was handed out can be reached by others, by the storage's handle: for as long as its owner lives.
+# Why memory can be reached by others, by the storage's handle: for as long as there is the storage.
 _handed_out: dict[int, str] = {}
 
 
 def hand_out(owner: Tensor, why: str) -> None:
     """Remember that others can reach the memory of a state from now on, whatever becomes of its account."""
-    handle = Storage(owner).handle
-    if handle not in _handed_out:
-        weakref.finalize(owner, _handed_out.pop, handle, None).atexit = False
-    _handed_out[handle] = why
+    storage = Storage(owner)
+    if storage.handle not in _handed_out:
+        weakref.finalize(storage.object, _handed_out.pop, storage.handle, None).atexit = False
+    _handed_out[storage.handle] = why
 
 
 def handed_out(owner: Tensor) -> str | None:
-    """To whom the memory of a state was given."""
+    """Who is known to reach the memory of a state."""
     return _handed_out.get(Storage(owner).handle) if _handed_out else None
 
 

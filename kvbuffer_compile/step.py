@@ -83,6 +83,7 @@ class Step:
 
     def _open(self, args: list[Any]) -> list[Account]:
         """The accounts of the buffered states; what else the graph uses of their tensors is settled."""
+        LEDGER.bury()  # who holds a memory is told from counts
         accounts: list[Account] = []
         lock: RLock = None
         known = LEDGER.by_alias

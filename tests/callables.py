@@ -37,8 +37,10 @@ def values(shape: Sequence[int]) -> Tensor:
 
 
 def same(shape: tuple[int, ...]) -> Tensor:
-    """Another tensor of that shape, all of it in (0, 1)."""
-    return torch.linspace(0.25, 0.75, torch.Size(shape).numel()).reshape(shape)
+    """Another tensor of that shape, all of it in (0, 1); a matrix of it has full rank."""
+    count = torch.Size(shape).numel()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return torch.linspace(0.25, 0.75, count)[order].reshape(shape)
 
 
 def vector(shape: tuple[int, ...]) -> Tensor:

@@ -210,7 +210,8 @@ BY_HAND: dict[str, Callable[[Tensor], Any]] = {
     # constructors
     "torch.tensor": torch.tensor,
     "torch.tensor(list)": lambda s: torch.tensor(list(s[0, 0, 0])),
-    "Tensor.new_tensor": lambda s: torch.zeros(1).new_tensor(s),
+    "Tensor.new_tensor": lambda s: s.new_tensor(s),
+    "Tensor.new_tensor of another": lambda s: torch.zeros(1).new_tensor(s),
     "Tensor.new": lambda s: torch.zeros(1).new(s),
     "torch.Tensor": torch.Tensor,
     "torch.FloatTensor": torch.FloatTensor,

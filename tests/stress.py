@@ -198,5 +198,6 @@ def shrink(compiled: Compiled, seed: int, without: Iterable[str] = ()) -> str:
 
 if __name__ == "__main__":
     from tests import stress as machine  # the module with the rules, not this copy of it
+    from tests import stress_threads  # noqa: F401
 
     print(machine.shrink(machine.Compiled(sys.argv[2]), int(sys.argv[1]), sys.argv[3:]) or "passes")

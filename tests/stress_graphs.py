@@ -116,8 +116,9 @@ def own(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compile(fn: Callable[..., Any], target: str, dynamic: bool = False, **options: Any) -> Callable[..., Any]:
+    """Not with fullgraph: two threads that call such functions may be told by torch that it found no compiled frame."""
     given = {"flush": FLUSH, "capacity": CAPACITY, "inner": "eager", "target": target, **options}
-    return torch.compile(own(fn), backend="kvbuffer", options=given, dynamic=dynamic, fullgraph=True)
+    return torch.compile(own(fn), backend="kvbuffer", options=given, dynamic=dynamic)
 
 
 def steps(target: str) -> dict[str, Graph]:

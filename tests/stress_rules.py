@@ -206,6 +206,8 @@ def hold(world: World, place: Place, dice: random.Random) -> None:
 @rule("share", 0.7)
 def share(world: World, place: Place, dice: random.Random) -> None:
     if place.kind in ("own", "cache"):
+        # torch frees the memory that it moves a storage from, whoever else has a pointer into it
+        place.held = [h for h in place.held if h.name not in ("array", "asarray", "import", "memory at its address")]
         place.real.share_memory_()
         place.exported = True
         place.history.clear()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
+import io
 import os
+import pickle
 import sys
 import threading
 
@@ -279,10 +281,12 @@ FOREIGN = {
 def test_memory_that_others_can_reach_is_true_after_every_step(make, tmp_path):
     state, look = make(tmp_path)
     p = Pair(state)
-    for _ in range(3):
-        p.run()
-        p.check(look())
-        assert not p.owed
+    for flush in (L, 2 * L, L):  # an account of each is opened anew
+        p.compiled = torch.compile(step, backend="kvbuffer", options={**OPTIONS, "flush": flush})
+        for _ in range(3):
+            p.run()
+            p.check(look())
+            assert not p.owed
 
 
 def test_the_report_says_who_shares_the_memory():
@@ -320,9 +324,52 @@ EXPORTS = {
 def test_memory_that_is_handed_out_later_is_true_from_then_on(pair, export):
     found = export(pair.state)
     pointer = found if isinstance(found, int) else found.ctypes.data if hasattr(found, "ctypes") else found.data_ptr()
-    pair.run(3)
-    memory = (ctypes.c_float * (B * H * K * V)).from_address(pointer)
-    pair.check(torch.tensor(np.ctypeslib.as_array(memory).reshape(B, H, K, V)))
+    memory = np.ctypeslib.as_array((ctypes.c_float * (B * H * K * V)).from_address(pointer)).reshape(B, H, K, V)
+    for flush in (L, 2 * L):
+        pair.compiled = torch.compile(step, backend="kvbuffer", options={**OPTIONS, "flush": flush})
+        pair.run(3)
+        pair.check(torch.tensor(memory))
+
+
+def test_tensors_of_ours_that_die_hide_no_others():
+    """Others are told from ours by counting: two come while two go."""
+    p = Pair(steps=1)
+    copied = copy.copy(p.state)
+    with torch.no_grad():
+        some = [x[:1] for x in operands()]
+        p.compiled(p.state[:1], *some)
+        step(p.eager[:1], *some)
+        step(p.exact[:1], *(x.double() for x in some))
+    kept = p.state.unbind(0)[1]
+    for _ in range(3):
+        p.run()
+        p.check(copied)
+        p.check(kept, lambda s: s[1])
+
+
+LOOKS = {
+    "clone": torch.clone,
+    "torch.tensor": torch.tensor,
+    "torch.Tensor": lambda s: torch.Tensor(s).clone(),
+    "functionalize": lambda s: torch.func.functionalize(lambda x: x * 1.0)(s),
+    "vmap": torch.vmap(lambda x: x * 2),
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "torch.save": lambda s: torch.save({"state": s}, io.BytesIO()),
+    "repr": repr,
+    "tolist": lambda s: s.tolist(),
+    "array": lambda s: s.numpy().sum(),
+    "np.save": lambda s: np.save(io.BytesIO(), s),
+    "new_tensor": lambda s: s.new_tensor([1.0]),
+    "another backend": lambda s: torch.compile(lambda x: x * 2, backend="eager")(s),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_a_state_that_was_looked_at_is_buffered_as_before(pair, look):
+    look(pair.state)
+    pair.run(2)
+    assert pair.owed == 2
 
 
 @pytest.mark.parametrize("when", [0, 2])
