@@ -10,8 +10,7 @@ from __future__ import annotations
 import nox
 
 TORCH = "2.13.0"
-MODELS = ("tests/test_zoo.py", "tests/test_models.py", "tests/test_architectures.py", "tests/test_sequence.py",
-          "tests/test_lift.py", "tests/test_speculation.py", "tests/test_speculation_starts.py")  # fmt: skip
+MODELS = ("tests/models", "tests/lift/test_sequence.py", "tests/lift/test_lift.py")
 nox.options.default_venv_backend = "venv"
 
 

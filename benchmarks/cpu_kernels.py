@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbuffer_compile import ops
-from kvbuffer_compile.codegen import build
-from kvbuffer_compile.plan import Layout, Plan
-from kvbuffer_compile.recurrences import RECURRENCES, Recurrence
+from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile.commands.recurrences import RECURRENCES, Recurrence
+from kvbuffer_compile.ir.plan import Layout, Plan
+from kvbuffer_compile.steps import ops
 
 CPU = torch.device("cpu")
 L = 16

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_sides import ROOM, Place, Side, error, fla, inductor, plan_of
-from kvbuffer_compile.recurrences import RECURRENCES, Recurrence
+from kvbuffer_compile.commands.recurrences import RECURRENCES, Recurrence
 
 NAMES = ("gdn", "kda", "mamba2", "gla", "rwkv7")
 DRAFTS = (2, 4, 8)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbuffer_compile import ops
-from kvbuffer_compile.codegen.reference import emit_reference
-from kvbuffer_compile.codegen.standalone_check import Subject, check
-from kvbuffer_compile.ir import Decay
-from kvbuffer_compile.plan import Layout, Plan
-from kvbuffer_compile.recurrences import DRAWN, Recurrence
+from kvbuffer_compile.codegen.standalone.check import Subject, check
+from kvbuffer_compile.codegen.standalone.reference import emit_reference
+from kvbuffer_compile.commands.recurrences import DRAWN, Recurrence
+from kvbuffer_compile.ir.plan import Layout, Plan
+from kvbuffer_compile.ir.program import Decay
+from kvbuffer_compile.steps import ops
 
 ROOM = 32  # slots beyond the context of a sequence that lives in its rows alone
 

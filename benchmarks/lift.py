@@ -24,7 +24,8 @@ from torch.fx import GraphModule
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM, StaticCache
 
 from benchmarks.cpu_kernels import machine
-from kvbuffer_compile import backend, targets
+from kvbuffer_compile import backend
+from kvbuffer_compile.steps import targets
 
 STAGES = {"lift": (backend, "lift"), "choose": (backend, "choose"), "validate": (backend, "validate"),
           "splice": (backend, "splice"), "kernels": (targets, "build")}  # fmt: skip

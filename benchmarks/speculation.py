@@ -24,9 +24,10 @@ from transformers import Qwen3_5ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.cpu_kernels import command, machine
-from kvbuffer_compile import rollback, runtime
-from kvbuffer_compile.integrations.adapters import GATED_DELTA
+from kvbuffer_compile import rollback
+from kvbuffer_compile.integrations.functions.adapters import GATED_DELTA
 from kvbuffer_compile.integrations.transformers import enable_speculation
+from kvbuffer_compile.runtime import by_hand
 
 HEADS, SIZE = 32, 128
 FLUSH, DRAFTS = 8, 4
@@ -87,7 +88,7 @@ def draft_bytes() -> list[dict[str, Any]]:
     one, found = HEADS * SIZE * SIZE * 4, []
     for flush, dtype in ((4, None), (FLUSH, None), (16, None), (FLUSH, torch.bfloat16)):
         _, state = session("aten", flush, dtype)
-        (account,) = runtime.accounts_of(state)
+        (account,) = by_hand.accounts_of(state)
         rows = account.row_bytes
         found.append(
             {"drafts": DRAFTS, "flush": flush, "row_dtype": str(dtype or torch.float32).removeprefix("torch."),

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 import triton
 
-from kvbuffer_compile.codegen.aot import TARGETS, usage
-from kvbuffer_compile.codegen.launch import Config, configure
 from kvbuffer_compile.codegen.schedule import schedule
-from kvbuffer_compile.codegen.triton import emit
-from kvbuffer_compile.ir import Program
-from kvbuffer_compile.plan import Layout, Plan
-from kvbuffer_compile.recurrences import RECURRENCES
+from kvbuffer_compile.codegen.standalone.aot import TARGETS, usage
+from kvbuffer_compile.codegen.triton.launch import Config, configure
+from kvbuffer_compile.codegen.triton.triton import emit
+from kvbuffer_compile.commands.recurrences import RECURRENCES
+from kvbuffer_compile.ir.plan import Layout, Plan
+from kvbuffer_compile.ir.program import Program
 
 OUT = Path(__file__).parent / "results" / "triton_aot"
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from kvbuffer_compile.errors import EmitError
-from kvbuffer_compile.ir import REDUCTIONS, Map
+from kvbuffer_compile.ir.program import REDUCTIONS, Map
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kvbuffer_compile.ir import Var
-from kvbuffer_compile.plan import Plan
+from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.ir.program import Var
 
 
 def example(plan: Plan, lanes: tuple[int, ...], tokens: int, device: str | torch.device) -> tuple[Any, ...]:

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from kvbuffer_compile import ir
-from kvbuffer_compile.ir import REDUCTIONS, Decay, Kind, Map, Program, Read, Update, Var
+from kvbuffer_compile.ir import program as ir
+from kvbuffer_compile.ir.program import REDUCTIONS, Decay, Kind, Map, Program, Read, Update, Var
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,6 @@
 
 import sys
 
-from kvbuffer_compile.cli import main
+from kvbuffer_compile.commands.cli import main
 
 sys.exit(main())

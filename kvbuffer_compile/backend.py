@@ -16,22 +16,27 @@ import torch._functorch.config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.fx import GraphModule
 
-from kvbuffer_compile import dump, entry, gradients, loops, options, targets
+from kvbuffer_compile import options
+from kvbuffer_compile.capture import gradients, loops
 from kvbuffer_compile.errors import Declined, DeclinedError, IRError, OptionError
-from kvbuffer_compile.integrations import functions
-from kvbuffer_compile.machine import machine_for
+from kvbuffer_compile.integrations.functions import substitution
+from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.options import Options
-from kvbuffer_compile.passes import composites, pools
-from kvbuffer_compile.passes.choose import choose
-from kvbuffer_compile.passes.lift import lift
+from kvbuffer_compile.passes.choice.choose import choose
+from kvbuffer_compile.passes.lift.lift import lift
+from kvbuffer_compile.passes.lift.reasons import EMPTY
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Part
-from kvbuffer_compile.passes.reasons import EMPTY
+from kvbuffer_compile.passes.proof.validate import validate
 from kvbuffer_compile.passes.rewrite import Spliced, splice
-from kvbuffer_compile.passes.sequences import spelled_out
-from kvbuffer_compile.passes.validate import validate
-from kvbuffer_compile.plan import Plan
-from kvbuffer_compile.records import GraphRecord, observers
-from kvbuffer_compile.step import Step
+from kvbuffer_compile.passes.storage import pools
+from kvbuffer_compile.passes.tokens import composites
+from kvbuffer_compile.passes.tokens.sequences import spelled_out
+from kvbuffer_compile.process.machine import machine_for
+from kvbuffer_compile.report import dump
+from kvbuffer_compile.report.records import GraphRecord, observers
+from kvbuffer_compile.runtime import entry
+from kvbuffer_compile.runtime.step import Step
+from kvbuffer_compile.steps import targets
 
 log = logging.getLogger("kvbuffer_compile")
 
@@ -48,7 +53,7 @@ def kvbuffer(
 
     ValueError for an unknown option, or a value that is not allowed.
     """
-    functions.watch()
+    substitution.watch()
     entry.install()
     ours, inductor = _split_options(options)
     patches = {**_mode_options(mode), **inductor}
@@ -87,7 +92,7 @@ def _compile(
 
 
 kvbuffer.rewrites_recurrences = True  # type: ignore[attr-defined]
-functions.watch()
+substitution.watch()
 entry.install()
 
 

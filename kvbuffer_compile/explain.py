@@ -16,12 +16,12 @@ from torch.fx import GraphModule
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
-from kvbuffer_compile.afresh import afresh
+from kvbuffer_compile.accounts.opening import reached_by
 from kvbuffer_compile.backend import GraphRecord, kvbuffer, observers
-from kvbuffer_compile.opening import reached_by
 from kvbuffer_compile.options import Options, split
-from kvbuffer_compile.report import Report, StateReport, state_report
-from kvbuffer_compile.runtime import tensors_in
+from kvbuffer_compile.process.afresh import afresh
+from kvbuffer_compile.report.found import Report, StateReport, state_report
+from kvbuffer_compile.runtime.by_hand import tensors_in
 
 
 def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:

@@ -9,9 +9,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from kvbuffer_compile.errors import Declined
-from kvbuffer_compile.ir import Program
-from kvbuffer_compile.passes.origins import Origins
-from kvbuffer_compile.plan import Layout
+from kvbuffer_compile.ir.plan import Layout
+from kvbuffer_compile.ir.program import Program
+from kvbuffer_compile.passes.reading.counterparts import Origins
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, GraphModule, Node
 
 from kvbuffer_compile.errors import IRError
-from kvbuffer_compile.passes.labels import size_of
+from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.passes.lifted import Lifted, Output
-from kvbuffer_compile.passes.nodes import shape
-from kvbuffer_compile.passes.sequences import closed_sequences
-from kvbuffer_compile.plan import Plan
+from kvbuffer_compile.passes.reading.calls import shape
+from kvbuffer_compile.passes.reading.labels import size_of
+from kvbuffer_compile.passes.tokens.sequences import closed_sequences
 
 aten = torch.ops.aten
 _METADATA_USES = frozenset(

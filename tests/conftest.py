@@ -15,11 +15,11 @@ if "OMP_NUM_THREADS" not in os.environ:
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
     """No test sees graphs that another one compiled, or the phases of its states."""
-    from kvbuffer_compile.integrations import functions
-    from kvbuffer_compile.ledger import LEDGER
+    from kvbuffer_compile.accounts.ledger import LEDGER
+    from kvbuffer_compile.integrations.functions import substitution
 
     torch._dynamo.reset()
-    functions.watch()
+    substitution.watch()
     LEDGER._phases.clear()  # states of earlier tests that wait for a garbage collection take no phase from these
     torch.manual_seed(0)
     yield

@@ -1,0 +1,208 @@
+"""The arguments of a generated Triton kernel, and the Python function that launches it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from kvbuffer_compile.codegen.triton.launch import Config
+from kvbuffer_compile.codegen.triton.tickets import Tickets
+from kvbuffer_compile.codegen.triton.values import Python, Values, power_of_two
+from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.ir.program import Kind, Var
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One parameter of the kernel, and the launcher's expression for it."""
+
+    name: str
+    value: str
+    constant: bool = False
+
+
+def arguments(plan: Plan, split: Kind | None) -> list[Argument]:
+    """What the kernel takes. Strides of the state's and the rows' own axes are constants: they hardly ever change,
+    and constant offsets cost no registers. All other strides and sizes are run-time numbers."""
+    found = [*_state(plan)]
+    if plan.variant != "recurrent":
+        found += [*_log(plan)]
+    for v in plan.program.inputs:
+        found += _operand(plan, v)
+    found += [Argument(f"out_{n}", f"outputs[{n}]") for n, _ in enumerate(plan.program.outputs)]
+    if plan.variant == "verify":
+        found += [Argument("T", "tokens"), Argument("TOKENS", "triton.next_power_of_2(tokens)", True)]
+        found += [Argument("QUERIES", "queries", True), Argument("MATRIX", "matrix", True)]
+        found += [Argument("PRECISION", "precision", True)]
+    if plan.variant != "recurrent":
+        found += [Argument("EVICT", '"evict_first" if state.nbytes > 2**25 else ""', True)]
+        found += [Argument("FOLD", "min(fold, block)", True)]
+    found += [Argument("TILES", "tiles", True), Argument("BLOCK", "block", True)]
+    return found
+
+
+def _state(plan: Plan) -> Iterator[Argument]:
+    lanes = plan.program.lanes
+    yield Argument("state", "state")
+    for n, lane in enumerate(lanes):
+        yield Argument(f"size_{lane}", f"lanes[{n}]")
+        yield Argument(f"state_{lane}", f"view.stride({n})")
+    yield Argument("STATE_KEY", f"view.stride({len(lanes)})", True)
+    yield Argument("STATE_VALUE", f"view.stride({len(lanes) + 1})", True)
+
+
+def _log(plan: Plan) -> Iterator[Argument]:
+    yield Argument("cursor", "cursor")
+    yield Argument("cursor_row", "cursor.stride(0)")
+    yield Argument("cursor_sequence", "cursor.stride(1)")
+    yield Argument("tickets", "tickets")
+    yield Argument("tickets_sequence", "tickets.stride(0)")
+    shift = 0 if plan.layout.sequence else 1
+    slot = len(plan.program.lanes) + shift
+    for n, v in enumerate(plan.program.logged):
+        yield Argument(f"row_{v}", f"rows[{n}]")
+        for m, lane in enumerate(plan.program.lanes):
+            if lane in v.lanes or (m == 0 and plan.layout.sequence):
+                yield Argument(f"row_{v}_{lane}", f"stride(rows[{n}], {m + shift})")
+        yield Argument(f"ROW_{v}_SLOT", f"rows[{n}].stride({slot})", True)
+        if v.kind != "scalar":
+            yield Argument(f"ROW_{v}_LAST", f"rows[{n}].stride({slot + 1})", True)
+
+
+def _operand(plan: Plan, v: Var) -> Iterator[Argument]:
+    n, lanes = plan.program.inputs.index(v), plan.program.lanes
+    yield Argument(f"in_{v}", f"operands[{n}]")
+    for m, lane in enumerate(lanes):
+        if lane in v.lanes:
+            yield Argument(f"in_{v}_{lane}", f"stride(operands[{n}], {m})")
+    if plan.variant == "verify":
+        yield Argument(f"in_{v}_t", f"stride(operands[{n}], {len(lanes)})")
+    if v.kind != "scalar":
+        yield Argument(f"in_{v}_last", f"operands[{n}].stride(-1)")
+
+
+# ------------------------------------------------------------------------------------------- the launcher
+
+CONTRACT = '''"""Run one {variant} step; returns its outputs: {outputs}.
+
+state    {state}, read and written in place
+{log}operands {operands}
+block, warps, fold, stages: how much of an axis one program takes, also at once in a flush, and how it is compiled
+{matrix}
+One launch; nothing waits for the device.
+"""'''
+MATRIX = "matrix: whether reads are matrix products\n"
+REGISTERS = "registers: that a thread may have, on NVIDIA's GPUs\n"
+LOG = """cursor   int32 [4, sequences]: tokens owed (-1: padding), flush at, steps run, state known to be zero
+tickets  int32 [sequences, at least ticket_count(...)], zero; zero again when the launch is done
+rows     {rows}
+"""
+
+
+class Launcher:
+    """Prints `ticket_count` and `launch`. width: rows that a token has among the queries (triton_matrix)."""
+
+    def __init__(self, out: Python, plan: Plan, values: Values, config: Config, width: int) -> None:
+        self.out, self.plan, self.values, self.config, self.width = out, plan, values, config, width
+
+    def emit(self) -> None:
+        if self.plan.variant != "recurrent":
+            self._ticket_count()
+        with self.out.block("def stride(x, dim)"):
+            self.out.line('"""The stride of a dim along which x may be constant."""')
+            self.out.line("return x.stride(dim) if x.shape[dim] > 1 else 0")
+        self.out.line()
+        self.out.line()
+        c = self.config
+        head = "state, cursor, tickets, rows, operands, "
+        head += f"block={c.block}, warps={c.warps}, fold={c.fold}, stages={c.stages}"
+        head += f", matrix={c.matrix}" if self.plan.variant == "verify" else ""
+        head += f", registers={c.registers}" if c.registers else ""
+        with self.out.block(f"def launch({head})"):
+            self._contract()
+            self._canonical()
+            self._outputs()
+            split = self.values.split
+            if split:
+                self.out.line(f"block = min(block, {power_of_two(self.values.size(split))})")
+            self.out.line(f"tiles = {f'triton.cdiv({self.values.size(split)}, block)' if split else '1'}")
+            self.out.line("programs = lanes.numel() * tiles")
+            with self.out.block("if programs"):
+                self._call()
+            self.out.line("return outputs")
+
+    def _ticket_count(self) -> None:
+        tickets = Tickets(self.plan, self.values)
+        names = ", ".join(f"size_{x}" for x in tickets.lanes)
+        with self.out.block("def ticket_count(lanes, block)"):
+            self.out.line('"""How many tickets a sequence needs, for a state whose lanes have these sizes."""')
+            if names:
+                self.out.line(f"{names}, = lanes[{int(self.plan.layout.sequence)}:]")
+            split = self.values.split
+            if any("tile" in group.lanes for group in tickets.groups):
+                assert split
+                self.out.line(f"TILES = triton.cdiv({self.values.size(split)}, block)")
+            self.out.line(f"return {tickets.count()}")
+        self.out.line()
+        self.out.line()
+
+    def _contract(self) -> None:
+        plan, lanes = self.plan, self.plan.program.lanes
+
+        def shape(v: Var, batch: tuple[str, ...], *middle: str) -> str:
+            dims = [lane if lane in v.lanes else "1" for lane in batch]
+            dims += [*middle, *([str(self.values.size(v.kind))] if v.kind != "scalar" else [])]
+            return f"{v} [{', '.join(dims)}]"
+
+        middle = ("T",) if plan.variant == "verify" else ()
+        rows = ", ".join(shape(v, lanes, str(plan.capacity)) for v in plan.program.logged)
+        text = CONTRACT.format(
+            variant=plan.variant,
+            outputs=", ".join(shape(v, lanes, *middle) for v in plan.program.outputs) or "none",
+            state=f"{_short(plan.state_dtype)}, {plan.layout}",
+            log="" if plan.variant == "recurrent" else LOG.format(rows=rows),
+            operands=", ".join(shape(v, lanes, *middle) for v in plan.program.inputs),
+            matrix=(MATRIX if plan.variant == "verify" else "") + (REGISTERS if self.config.registers else ""),
+        )
+        self.out.lines(text)
+
+    def _canonical(self) -> None:
+        """The state as [*lanes, K, V], as Layout.canonical sees it."""
+        sizes: list[str] = []
+        for d, parts in enumerate(self.plan.layout.dims):
+            known = prod(p for p in parts if p is not None)
+            rest = f"state.shape[{d}]" + (f" // {known}" if known != 1 else "")
+            sizes += [rest if p is None else str(p) for p in parts]
+        self.out.line(f"view = state.view({', '.join(sizes)}).permute({', '.join(map(str, self.plan.layout.order))})")
+        self.out.line(f"lanes = view.shape[:{self.plan.layout.lanes}]")
+
+    def _outputs(self) -> None:
+        tokens = ""
+        if self.plan.variant == "verify":
+            self.out.line(f"tokens = max(x.shape[{self.plan.layout.lanes}] for x in operands)")
+            self.out.line(f"queries = max(16, {self.width or 1} * triton.next_power_of_2(tokens))")
+            self.out.line('precision = "ieee" if torch.version.hip else "tf32x3"')
+            tokens = " tokens,"
+        real = _short(self.plan.compute)
+        tails = {"scalar": "", "key": f" {self.plan.sizes[0]},", "value": f" {self.plan.sizes[1]},"}
+        self.out.line("outputs = [")
+        for v in self.plan.program.outputs:
+            shape = f"(*lanes,{tokens}{tails[v.kind]})".replace(",)", ")" if tokens or tails[v.kind] else ",)")
+            self.out.line(f"    torch.empty({shape}, dtype=torch.{real}, device=state.device),")
+        self.out.line("]")
+
+    def _call(self) -> None:
+        if self.config.registers:
+            self.out.line("most = min(registers, 2**16 // (32 * warps))")
+            self.out.line('options = {} if torch.version.hip else {"maxnreg": most}')
+        self.out.line("step[(programs,)](")
+        for argument in arguments(self.plan, self.values.split):
+            self.out.line(f"    {argument.value},")
+        rest = " **options," if self.config.registers else ""
+        self.out.line(f"    num_warps=warps, num_stages=stages,{rest}")
+        self.out.line(")")
+
+
+def _short(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")

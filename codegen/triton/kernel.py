@@ -1,0 +1,259 @@
+"""The Triton kernel of a plan: one program computes one lane of a step, or one tile of it.
+
+recurrent   s is the tile of the state; read it, fold the token in, write it
+buffered    s and the owed rows stand for the state (triton_rows); on a flush they are written back as one
+verify      the same for T tokens (triton_verify)
+
+What does not depend on the cursor is loaded before it, and all of the cursor at once: a program that waits for memory
+three times in a row cannot stream.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from kvbuffer_compile.codegen.schedule import Fold as TokenFold
+from kvbuffer_compile.codegen.schedule import Old, Schedule, steps_for
+from kvbuffer_compile.codegen.triton.arguments import arguments
+from kvbuffer_compile.codegen.triton.fold import Fold
+from kvbuffer_compile.codegen.triton.rows import Rows
+from kvbuffer_compile.codegen.triton.tickets import Group, Tickets
+from kvbuffer_compile.codegen.triton.values import Python, Values
+from kvbuffer_compile.codegen.triton.verify import Fresh
+from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.ir.program import Var
+
+
+class Kernel:
+    """Prints the kernel `step`."""
+
+    def __init__(self, out: Python, plan: Plan, schedule: Schedule, values: Values) -> None:
+        self.out, self.plan, self.schedule, self.values = out, plan, schedule, values
+        self.rows = Rows(out, plan, values)
+        self.tickets = Tickets(plan, values)
+        self.fold = Fold(out, plan, values, self.rows)
+        self.verify = plan.variant == "verify"
+
+    def emit(self) -> None:
+        if self.plan.variant != "recurrent":
+            self.fold.define()
+            self.out.line()
+            self.out.line()
+        self.out.line("@triton.jit")
+        self.out.line("def step(")
+        for a in arguments(self.plan, self.values.split):
+            self.out.line(f"    {a.name}{': tl.constexpr' if a.constant else ''},")
+        with self.out.block(")"):
+            self._place()
+            self.values.axes()
+            if self.plan.variant == "recurrent":
+                self._recurrent()
+            else:
+                self._logged()
+
+    # ---------------------------------------------------------------------------------------------- parts
+
+    def _place(self) -> None:
+        """at_<lane>, lane (all lanes as one number) and tile: what this program is about."""
+        self.out.line("program = tl.program_id(0)")
+        self.out.line("tile = program % TILES")
+        self.out.line("lane = (program // TILES).to(tl.int64)")
+        rest = "lane"
+        for name in reversed(self.plan.program.lanes[1:]):
+            self.out.line(f"at_{name} = {rest} % size_{name}")
+            rest = f"{rest} // size_{name}"
+        if self.plan.program.lanes:
+            self.out.line(f"at_{self.plan.program.lanes[0]} = {rest}")
+
+    def _state_address(self) -> None:
+        if self.plan.program.lanes:
+            self.out.line(f"state += {' + '.join(f'at_{lane} * state_{lane}' for lane in self.plan.program.lanes)}")
+
+    def _operands(self) -> list[Var]:
+        """The inputs that the outputs, the logged values or the fold of a token need."""
+        roots = {*self.plan.program.outputs, *(self.schedule.fold.needs if self.schedule.fold else ())}
+        roots.update(self.plan.program.logged if self.plan.variant != "recurrent" else ())
+        nodes = [n for stage in self.schedule.stages for n in (*stage.steps, *stage.reads)]
+        return self.values.operands(nodes, roots)
+
+    def _outputs(self, zero: bool) -> None:
+        """Store the outputs. What does not run along the tiles is stored by the first one."""
+        row = "(lane * T + t)" if self.verify else "lane"
+        split = self.values.split
+        for n, v in enumerate(self.plan.program.outputs):
+            vector = v.kind != "scalar"
+            first = "(tl.full([1], tile, tl.int32) == 0)" if vector else "tile == 0"
+            guard = [] if split in (None, v.kind) else [first]
+            at = f"out_{n} + {row}" + (f" * {self.values.size(v.kind)} + {v.kind}" if vector else "")
+            mask = self.values.mask(*guard, *([v.kind] if vector else []))
+            value = self.values.full(v.kind, "0.0") if zero else self.values.name(v)
+            self.out.line(f"tl.store({at}, {value}{mask})")
+
+    # ------------------------------------------------------------------------------------------ recurrent
+
+    def _recurrent(self) -> None:
+        assert self.schedule.fold is not None
+        self._state_address()
+        self.out.line(f"s = {self.values.load_state()}")
+        self.values.load(self._operands())
+        for stage in self.schedule.stages:
+            self.values.steps(stage.steps)
+            for read in stage.reads:
+                self._read_state(read)
+        self._outputs(zero=False)
+        self._fold_token(self.schedule.fold)
+        self.values.store_state()
+
+    def _read_state(self, read: Old) -> None:
+        x = read.x
+        text = f"s * {self.values.name(x)}{self.values.across(x.kind)}"
+        total = self.values.total(text, x.kind, 0 if x.kind == "key" else 1, 2)
+        self.out.line(f"{self.values.name(read.out)} = {total}")
+
+    def _fold_token(self, fold: TokenFold) -> None:
+        for v in (fold.scalar, fold.key, fold.value):
+            if v:
+                along = "" if v.kind == "scalar" else self.values.across(v.kind)
+                self.out.line(f"s = s * {self.values.name(v)}{along}")
+        for left, right in fold.rows:
+            self.out.line(f"s += {self.values.name(left)}[:, None] * {self.values.name(right)}[None, :]")
+
+    # ------------------------------------------------------------------------------- buffered and verify
+
+    def _logged(self) -> None:
+        """Rows first, then the state: the one's registers are free when the other comes."""
+        if not self.verify:
+            self.values.load(self._operands())
+        self._cursor()
+        self._state_address()
+        self._flush()
+        fresh = self._before_state()
+        with fresh.unless_matrix() if fresh else nullcontext():
+            self.out.line(f"s = {self.values.load_state('live', 'EVICT')}")
+        for group in self.tickets.fed_by(None):
+            ticket = f"{self.tickets.ticket(group)}, {self.tickets.expected(group)}"
+            self.out.line(f"last{_suffix(group)} = arrive({ticket})")
+        self.out.line()
+        self._tokens(fresh) if fresh else self._token()
+        self.out.line()
+        for group in self.tickets.fed_by(None):
+            with self.out.block(f"if last{_suffix(group)}"):
+                self._finish(group)
+
+    def _before_state(self) -> Fresh | None:
+        """What the owed rows add to the reads whose queries are known."""
+        if self.verify:
+            fresh = Fresh(self.out, self.plan, self.schedule, self.values, self.rows)
+            fresh.read_ahead()
+            return fresh
+        first = self.schedule.stages[0]
+        self.values.steps(first.steps)
+        for read in first.reads:
+            self.out.line(f"{self.values.name(read.out)} = {self.values.full(read.out.kind, '0.0')}")
+
+        def add() -> None:
+            for read in first.reads:
+                self.rows.add_rows(self.values.name(read.out), read, self.values.name(read.x))
+
+        self.rows.through(add)
+        return None
+
+    def _cursor(self) -> None:
+        first = f"at_{self.plan.program.lanes[0]}" if self.plan.layout.sequence else "0"
+        self.out.line(f"sequence = {first}")
+        self.out.line("cursor += sequence * cursor_sequence")
+        self.out.line("owed = tl.load(cursor)")
+        self.out.line("limit = tl.load(cursor + cursor_row)")
+        self.out.line("live = tl.full([1, 1], tl.load(cursor + 3 * cursor_row), tl.int32) == 0  # else s is zero")
+        with self.out.block("if owed < 0"):
+            self._padding()
+            self.out.line("return")
+        tokens = "T" if self.verify else "1"
+        self.out.line(f"flush = (owed >= limit) | (owed + {tokens} > {self.plan.capacity})")
+
+    def _padding(self) -> None:
+        """A padding sequence: outputs are zero, nothing else is touched but the count of steps."""
+        first = " & ".join(f"({x} == 0)" for x in [*(f"at_{lane}" for lane in self.tickets.lanes), "tile"])
+        with self.out.block(f"if {first}"):
+            self._count_step()
+        if self.verify and self.plan.program.outputs:
+            with self.out.block("for t in range(T)"):
+                self._outputs(zero=True)
+        else:
+            self._outputs(zero=True)
+
+    def _count_step(self) -> None:
+        self.out.line("tl.store(cursor + 2 * cursor_row, tl.load(cursor + 2 * cursor_row) + 1)")
+
+    def _flush(self) -> None:
+        self.out.line("kept = owed")
+        with self.out.block("if flush"):
+            self.fold.call()
+            self.out.line("tl.debug_barrier()")
+            self.out.line("kept = 0")
+            self.out.line("live = tl.full([1, 1], 1, tl.int1)")
+
+    def _token(self) -> None:
+        first, *rest = self.schedule.stages
+        for read in first.reads:
+            self.rows.add_base(read, self.values.name(read.x))
+        for stage in rest:
+            self.values.steps(stage.steps)
+            for read in stage.reads:
+                self.rows.read(read, self.values.name(read.x))
+        self._outputs(zero=False)
+        self._store_owned("kept")
+
+    def _tokens(self, fresh: Fresh) -> None:
+        fresh.start()
+        used = self._operands()
+        self.values.load_first(used)
+        with self.out.block("for t in range(T)"):
+            self.values.load_next(used)
+            for stage in self.schedule.stages:
+                self.values.steps(stage.steps)
+                for read in stage.reads:
+                    fresh.read(read)
+            self._outputs(zero=False)
+            self._store_owned("(kept + t)")
+            fresh.append()
+
+    # ------------------------------------------------------------------------------------------------ end
+
+    def _store_owned(self, slot: str) -> None:
+        """Rows that no other program reads. All threads of this one have: they have met in `arrive`."""
+        for v in self.plan.program.logged:
+            if self.tickets.owned(v):
+                self.rows.store(v, slot)
+
+    def _finish(self, group: Group) -> None:
+        """What the last program of a group writes, and the ticket it takes of the next larger one."""
+        self._store_shared(group)
+        for larger in self.tickets.fed_by(group):
+            with self.out.block(f"if arrive({self.tickets.ticket(larger)}, {self.tickets.expected(larger)})"):
+                self._finish(larger)
+        if not group.lanes:
+            self._advance()
+
+    def _store_shared(self, group: Group) -> None:
+        if not self.verify or not group.shared:
+            for v in group.shared:
+                self.rows.store(v, "kept")
+            return
+        with self.out.block("for t in range(T)"):
+            steps = steps_for(self.plan.program, group.shared)
+            self.values.load(self.values.operands(steps, group.shared))
+            self.values.steps(steps)
+            for v in group.shared:
+                self.rows.store(v, "(kept + t)")
+
+    def _advance(self) -> None:
+        self.out.line(f"tl.store(cursor, kept + {'T' if self.verify else '1'})")
+        self._count_step()
+        with self.out.block("if flush"):
+            self.out.line(f"tl.store(cursor + cursor_row, {self.plan.flush})")
+            self.out.line("tl.store(cursor + 3 * cursor_row, 0)")
+
+
+def _suffix(group: Group) -> str:
+    return "".join(f"_{lane}" for lane in group.lanes)

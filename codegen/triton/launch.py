@@ -1,0 +1,125 @@
+"""How a generated kernel is launched: the tile a program takes, how many warps it has, and what it does by products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from kvbuffer_compile.codegen.schedule import Schedule
+from kvbuffer_compile.codegen.triton.matrix import PART, applies
+from kvbuffer_compile.codegen.triton.rows import CHUNK
+from kvbuffer_compile.codegen.triton.values import power_of_two
+from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.ir.program import Update
+
+
+@dataclass(frozen=True)
+class Config:
+    """block: elements of the split axis, a power of two; fold: how many of them at once in a flush.
+
+    warps, stages: as Triton takes them. matrix: whether a verify step reads by matrix products.
+    registers: that a thread may have on NVIDIA's GPUs, 0 as many as the assembler thinks best.
+    """
+
+    block: int
+    warps: int
+    fold: int = 16
+    stages: int = 1
+    matrix: bool = False
+    registers: int = 0
+
+
+# float32 values that a thread may hold in each phase of a kernel, beside what it needs to work on them: from compiling
+# the recurrences of real models ahead of time (benchmarks/triton_aot.py), with nothing spilled.
+LIMITS = {"recurrent": 64, "state": 128, "rows": 150, "fold": 160, "products": 128}
+DRAFTS = 8  # tokens of a verify step that the model counts on
+STAGES = 2  # of the loop over parts in matrix products: the next part is asked for while one is used
+VECTOR = 4  # elements of a tile that one thread holds side by side
+WARPS = (1, 2, 4, 8, 16)
+# Registers of a thread for matrix products: many with vectors for gates or much to hold. Left to itself, ptxas aimed at
+# 128 or 168 and spilled up to 32 bytes. 168 leave room for three programs of four warps, 255 for two.
+REGISTERS = {"many": 255, "few": 168}
+FEW = 64  # values that a thread may hold in products to do with few: at 76 one kernel spilled 8 bytes
+
+
+def configure(plan: Plan, schedule: Schedule) -> Config:
+    """A launch that keeps everything in registers, by a model of what a program holds in each phase.
+
+    As few warps as can hold it: sums over an axis that several warps share wait for all of them. On an H100, GDN at
+    batch 128 and L=16 took 124 us a step with one warp for 32 columns, 139 with two and 155 with four; KDA 134 and 199.
+    """
+    _, size = _axis(plan, schedule)
+    block = size if schedule.split is None else min(size, 64 if plan.variant == "recurrent" else 32)
+    return next(_fitting(plan, schedule, block, applies(plan, schedule)), Config(block, WARPS[-1]))
+
+
+def space(plan: Plan, schedule: Schedule) -> list[Config]:
+    """The launches worth trying on a GPU, the model's own first: other tiles, more warps, both forms, loads ahead.
+
+    And the model's own with as few registers as ptxas likes, for occupancy.
+    """
+    _, size = _axis(plan, schedule)
+    found = [configure(plan, schedule)]
+    blocks = [b for b in (16, 32, 64, 128) if b <= size] if schedule.split else [found[0].block]
+    for matrix in (True, False) if applies(plan, schedule) else (False,):
+        for block in blocks:
+            for config in islice(_fitting(plan, schedule, block, matrix), 2):
+                ahead = [replace(config, stages=n) for n in (1, 3)] if matrix else []
+                found += [c for c in (config, *ahead) if c not in found]
+    return found + [replace(c, registers=0) for c in found[:1] if c.registers]
+
+
+def _fitting(plan: Plan, schedule: Schedule, block: int, matrix: bool) -> Iterator[Config]:
+    """The launches with a block that fit, each number of warps once."""
+    for warps in WARPS[2:] if matrix else WARPS:  # four warps take 8 columns of a product each
+        small = min(16, block)  # all that products leave room for: with more, ptxas took 128 registers and spilled one
+        folds = dict.fromkeys((small,) if matrix else (block, small)) if schedule.split else (block,)
+        candidates = (Config(block, warps, fold, STAGES if matrix else 1, matrix) for fold in folds)
+        found = islice((c for c in candidates if fits(plan, schedule, c)), 1)
+        yield from (replace(c, registers=_registers(plan, schedule, c)) for c in found)
+
+
+def _registers(plan: Plan, schedule: Schedule, config: Config) -> int:
+    if not config.matrix:
+        return 0
+    held = phases(plan, schedule, config)["products"]
+    return REGISTERS["many" if _gates(plan) or held > FEW * 32 * config.warps else "few"]
+
+
+def _axis(plan: Plan, schedule: Schedule) -> tuple[int, int]:
+    """Which axis is split, the value axis if none is, and its length as a power of two."""
+    axis = 1 if schedule.split is None else ("key", "value").index(schedule.split)
+    return axis, power_of_two(plan.sizes[axis])
+
+
+def _gates(plan: Plan) -> int:
+    """How many decays of a token are vectors."""
+    return sum(not isinstance(e, Update) and e.factor.kind != "scalar" for e in plan.program.events)
+
+
+def fits(plan: Plan, schedule: Schedule, config: Config) -> bool:
+    """Whether the model says that nothing spills."""
+    held = phases(plan, schedule, config)
+    return all(held[phase] <= LIMITS[phase] * 32 * config.warps for phase in held)
+
+
+def phases(plan: Plan, schedule: Schedule, config: Config) -> dict[str, int]:
+    """How many values one program holds in each phase: reading rows and state, or both in products; folding."""
+    axis, _ = _axis(plan, schedule)
+    block, whole = config.block, power_of_two(plan.sizes[1 - axis])
+    if plan.variant == "recurrent":
+        return {"recurrent": whole * block}
+    events = plan.program.events
+    updates = sum(isinstance(e, Update) for e in events)
+    gates = _gates(plan)
+    sides = sum(v.kind == ("key", "value")[1 - axis] for v in plan.program.logged)
+    vectors = 2 * (sides + updates - 1) + (gates > 0)  # a slot and the next one, and what decays leave
+    held = {"fold": whole * config.fold + whole * vectors * max(1, config.fold // VECTOR)}
+    if config.matrix:
+        slots, part = power_of_two(plan.capacity), min(PART, whole)
+        tiles = 16 * (block + (updates + 1) * slots) + slots * (part + block) * updates  # totals, and rows
+        return held | {"products": tiles + 2 * part * (block + 16 + slots * gates)}
+    fresh = DRAFTS * updates * (whole + block) if plan.variant == "verify" else 0
+    rows = min(CHUNK, power_of_two(plan.capacity)) * (whole * (updates + gates) + block * updates)
+    return held | {"rows": rows, "state": whole * block + fresh}

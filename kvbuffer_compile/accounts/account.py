@@ -1,0 +1,285 @@
+"""The rows that one state owes, and where that state is."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvbuffer_compile.accounts.attempt import Attempt
+from kvbuffer_compile.accounts.buffers import allocate
+from kvbuffer_compile.guard.aliases import Place, alias, known_alias, plain
+from kvbuffer_compile.guard.overlap import has_memory, provide
+from kvbuffer_compile.guard.sharing import Storage
+from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.process.forks import one_thread_in_a_fork
+from kvbuffer_compile.process.locks import RLock
+from kvbuffer_compile.process.surroundings import neutral
+from kvbuffer_compile.steps import composite
+
+Key = tuple[int, Place | None]  # of an account: id of the user's tensor, and the slice of it that is the state
+
+
+class Keeper(Protocol):
+    """Whoever finds accounts by their tensors and their memory."""
+
+    def owner_died(self, account: weakref.ref[Account], owner: object) -> None: ...
+
+
+class Account:
+    """The rows owed to one state: a tensor of the user, or one slice of a tensor that holds several.
+
+    Everything but reading fields is done with `lock` held; states that are stepped together share one.
+    state: an ordinary alias of the user's memory, what compiled code and flushes get. phase: the number of rows at
+    which the first flush after settling comes, so that the layers of a model do not all flush at one step.
+    rivals: other accounts whose state shares memory with this one.
+    shared: who else can reach the memory for ever, None when nobody can. Then, as while `aliased`, nothing is owed: the
+    rows are folded in after every step.
+    bare: the state was zero after the last write from outside, so that cursor[3] may still be set. dirty: the memory
+    may not hold what it should, because rows are owed or because it was never made zero. drafts: the parents of a tree
+    whose rows lie behind the owed ones until anything else happens to the state. held: the counts at which sequences
+    flush next when they are no longer held.
+    progress: the steps that count (of all sequences, or one by one), and the call after them with its tokens, which
+    counts when it is done. first, most: of a state without memory, the count at which it first flushes, and no less
+    than what it owes.
+    """
+
+    allocation: Allocation
+
+    def __init__(
+        self, owner: Tensor, plan: Plan, place: Place | None, lock: RLock, keeper: Keeper, serial: int, phase: int
+    ) -> None:
+        self.plan = plan
+        self.serial = serial
+        self.phase = phase
+        self.place = place
+        self.lock = lock
+        self.state = plain(owner) if place is None else alias(owner, place)
+        if self.state is owner:
+            self.state = alias(owner)  # of a class that cannot be guarded
+        self.key: Key = (id(owner), place)
+        me = weakref.ref(self)
+        self.owner = weakref.ref(owner, functools.partial(keeper.owner_died, me))
+        self.seen = geometry(owner)
+        self.base = owner._base if owner._is_view() else None
+        self.rivals: list[Account] = []
+        self.shared: str | None = None
+        self.dirty = False
+        self.bare = False
+        self.drafts: Tensor | None = None
+        self.progress: tuple[int | Tensor, Attempt | None, int] = (0, None, 0)
+        self.held: Tensor | None = None
+        self.without_memory = not has_memory(self.state)
+        self.first = phase
+        self.most = 0
+        with torch.inference_mode(False):
+            self.cursor, self.rows = allocate(self.state, plan)
+        self.cursor[1].fill_(phase)
+        self.arguments = (self.cursor, *self.rows)  # of a step op, behind the state
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory the account holds besides the state."""
+        return sum(t.untyped_storage().nbytes() for t in self.arguments)
+
+    def matches(self, owner: Tensor, plan: Plan) -> bool:
+        """Whether this account can go on serving `owner` under `plan`."""
+        return (
+            self.owner() is owner
+            and (self.plan is plan or self.plan.shares_rows(plan))
+            and (self.seen[0] == owner.data_ptr() or self.seen == geometry(owner))
+        )
+
+    @property
+    def aliased(self) -> bool:
+        """Whether the memory can be reached by somebody for now."""
+        return self.allocation.aliased
+
+    @property
+    def unsettled(self) -> Tensor:
+        """Which sequences owe rows, or have no base yet."""
+        return (self.cursor[0] > 0) | ((self.cursor[3] > 0) & (self.cursor[0] >= 0))
+
+    # ------------------------------------------------------------------------------------------ steps
+
+    def attempt(self, attempt: Attempt, tokens: int) -> None:
+        """To be called before a step of so many tokens: if it may flush, the state has memory from now on."""
+        if self.progress[1] is not None:
+            self.reconcile()
+        self.dirty = True
+        self.drafts = None
+        if self.without_memory:
+            limit = self.first if self.held is None else self.plan.capacity
+            if self.most >= limit or self.most + tokens > self.plan.capacity:
+                self.provide()
+            self.most += tokens
+        self.progress = (self.progress[0], attempt, tokens)
+
+    def reconcile(self) -> None:
+        """Bring the last call to its end: its tokens count, or, when it failed, are taken back.
+
+        An exception at any point leaves this to be done again, with the same result.
+        """
+        steps, attempt, tokens = self.progress
+        if attempt is None:
+            return
+        if attempt.done:
+            self.drafts = attempt.parents
+            counted = self.cursor[2].clone() if self.plan.slots else steps + 1
+        else:
+            self.take_back_unfinished(0 if self.cursor.data_ptr() in attempt.drafted else tokens)
+            counted = steps
+        self.progress = (counted, None, 0)
+
+    def finished(self) -> None:
+        """To be called when the steps of a call have gone through: memory that others can reach holds the truth again.
+
+        Before the call is done: when this fails, the token is there, as after an eager step that failed later on.
+        """
+        if self.shared is not None or self.allocation.check():
+            self.fold()
+
+    @neutral
+    def take_back_unfinished(self, tokens: int) -> None:
+        """Undo what the state may have stepped beyond the steps that count; rows that were folded in stay."""
+        cursor = self.cursor.clone()
+        stepped = cursor[2] - self.progress[0]
+        cursor[0] -= torch.where(cursor[0] > 0, stepped * tokens, 0)
+        cursor[2] -= stepped
+        self.cursor.copy_(cursor)
+
+    # ---------------------------------------------------------------------------------------- settling
+
+    def settle(self) -> None:
+        """Fold every owed row into the state; whoever comes now may change it."""
+        with self.lock:
+            self.reconcile()
+            self.drafts = self.held = None
+            if self.dirty:
+                self.fold()
+            elif self.bare:
+                self.drop()
+            self.bare = False
+
+    @neutral  # whoever looks may be a tracer, or under autocast
+    def fold(self) -> None:
+        """Fold in every row there is, those of a call that is not done among them."""
+        self.provide()
+        with one_thread_in_a_fork():
+            composite.flush(self.plan, self.state, self.cursor, self.rows, self.unsettled)
+        self.cursor[1].fill_(self.phase)
+        self.dirty = False  # not before: a flush that ran out of memory is still owed
+
+    @neutral
+    def drop(self, zero: bool = False, dirty: bool = False) -> None:
+        """Forget the owed rows: the state was overwritten as a whole. zero: and need not be read before it has a base;
+        dirty: because it is not zero in memory.
+
+        The first limit of such a state keeps the distance to those of other layers that its phase has.
+        """
+        with self.lock:
+            self.reconcile()
+            self.drafts = self.held = None
+            self.bare, self.dirty = self.bare or zero, self.dirty or dirty
+            limit = self.fresh_rows - (self.plan.flush - self.phase) if zero else self.phase
+            self.first, self.most = max(1, limit), 0
+            cursor = self.cursor.clone()
+            cursor[0].clamp_(max=0)
+            cursor[1].fill_(self.first)
+            cursor[3].fill_(int(zero))
+            self.cursor.copy_(cursor)
+            self.dirty, self.bare = dirty, zero
+
+    def begin(self) -> None:
+        """From now on the state is zero, whatever its memory holds."""
+        self.drop(zero=True, dirty=True)
+
+    @functools.cached_property
+    def fresh_rows(self) -> int:
+        """How many rows the state owes before its first flush when it is known to be zero."""
+        return self.plan.fresh_rows(self.plan.layout.sizes(self.state.shape)[:-2])
+
+    @neutral
+    def hold(self) -> None:
+        """Flush only when the buffer is full, so that as many tokens as can be may be taken back."""
+        with self.lock:
+            self.reconcile()
+            if self.held is None:
+                self.held = self.cursor[1].clone()
+                self.cursor[1].fill_(self.plan.capacity)
+
+    @neutral
+    def release(self) -> None:
+        """Flush as before `hold`; a sequence that has flushed since then keeps its new count."""
+        with self.lock:
+            self.reconcile()
+            if self.held is not None:
+                kept = self.cursor[1] != self.plan.capacity
+                self.cursor[1].copy_(torch.where(kept, self.cursor[1], self.held))
+                self.held = None
+
+    def provide(self) -> None:
+        """Let the state have memory; what that then holds is not read."""
+        if self.without_memory:
+            provide(self.state)
+            owner = self.owner()
+            self.seen = self.seen if owner is None else geometry(owner)
+            self.without_memory = False
+
+
+class Allocation:
+    """One allocation, and the accounts of the states in it. aliased: somebody else holds it for now."""
+
+    def __init__(self, state: Tensor) -> None:
+        self.storage = Storage(state)
+        self._accounts: dict[int, Account] = {}  # by serial number
+        self.aliased = False
+        self._known = 0
+
+    @property
+    def accounts(self) -> list[Account]:
+        """Of the states in this memory."""
+        return list(self._accounts.values())
+
+    def add(self, account: Account) -> None:
+        """Another state lies here."""
+        self._accounts[account.serial] = account
+        self._known = -1  # as many tensors may be held by others
+
+    def remove(self, account: Account) -> None:
+        """A state is gone."""
+        self._accounts.pop(account.serial, None)
+        self._known = -1
+
+    def __contains__(self, account: Account) -> bool:
+        return account.serial in self._accounts
+
+    def check(self) -> bool:
+        """Whether someone else holds the storage now: a tensor made before the state was guarded, a NumPy array, a view
+        that another compiled graph returned, a storage object."""
+        users = self.storage.users
+        if users != self._known:
+            self._known = self._count()
+        self.aliased = users > self._known or self.storage.held
+        return self.aliased
+
+    def _count(self) -> int:
+        """The tensors on the storage that are guarded or ours."""
+        holders = self.accounts
+        owners = [owner for a in holders if (owner := a.owner()) is not None]
+        known = [*owners, *(a.state for a in holders), *(a.base for a in holders), *map(known_alias, owners)]
+        return len({id(t) for t in known if t is not None})
+
+    def outlives(self, dying: bool) -> bool:
+        """Whether the memory of states whose owners died lives on in tensors of others. dying: an owner is still one
+        of them."""
+        ours = {id(a.state) for a in self.accounts if a.owner() is None}
+        return self.storage.users > len(ours) + dying
+
+
+def geometry(t: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """Where a tensor lies and how."""
+    return t.data_ptr(), t.shape, t.stride()

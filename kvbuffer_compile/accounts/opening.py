@@ -1,0 +1,74 @@
+"""Accounts are opened when a rewritten graph meets a state, and again when the state or its plan has changed."""
+
+from __future__ import annotations
+
+import threading
+
+from torch import Tensor
+
+from kvbuffer_compile.accounts.account import Account
+from kvbuffer_compile.accounts.fresh import forget_fresh, is_fresh, make_zero
+from kvbuffer_compile.accounts.ledger import LEDGER
+from kvbuffer_compile.guard.aliases import Place
+from kvbuffer_compile.guard.overlap import storage_of
+from kvbuffer_compile.guard.sharing import Storage, hand_out, handed_out, shared_with
+from kvbuffer_compile.guard.state import GuardedState, guard, plain_calls
+from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.process.locks import RLock
+
+
+def open_account(owner: Tensor, plan: Plan, place: Place | None = None, lock: RLock = None) -> Account:
+    """The account of a state, made if there is none; rows of another plan or alias are settled first.
+
+    place: the slice of owner that is the state; None when it is all of it. lock: for a new account, that of the states
+    it is stepped with.
+    """
+    account = LEDGER.accounts.get((id(owner), place))
+    if account is not None and account.matches(owner, plan):
+        for rival in account.rivals:
+            rival.settle()
+        return account
+    if account is not None:
+        LEDGER.close(account)
+    if place is not None:
+        make_zero(owner)
+    shared = _first_met(owner)
+    mutex = lock or threading.RLock()
+    account = LEDGER.open(lambda serial, phase: Account(owner, plan, place, mutex, LEDGER, serial, phase), plan.flush)
+    account.shared = shared
+    for rival in LEDGER.overlapping(account.state):
+        if rival is not account:
+            rival.settle()
+            rival.rivals.append(account)
+            account.rivals.append(rival)
+    if is_fresh(owner):
+        account.begin()
+        forget_fresh(storage_of(owner), id(owner))
+    if plan.slots:
+        account.provide()
+    return account
+
+
+def reached_by(owner: Tensor) -> str | None:
+    """Who else can reach the memory of a state, so that it is never owed anything; None when nobody can."""
+    with plain_calls():
+        if (why := handed_out(owner)) is not None:
+            return why
+        return _exported(owner) if type(owner) is GuardedState else shared_with(owner)
+
+
+def _first_met(owner: Tensor) -> str | None:
+    """Guard a state that is about to owe rows; who else can reach its memory, if anybody."""
+    shared = reached_by(owner)
+    base = owner._base if owner._is_view() else None
+    if not guard(owner) or (base is not None and not guard(base)):
+        shared = shared or f"code that knows nothing of its class, {type(owner).__name__}"
+    if shared is not None:  # by the next account it is guarded, and who holds it cannot be told from ourselves
+        hand_out(owner, shared)
+    return shared
+
+
+def _exported(owner: Tensor) -> str | None:
+    """Of a state that is guarded: what has become of its memory itself. All else was noted when it was handed out."""
+    storage = Storage(owner).object
+    return shared_with(owner) if storage.is_shared() or not storage.resizable() else None

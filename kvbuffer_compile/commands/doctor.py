@@ -1,0 +1,99 @@
+"""What this installation can do: versions, compiler, cache, machine, entry point."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Literal
+
+import torch
+
+from kvbuffer_compile.process import disk
+from kvbuffer_compile.process.machine import machine_for
+
+GROUP, NAME = "torch_dynamo_backends", "kvbuffer"
+TORCH, TRANSFORMERS = (2, 11), (5, 17)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line. level: "ok", "note" (something is slower or missing, decoding works), "bad" (it does not)."""
+
+    level: Literal["ok", "note", "bad"]
+    what: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.level:<5} {self.what:<13} {self.found}"
+
+
+def findings() -> Iterator[Finding]:
+    """Everything that is looked at, in order. Nothing raises: what cannot be had is a finding."""
+    yield _python()
+    yield _version("torch", TORCH, needed=True)
+    yield _version("transformers", TRANSFORMERS, needed=False)
+    yield _version("triton", None, needed=False)
+    yield _compiler()
+    yield _entry_point()
+    yield _cache()
+    yield from _machines()
+
+
+def _python() -> Finding:
+    sound = (3, 11) <= sys.version_info[:2] <= (3, 12)
+    return Finding("ok" if sound else "note", "python", platform.python_version() + ("" if sound else ": 3.11 or 3.12"))
+
+
+def _version(package: str, least: tuple[int, int] | None, needed: bool) -> Finding:
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return Finding("bad" if needed else "note", package, "not installed")
+    if least is None or _release(found) >= least:
+        return Finding("ok", package, found)
+    wanted = ".".join(map(str, least))
+    return Finding("bad" if needed else "note", package, f"{found}: {wanted} or later is needed")
+
+
+def _release(version: str) -> tuple[int, ...]:
+    parts = version.split("+")[0].split(".")[:2]
+    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)
+
+
+def _compiler() -> Finding:
+    from kvbuffer_compile.codegen.cpp import build
+
+    found = build.compiler()
+    if found is None:
+        return Finding("note", "C++ compiler", f"none, steps on a CPU are slower; {build.no_compiler()}")
+    return Finding("ok", "C++ compiler", found)
+
+
+def _cache() -> Finding:
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = str(disk.folder())
+    except OSError as error:
+        return Finding("note", "cache", f"none, kernels and measurements are not kept ({error}); {disk.ADVICE}")
+    return Finding("note", "cache", f"{found}: {said[0].message}") if said else Finding("ok", "cache", found)
+
+
+def _entry_point() -> Finding:
+    registered = [e.value for e in metadata.entry_points(group=GROUP) if e.name == NAME]
+    if registered:
+        return Finding("ok", "entry point", f'backend="{NAME}" is {registered[0]}')
+    return Finding("bad", "entry point", f'backend="{NAME}" is not registered; install the package: pip install -e .')
+
+
+def _machines() -> Iterator[Finding]:
+    devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    for device in devices:
+        try:
+            yield Finding("ok", device, str(machine_for(device)))
+        except RuntimeError as error:
+            yield Finding("note", device, f"could not be measured: {error}")

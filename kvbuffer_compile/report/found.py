@@ -1,0 +1,268 @@
+"""What was found in a function, and what was decided: for people (text, HTML, plot) and for programs (dict)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.box import Box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from torch.fx import Node
+
+from kvbuffer_compile.errors import Declined
+from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.options import Options
+from kvbuffer_compile.passes.choice.choose import explain_choice, lane_sizes, predict_plan, state_tensor
+from kvbuffer_compile.passes.choice.predict import Prediction
+from kvbuffer_compile.passes.lifted import Lifted
+from kvbuffer_compile.process.machine import machine_for
+from kvbuffer_compile.report import html
+from kvbuffer_compile.report import plot as report_plot
+from kvbuffer_compile.steps import targets
+
+Status = Literal["buffered", "recurrent", "declined"]
+STATUSES: tuple[Status, ...] = ("buffered", "recurrent", "declined")
+WIDTH = 100  # columns of the table
+
+
+@dataclass(frozen=True)
+class StateReport:
+    """One state.
+
+    name: its placeholder in the graph. shape: ints, and symbols as text. reason: why this was decided, one sentence.
+    rule: identifier of a decline, "" otherwise. source: "file:line" of the model. program, plan: their text, "" when
+    there is none. signature: one letter per op that touches the state. row_bytes: size of the rows it may owe.
+    fresh_tokens: how many tokens a state that begins at zero decodes before it is made; unread_bytes: what reading it
+    once for each of them would have moved.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    status: Status
+    reason: str
+    rule: str = ""
+    source: str = ""
+    program: str = ""
+    signature: str = ""
+    plan: str = ""
+    prediction: Prediction | None = None
+    row_bytes: int = 0
+    fresh_tokens: int = 0
+    unread_bytes: int = 0
+
+    @property
+    def kind(self) -> StateReport:
+        """The same without its name: what the layers of a model have in common."""
+        return replace(self, name="", reason=self.reason.replace(self.name, "it"))
+
+
+def state_report(subject: Lifted | Node, decision: Plan | Declined, options: Options | None = None) -> StateReport:
+    """The report of one candidate: a lifted state with its plan or decline, or the placeholder of a refused one.
+
+    options: those of the decision. The prediction is that of a plan, or of a decline for want of gain.
+    """
+    if isinstance(subject, Node):
+        assert isinstance(decision, Declined)
+        return _declined(subject, decision)
+    if isinstance(decision, Plan):
+        return _planned(subject, decision)
+    missed = _missed_gain(subject, options or Options()) if decision.rule == "no-gain" else None
+    return replace(
+        _declined(subject.state, decision),
+        source=decision.source or subject.source,
+        program=str(subject.program),
+        signature=subject.program.signature,
+        prediction=missed,
+    )
+
+
+def _missed_gain(lifted: Lifted, options: Options) -> Prediction:
+    device = state_tensor(lifted).device
+    return explain_choice(lifted, options, machine_for(device), targets.resolve(options.target, device))[1]
+
+
+def _planned(lifted: Lifted, plan: Plan) -> StateReport:
+    rows = fresh = 0
+    lanes = lane_sizes(plan.layout, state_tensor(lifted))
+    if plan.variant != "recurrent":
+        logged = zip(plan.program.logged, plan.row_dtypes, strict=True)
+        rows = sum(prod(plan.row_shape(v, lanes)) * dtype.itemsize for v, dtype in logged)
+        fresh = plan.fresh_rows(lanes)
+    return StateReport(
+        name=lifted.state.name,
+        shape=_shape(lifted.state),
+        dtype=_dtype(lifted.state),
+        status="recurrent" if plan.variant == "recurrent" else "buffered",
+        reason=plan.why,
+        source=lifted.source,
+        program=str(plan.program),
+        signature=plan.program.signature,
+        plan=str(plan),
+        prediction=predict_plan(lifted, plan, machine_for(state_tensor(lifted).device)),
+        row_bytes=rows,
+        fresh_tokens=fresh * plan.program.tokens,
+        unread_bytes=fresh * prod((*lanes, *plan.sizes)) * plan.state_dtype.itemsize,
+    )
+
+
+def _declined(node: Node, why: Declined) -> StateReport:
+    return StateReport(node.name, _shape(node), _dtype(node), "declined", why.reason, why.rule, why.source)
+
+
+def _shape(node: Node) -> tuple[int | str, ...]:
+    value = node.meta.get("val")
+    return tuple(d if isinstance(d, int) else str(d) for d in value.shape) if isinstance(value, Tensor) else ()
+
+
+def _dtype(node: Node) -> str:
+    value = node.meta.get("val")
+    return str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else "?"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every state that was found in a function. hidden: candidates that could never be states. graphs: how many were
+    captured. options: what was asked for. notes: what concerns a whole graph, e.g. that it needs gradients."""
+
+    states: tuple[StateReport, ...]
+    hidden: int = 0
+    graphs: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def count(self, status: Status) -> int:
+        """How many states have this status."""
+        return sum(state.status == status for state in self.states)
+
+    @property
+    def headline(self) -> str:
+        """One line: how many states, and what became of them."""
+        counts = ", ".join(f"{self.count(s)} {s}" for s in STATUSES if self.count(s))
+        found = f"{_plural(len(self.states), 'state')} in {_plural(self.graphs, 'graph')}"
+        hidden = (
+            f" ({_plural(self.hidden, 'other tensor')} written, none of them a matrix state)" if self.hidden else ""
+        )
+        return f"{found}: {counts or 'nothing to buffer'}{hidden}"
+
+    def groups(self) -> list[tuple[StateReport, list[str]]]:
+        """Each kind of state once, with the names of the states of that kind, in order."""
+        groups: dict[StateReport, list[StateReport]] = {}
+        for state in self.states:
+            groups.setdefault(state.kind, []).append(state)
+        return [(members[0], [m.name for m in members]) for members in groups.values()]
+
+    def __str__(self) -> str:
+        return _text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dicts only, ready for json.dump."""
+        return {
+            "headline": self.headline,
+            "graphs": self.graphs,
+            "hidden": self.hidden,
+            "options": {name: _plain(value) for name, value in self.options.items()},
+            "notes": list(self.notes),
+            "states": [_plain(asdict(state)) for state in self.states],
+        }
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one page that needs no other file."""
+        groups = [(_plain(asdict(first)), names) for first, names in self.groups()]
+        Path(path).write_text(html.page(self.headline, self.notes, groups), encoding="utf-8")
+
+    def plot(self, path: str | Path) -> None:
+        """Draw bytes and predicted time per step against the flush length; the ending of `path` picks the format.
+
+        ImportError without matplotlib; ValueError when no state has a prediction.
+        """
+        curves = [(_label(first, names), first.prediction) for first, names in self.groups() if first.prediction]
+        report_plot.draw(curves, path)
+
+
+def _plain(value: Any) -> Any:
+    """A value in JSON's types; what has none becomes its text."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else str(value)
+
+
+# --------------------------------------------------------------------------------------------------- text
+
+RULED = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the header
+
+
+def _text(report: Report) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=WIDTH, color_system=None, legacy_windows=False, emoji=False)
+    console.print(Text(f"kvbuffer: {report.headline}"))
+    for note in report.notes:
+        console.print(Text(f"note: {note}"))
+    groups = report.groups()
+    if groups:
+        console.print(_table(groups))
+        for number, (state, _) in enumerate(groups, 1):
+            console.print(Padding(_details(number, state), (0, 0, 0, 1)))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).rstrip()
+
+
+def _table(groups: list[tuple[StateReport, list[str]]]) -> Table:
+    table = Table(box=RULED, pad_edge=False, padding=(0, 1))
+    table.add_column("#", justify="right")
+    table.add_column("state", overflow="fold", ratio=1)
+    for title in ("shape", "dtype", "status", "ops"):
+        table.add_column(title, overflow="fold", max_width=22)
+    for title in ("L", "rows", "gain"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for number, (state, names) in enumerate(groups, 1):
+        table.add_row(*map(Text, (str(number), _label(state, names), *_cells(state))))
+    return table
+
+
+def _cells(state: StateReport) -> Iterable[str]:
+    choice = state.prediction.choice if state.prediction else None
+    yield "x".join(map(str, state.shape))
+    yield state.dtype
+    yield state.status
+    yield state.signature or "-"
+    yield str(choice.flush) if choice else "-"
+    yield _bytes(state.row_bytes) if state.row_bytes else "-"
+    yield f"{choice.gain:.1f}x" if choice else "-"
+
+
+def _details(number: int, state: StateReport) -> Text:
+    where = f" [{state.source}]" if state.source else ""
+    rule = f"{state.rule}: " if state.rule else ""
+    fresh = ""
+    if state.fresh_tokens:
+        fresh = f"; from zero the first {state.fresh_tokens} tokens read no state, {_bytes(state.unread_bytes)} less"
+    return Text(f"{number}  {rule}{state.reason}{fresh}{where}")
+
+
+def _label(state: StateReport, names: list[str]) -> str:
+    return state.name if len(names) == 1 else f"{state.name} and {len(names) - 1} more"
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

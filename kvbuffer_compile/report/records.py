@@ -1,0 +1,64 @@
+"""What was decided about each graph, and who is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+from kvbuffer_compile.errors import Declined
+from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.passes.lifted import Lifted, Refused
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """What was decided about one graph: for reports and tests.
+
+    states: every lifted state with its plan or reason. refused: candidates that are no recurrence. why_not: why the
+    whole graph was left alone. names: the user's names of the graph's inputs, by placeholder.
+    """
+
+    states: tuple[tuple[Lifted, Plan | Declined], ...] = ()
+    refused: tuple[Refused, ...] = ()
+    why_not: Declined | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def name(self, state: Node) -> str:
+        """What the user calls an input, e.g. "cache.layers[0].recurrent_states[0]"."""
+        return self.names.get(state.name, state.name)
+
+    @property
+    def rewritten(self) -> list[tuple[Lifted, Plan]]:
+        return [(lifted, plan) for lifted, plan in self.states if isinstance(plan, Plan)]
+
+    @property
+    def declined(self) -> list[Declined]:
+        """Why states are not rewritten; candidates that could never be states are left out."""
+        states = [why for _, why in self.states if isinstance(why, Declined)]
+        return states + [one.why for one in self.refused if not one.hopeless]
+
+
+@dataclass
+class Observers:
+    """Who is told about every graph the backend decides on (explain, tests)."""
+
+    listeners: list[Callable[[GraphRecord], None]] = field(default_factory=list)
+
+    @contextmanager
+    def also(self, listener: Callable[[GraphRecord], None]) -> Iterator[None]:
+        """With one more listener."""
+        self.listeners.append(listener)
+        try:
+            yield
+        finally:
+            self.listeners.remove(listener)
+
+    def tell(self, record: GraphRecord) -> None:
+        for listener in self.listeners:
+            listener(record)
+
+
+observers = Observers()

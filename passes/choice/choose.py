@@ -1,0 +1,262 @@
+"""Lifted state -> Plan, or Declined with the numbers: which variant, which flush length, which dtypes for the rows."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from kvbuffer_compile.errors import Declined
+from kvbuffer_compile.ir.plan import Layout, Plan
+from kvbuffer_compile.ir.program import Decay, Program, Read, Var
+from kvbuffer_compile.options import Options
+from kvbuffer_compile.passes.choice.predict import (
+    FLUSHES,
+    FLUSHES_TRITON,
+    MIN_GAIN,
+    MIN_GAIN_KERNEL,
+    Candidate,
+    Case,
+    Prediction,
+    predict,
+)
+from kvbuffer_compile.passes.lifted import Lifted
+from kvbuffer_compile.process.machine import Machine
+
+aten = torch.ops.aten
+ARGUMENTS = 64  # the limit of c10 for function schemas
+
+
+def choose(lifted: Lifted, options: Options, machine: Machine, target: str) -> Plan | Declined:
+    """The plan of one lifted state on one machine.
+
+    target: who will implement the step, "aten", "cpp" or "triton" ("auto" is resolved before).
+    flush="auto" declines with rule "no-gain" when nothing is predicted to beat Inductor; an integer is obeyed.
+    """
+    return explain_choice(lifted, options, machine, target)[0]
+
+
+def explain_choice(
+    lifted: Lifted, options: Options, machine: Machine, target: str
+) -> tuple[Plan | Declined, Prediction]:
+    """The same, with the candidates that were compared."""
+    compute = torch.float64 if state_tensor(lifted).dtype == torch.float64 else torch.float32
+    rows = row_dtypes(lifted, options, compute)
+    wanted = () if isinstance(options.flush, str) else (options.flush,)
+    most = lifted.most_tokens if lifted.several else 1
+    case = make_case(lifted, rows, compute, options.capacity, target)
+    prediction = predict(case, machine, (*_ladder(case), *wanted))
+    chosen = _asked(prediction, wanted[0]) if wanted else _fastest(prediction, case, machine)
+    if most is None:
+        reason = "nothing bounds the number of tokens of one call, and their rows must fit in the buffer"
+        return Declined(lifted.state.name, "dynamic-size", reason, lifted.source), prediction
+    if chosen is None:
+        return _no_gain(lifted, prediction), prediction
+    prediction = replace(prediction, chosen=chosen)
+    best = prediction.candidates[chosen]
+    plan = Plan(
+        program=lifted.program,
+        layout=lifted.layout.at_run_time(),
+        variant=best.variant,
+        sizes=lifted.sizes,
+        flush=best.flush,
+        capacity=max(best.flush, options.capacity or 0, most) if best.variant != "recurrent" else 1,
+        state_dtype=state_tensor(lifted).dtype,
+        row_dtypes=rows,
+        compute=compute,
+        target=target,
+        slots=lifted.slots is not None,
+        why=_why(prediction, best, asked=bool(wanted)),
+    )
+    return _too_wide(lifted, plan) or plan, prediction
+
+
+def _too_wide(lifted: Lifted, plan: Plan) -> Declined | None:
+    """torch refuses ops with too many arguments: state, cursor, rows and operands are one each."""
+    rows = len(plan.program.logged) + 1 if plan.variant != "recurrent" else 0
+    count = 1 + rows + plan.slots + len(plan.program.inputs)
+    if count <= ARGUMENTS:
+        return None
+    reason = f"one step takes {count} tensors, an op of torch at most {ARGUMENTS}: unroll fewer tokens in one graph"
+    return Declined(lifted.state.name, "too-many-operands", reason, lifted.source)
+
+
+def predict_plan(lifted: Lifted, plan: Plan, machine: Machine) -> Prediction:
+    """What a plan made earlier is predicted to bring, beside the other candidates."""
+    case = make_case(lifted, plan.row_dtypes, plan.compute, plan.capacity, plan.target)
+    prediction = predict(case, machine, (*_ladder(case), plan.flush))
+    return replace(prediction, chosen=_asked(prediction, plan.flush))
+
+
+def state_tensor(lifted: Lifted) -> Tensor:
+    """The fake tensor of the state."""
+    value = lifted.state.meta["val"]
+    assert isinstance(value, Tensor)
+    return value
+
+
+# ------------------------------------------------------------------------------------------------ choosing
+
+
+def _ladder(case: Case) -> tuple[int, ...]:
+    return FLUSHES_TRITON if case.target == "triton" and case.tokens == 1 else FLUSHES
+
+
+def _asked(prediction: Prediction, flush: int) -> int:
+    return next(i for i, c in enumerate(prediction.candidates) if c.flush == flush)
+
+
+def _fastest(prediction: Prediction, case: Case, machine: Machine) -> int | None:
+    """The fastest candidate when it promises enough; of equals the shorter buffer.
+
+    Several tokens at once take the flush length that one token would, so that both graphs share their rows.
+    """
+    alone = prediction if case.tokens == 1 else predict(replace(case, tokens=1), machine, _ladder(case))
+    order = sorted(range(len(alone.candidates)), key=lambda i: (alone.candidates[i].seconds, i))
+    if case.tokens > 1:
+        flush = next(c.flush for i in order if (c := alone.candidates[i]).variant == "buffered")
+        order = [_asked(prediction, flush)]
+    needed = MIN_GAIN.get(prediction.target, MIN_GAIN_KERNEL)
+    return order[0] if prediction.candidates[order[0]].gain >= needed else None
+
+
+def _why(prediction: Prediction, best: Candidate, asked: bool) -> str:
+    verb = f"flush={best.flush} as asked" if asked else f"{best.variant}, L={best.flush}"
+    return (
+        f"{prediction.formula}; {verb}: {duration(best.seconds)} a step predicted, Inductor "
+        f"{duration(prediction.plain.seconds)} ({best.gain:.2f}x), state {prediction.state_bytes / 1e6:.3g} MB"
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time for people, three digits."""
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+
+
+def _no_gain(lifted: Lifted, prediction: Prediction) -> Declined:
+    best = min(prediction.candidates, key=lambda c: c.seconds)
+    needed = MIN_GAIN.get(prediction.target, MIN_GAIN_KERNEL)
+    reason = (
+        f"{best.variant} with L={best.flush} is predicted to take {duration(best.seconds)} a step "
+        f"({prediction.target}) and Inductor {duration(prediction.plain.seconds)}: {best.gain:.2f}x, {needed:g}x is "
+        f"needed; state {prediction.state_bytes / 1e6:.3g} MB; {prediction.formula}; an integer flush is obeyed"
+    )
+    return Declined(lifted.state.name, "no-gain", reason, lifted.source)
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def make_case(
+    lifted: Lifted, rows: tuple[torch.dtype, ...], compute: torch.dtype, capacity: int | None, target: str
+) -> Case:
+    """The numbers a prediction needs; symbolic sizes by their hints, without guards."""
+    state = state_tensor(lifted)
+    operands = [n.meta["val"] for n in lifted.operands if isinstance(n.meta.get("val"), Tensor)]
+    return Case(
+        program=lifted.program,
+        sequence=lifted.layout.sequence,
+        lanes=lane_sizes(lifted.layout, state),
+        sizes=lifted.sizes,
+        state_width=state.dtype.itemsize,
+        row_widths=tuple(d.itemsize for d in rows),
+        operand_width=max((x.dtype.itemsize for x in operands), default=compute.itemsize),
+        compute_width=compute.itemsize,
+        strided=strided_reads(lifted.program, lifted.layout),
+        capacity=capacity or 0,
+        target=target,
+        tokens=_hint(lifted.tokens) if lifted.several else 1,
+        slots=lifted.slots is not None,
+    )
+
+
+def lane_sizes(layout: Layout, state: Tensor) -> tuple[int, ...]:
+    """Sizes of the lanes of a state, in the order of program.lanes."""
+    parts: list[int] = []
+    for size, split in zip(state.shape, layout.dims, strict=True):
+        known = 1
+        for part in split:
+            known *= 1 if part is None else part
+        parts += [_hint(size) // known if part is None else part for part in split]
+    return tuple(parts[i] for i in layout.order[:-2])
+
+
+def strided_reads(program: Program, layout: Layout) -> int:
+    """Reads that sum over an axis which is not the state's innermost (states are taken to be contiguous)."""
+    innermost = "value" if layout.order[-1] > layout.order[-2] else "key"
+    return sum(isinstance(op, Read) and op.x.kind != innermost for op in program.ops)
+
+
+# ------------------------------------------------------------------------------------------------- dtypes
+
+
+def row_dtypes(lifted: Lifted, options: Options, compute: torch.dtype) -> tuple[torch.dtype, ...]:
+    """A dtype for each of program.logged.
+
+    Gates (factors of a Decay) and scalars: the compute dtype, always. Keys and values: options.row_dtype; else, for
+    operands, the narrowest dtype that holds them exactly; for computed ones the compute dtype of a float32 state, else
+    the state's own (16 bits at least).
+    """
+    gates = {op.factor for op in lifted.program.events if isinstance(op, Decay)}
+    operands = dict(zip(lifted.program.inputs, lifted.operands, strict=True))
+    state = state_tensor(lifted).dtype
+
+    def of(v: Var) -> torch.dtype:
+        if v in gates or v.kind == "scalar":
+            return compute
+        if options.row_dtype is not None:
+            return options.row_dtype
+        if v in operands:
+            return exact_dtype(operands[v], compute)
+        return state if state.itemsize > 1 else torch.bfloat16
+
+    return tuple(of(v) for v in lifted.program.logged)
+
+
+# Ops whose result holds values of their first argument and nothing else.
+_SAME_VALUES = frozenset({
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.permute.default, aten.transpose.int, aten.t.default, aten.expand.default,
+    aten.clone.default, aten.alias.default, aten.detach.default, aten.select.int, aten.slice.Tensor,
+})  # fmt: skip
+_CASTS = frozenset({aten._to_copy.default, torch.ops.prims.convert_element_type.default})
+
+
+def exact_dtype(node: Node, compute: torch.dtype) -> torch.dtype:
+    """The narrowest dtype, found by walking back over views and widening casts, that holds a node's values exactly.
+    At most the compute dtype: the arithmetic drops the rest anyway."""
+    dtype = _dtype(node)
+    if dtype is None or not dtype.is_floating_point:
+        return compute
+    if node.target is aten.cat.default:
+        parts: Any = node.args[0]
+        return functools.reduce(torch.promote_types, (exact_dtype(part, compute) for part in parts))
+    while node.target in _SAME_VALUES or node.target in _CASTS:
+        source = node.args[0]
+        narrower = _dtype(source) if isinstance(source, Node) else None
+        if not isinstance(source, Node) or narrower is None or not holds(dtype, narrower):
+            break
+        node, dtype = source, narrower
+    return compute if dtype.itemsize > compute.itemsize else dtype
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every value of `narrow` is one of `wide`."""
+    if not (wide.is_floating_point and narrow.is_floating_point):
+        return False
+    large, small = torch.finfo(wide), torch.finfo(narrow)
+    return large.eps <= small.eps and large.max >= small.max and large.tiny <= small.tiny
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """A size, or the value a symbolic one had when it was captured; no guard is made."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

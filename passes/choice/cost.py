@@ -1,0 +1,277 @@
+"""What a step costs, found by running its program on memories that count instead of computing.
+
+Every result is a sympy expression over all lanes, in these symbols (bytes are bytes of one element):
+
+    <lanes>  sizes of the program's lanes by their names, e.g. B, H and r (heads that share a key)
+    K, V     key rows and value columns of the state
+    s        bytes of the state                b   bytes of buffered keys and values
+    w        bytes of buffered gates           a   bytes of operands and outputs
+    n        tokens owed when the step begins
+    L        flush length: tokens between two writes of the state
+    T        tokens of one step: 1, or the drafts that are verified together
+
+Traffic is that of a kernel that keeps what it has loaded for the rest of the step, so a state is read once for all
+reads whose keys are known, and once more for each level of keys that depend on reads (KVBuffer, arXiv 2605.19049).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import sympy
+from sympy import Expr, Integer
+
+from kvbuffer_compile.ir.program import Kind, Map, Program, run
+
+K, V, s, b, w, a, n, L, T = sympy.symbols("K V s b w a n L T", positive=True)
+ZERO, ONE = Integer(0), Integer(1)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes moved and operations done by one step, over all lanes. launches: kernels started."""
+
+    state_read: Expr = ZERO
+    state_written: Expr = ZERO
+    rows_read: Expr = ZERO
+    rows_written: Expr = ZERO
+    operands: Expr = ZERO
+    operations: Expr = ZERO
+    launches: Expr = ONE
+
+    @property
+    def bytes(self) -> Expr:
+        """All bytes moved."""
+        return self.state_read + self.state_written + self.rows_read + self.rows_written + self.operands
+
+    def map(self, change: Callable[[Expr], Expr]) -> Cost:
+        """The same change made to every count."""
+        return Cost(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
+
+    def plus(self, **more: Expr) -> Cost:
+        """This cost with some counts increased."""
+        return Cost(**{f.name: getattr(self, f.name) + more.get(f.name, 0) for f in fields(self)})
+
+
+# --------------------------------------------------------------------------------------------- counting
+
+
+@dataclass(frozen=True, eq=False)
+class Size:
+    """A value as a counter sees it. depth: how many passes over the state come before it is known."""
+
+    kind: Kind
+    lanes: frozenset[str]
+    depth: int = 0
+
+
+def lanes_product(lanes: tuple[str, ...] | frozenset[str]) -> Expr:
+    """How many independent copies a value has that varies along these lanes."""
+    return sympy.prod([sympy.Symbol(x, positive=True) for x in sorted(lanes)], start=ONE)
+
+
+def axis(kind: Kind) -> Expr:
+    """Elements of a value in one lane."""
+    return {"scalar": ONE, "key": K, "value": V}[kind]
+
+
+def elements(x: Size) -> Expr:
+    """Elements of a value over all lanes."""
+    return lanes_product(x.lanes) * axis(x.kind)
+
+
+@dataclass
+class Recurrent:
+    """Counts a step that updates the state itself. The other memory shares what it counts for reads and maps."""
+
+    lanes: tuple[str, ...]
+    passes: int = 0
+    operations: Expr = ZERO
+
+    @property
+    def cells(self) -> Expr:
+        """Elements of the state."""
+        return lanes_product(self.lanes) * K * V
+
+    def decay(self, factor: Size, kind: Kind) -> None:
+        self.operations += self.cells
+
+    def update(self, left: Size, right: Size, kinds: tuple[Kind, Kind]) -> None:
+        self.operations += 2 * self.cells
+
+    def read(self, x: Size, kind: Kind) -> Size:
+        self.passes = max(self.passes, x.depth + 1)
+        self.operations += 2 * self.cells
+        return Size("value" if kind == "key" else "key", frozenset(self.lanes), x.depth + 1)
+
+    def map(self, op: Map, args: list[Any]) -> Size:
+        depth = max((x.depth for x in args if isinstance(x, Size)), default=0)
+        out = Size(op.out.kind, frozenset(op.out.lanes), depth)
+        self.operations += elements(out)
+        return out
+
+
+@dataclass
+class Buffered(Recurrent):
+    """Counts a step that logs what it owes and reads through `owed` slots, each of which costs `walk` operations.
+
+    Afterwards: logged tells which values one slot holds (True for gates), slot_walk what one read spends on a slot,
+    fold what a flush does.
+    """
+
+    owed: Expr = ZERO
+    walk: Expr = ZERO
+    slot_walk: Expr = ZERO
+    fold: Expr = ZERO
+    logged: dict[Size, bool] = field(default_factory=dict)
+
+    def decay(self, factor: Size, kind: Kind) -> None:
+        self.logged[factor] = True
+        self.slot_walk += lanes_product(self.lanes) * axis(kind)
+        self.fold += elements(factor)
+
+    def update(self, left: Size, right: Size, kinds: tuple[Kind, Kind]) -> None:
+        for side in (left, right):
+            self.logged[side] = self.logged.get(side, False) or side.kind == "scalar"
+        self.slot_walk += 2 * lanes_product(self.lanes) * (K + V)
+        self.fold += 2 * self.cells
+
+    def read(self, x: Size, kind: Kind) -> Size:
+        self.operations += self.owed * self.walk + self.slot_walk
+        return super().read(x, kind)
+
+
+def _inputs(program: Program) -> dict[str, Size]:
+    return {v.name: Size(v.kind, frozenset(v.lanes)) for v in program.inputs}
+
+
+def _operands(program: Program) -> Expr:
+    return a * sum(lanes_product(v.lanes) * axis(v.kind) for v in (*program.inputs, *program.outputs))
+
+
+# ----------------------------------------------------------------------------------------------- costs
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One slot of the log. size: bytes over all lanes. gates: for each of program.logged, whether it is one.
+    walk: operations one read spends on it; fold: those that a flush does."""
+
+    size: Expr
+    gates: tuple[bool, ...]
+    walk: Expr
+    fold: Expr
+
+
+Widths = tuple[int, ...]
+
+
+@functools.cache
+def slot(program: Program, sequence: bool = True, widths: Widths | None = None) -> Slot:
+    """What one run of the program adds to the log.
+
+    sequence: lane 0 is the sequences of a batch; rows then vary along it even where the value does not
+    (Plan.row_shape).
+    widths: bytes of an element of each of program.logged, in its order; None: the symbols b, and w for gates.
+    """
+    memory = Buffered(program.lanes)
+    run(program, memory, _inputs(program))
+    always = frozenset(program.lanes[:1]) if sequence else frozenset()
+    gates = tuple(memory.logged.values())
+    per_element = widths or tuple(w if gate else b for gate in gates)
+    size = sum(
+        (lanes_product(v.lanes | always) * axis(v.kind) * e for v, e in zip(memory.logged, per_element, strict=True)),
+        start=ZERO,
+    )
+    return Slot(size, gates, memory.slot_walk, memory.fold)
+
+
+@functools.cache
+def recurrent(program: Program) -> Cost:
+    """One step that reads and writes the state, all T tokens at once."""
+    memory = Recurrent(program.lanes)
+    run(program, memory, _inputs(program))
+    cells = memory.cells * s
+    reads = max(memory.passes, 1)
+    return Cost(reads * cells, cells, operands=T * _operands(program), operations=T * memory.operations)
+
+
+@functools.cache
+def step(program: Program, sequence: bool = True, widths: Widths | None = None) -> Cost:
+    """One buffered step that does not flush, n tokens owed. Token j of T also walks the j rows before it."""
+    row = slot(program, sequence, widths)
+    memory = Buffered(program.lanes, owed=n + (T - 1) / 2, walk=row.walk)
+    run(program, memory, _inputs(program))
+    return Cost(
+        state_read=memory.passes * memory.cells * s,
+        rows_read=n * row.size if memory.passes else ZERO,
+        rows_written=T * row.size,
+        operands=T * _operands(program),
+        operations=T * memory.operations,
+    )
+
+
+@functools.cache
+def buffered(program: Program, sequence: bool = True, widths: Widths | None = None, *, separate: bool = False) -> Cost:
+    """The mean step over a full flush period of L/T steps, which owe T, 2T, ... L tokens when they begin.
+
+    The last of them folds the L rows into the state first: in the same kernel, while it has the state at hand, or
+    (separate) by a launch of its own that reads and writes the state.
+    """
+    row, ordinary = slot(program, sequence, widths), step(program, sequence, widths)
+    cells = lanes_product(program.lanes) * K * V
+    begin = ordinary.map(lambda e: e.subs(n, 0))
+    read_again = separate or begin.state_read == 0
+    last = begin.plus(
+        state_read=cells * s if read_again else ZERO,
+        state_written=cells * s,
+        rows_read=L * row.size,
+        operations=L * row.fold + cells,
+        launches=ONE if separate else ZERO,
+    )
+    steps = L / T
+    return Cost(**{f.name: _mean(getattr(ordinary, f.name), getattr(last, f.name), steps) for f in fields(Cost)})
+
+
+def _mean(ordinary: Expr, last: Expr, steps: Expr) -> Expr:
+    """Mean over a period; ordinary is linear in n, and n is T, 2T, ... (steps - 1) T."""
+    fixed, slope = ordinary.subs(n, 0), sympy.diff(ordinary, n)
+    return sympy.expand(((steps - 1) * fixed + slope * T * steps * (steps - 1) / 2 + last) / steps)
+
+
+@functools.cache
+def buffer_only(program: Program, sequence: bool = True) -> Cost:
+    """One step of a sequence that has no base yet: n rows, no state."""
+    cost = step(program, sequence)
+    return cost.plus(state_read=-cost.state_read)
+
+
+# --------------------------------------------------------------------------------------------- formulas
+
+
+def best_flush(cost: Cost) -> Expr:
+    """L* that moves the fewest bytes: of p/L + q L + const it is sqrt(p/q). The one formula for every program."""
+    bytes_moved = sympy.expand(cost.bytes)
+    return sympy.sqrt(sympy.simplify(bytes_moved.coeff(L, -1) / bytes_moved.coeff(L, 1)))
+
+
+def speedup(program: Program, sequence: bool = True) -> Expr:
+    """State traffic of the recurrent step over that of the buffered one and its rows, as far as they grow with L."""
+    plain, cost = recurrent(program), buffered(program, sequence)
+    rows = sympy.expand(cost.rows_read).coeff(L, 1) * L
+    return sympy.simplify((plain.state_read + plain.state_written) / (cost.state_read + cost.state_written + rows))
+
+
+def break_even(program: Program, sequence: bool = True) -> Expr:
+    """The number of owed rows that takes as many bytes as one pass over the state: below it buffer-only wins."""
+    return sympy.simplify(lanes_product(program.lanes) * K * V * s / slot(program, sequence).size)
+
+
+def numbers(program: Program, lanes: tuple[int, ...], sizes: tuple[int, int], **widths: float) -> Mapping[Expr, float]:
+    """Substitutions for Expr.subs: lane sizes, (K, V), and widths by symbol name (s, b, w, a, n, L, T)."""
+    known: dict[Expr, float] = {sympy.Symbol(x, positive=True): v for x, v in zip(program.lanes, lanes, strict=True)}
+    known |= {K: sizes[0], V: sizes[1]}
+    return known | {sympy.Symbol(x, positive=True): v for x, v in widths.items()}

@@ -1,0 +1,119 @@
+"""Step ops on slots of a pool, composite and generated: what the convention of plan.py says, in any strides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.steps import ops
+from tests.support.programs import NAMED
+from tests.support.sessions import Session, make_plan
+
+SLOTS = 7
+TARGETS = ["aten", *(["cpp"] if build.compiler() else [])]
+
+
+class Embedded:
+    """A step op on slots as one on a batch: the batch is put anywhere in a pool of garbage, which must not change.
+
+    Some entries of the slots are negative; the integers are of 32 and of 64 bits.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = replace(plan, slots=True)
+        self.op = ops.step_op(self.plan)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, state: Tensor, *rest: Tensor) -> Any:
+        count = 0 if self.plan.variant == "recurrent" else 1 + len(self.plan.program.logged)
+        written, dims = [state, *rest[:count]], [0, *([1] if count else []), *([0] * (count - 1))]
+        chosen = torch.randperm(SLOTS, generator=self.generator)[: state.shape[0]]
+        pools = [self._pool(x, dim, chosen) for x, dim in zip(written, dims, strict=True)]
+        before = [pool.clone() for pool in pools]
+        signs = torch.randint(0, 2, chosen.shape, generator=self.generator)
+        dtype = (torch.int64, torch.int32)[int(signs[0])]
+        out = self.op(*pools, (chosen - SLOTS * signs).to(dtype), *rest[count:])
+        others = torch.tensor([i for i in range(SLOTS) if i not in chosen.tolist()])
+        for x, pool, old, dim in zip(written, pools, before, dims, strict=True):
+            x.copy_(pool.index_select(dim, chosen))
+            new, was = (t.index_select(dim, others).nan_to_num(nan=1234) for t in (pool, old))
+            assert torch.equal(new, was), "another slot was written"
+        return out
+
+    def _pool(self, x: Tensor, dim: int, chosen: Tensor) -> Tensor:
+        sizes = list(x.shape)
+        sizes[dim] = SLOTS
+        gaps = 1 if x.is_contiguous() else 2
+        room = torch.full([gaps * n for n in sizes], float("nan") if x.dtype.is_floating_point else 99, dtype=x.dtype)
+        return room[tuple(slice(None, None, gaps) for _ in sizes)].index_copy_(dim, chosen, x)
+
+
+def built(plan: Plan, target: str) -> Callable[..., Any]:
+    embedded = Embedded(replace(plan, target=target))
+    if target == "cpp":
+        build.load(embedded.plan)
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kvbuffer::{embedded.plan.op_name}", "CPU")
+    return embedded
+
+
+def play(plan: Plan, target: str, **options: Any) -> None:
+    session = Session(plan, built(plan, target), **options)
+    while session.steps < 11 and session.step():
+        pass
+    assert session.steps > 1
+
+
+PROGRAMS = [
+    "gdn", "gla",
+    *(pytest.param(name, marks=pytest.mark.nightly) for name in ("mamba2", "deltaproduct2", "oja", "rwkv6")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", ["recurrent", "buffered", "verify"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_steps_on_slots(name: str, variant: str, target: str) -> None:
+    """Ragged cursors, padding, states that hold nothing yet, NaN in unused rows, any strides."""
+    plan = make_plan(NAMED[name], variant=variant, sizes=(5, 19), inner="key" if name == "gla" else "value")
+    side = {"limits": (1, 3, 2), "padded": (1,)} if variant != "recurrent" else {}
+    play(plan, target, exact=False, strided=name in ("gdn", "oja"), **side)
+    if variant == "buffered":
+        play(plan, target, exact=False, bare=True)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("state", [torch.float64, torch.bfloat16])
+def test_other_dtypes(state: torch.dtype, target: str) -> None:
+    operands = state if state == torch.float64 else torch.float32
+    play(make_plan(NAMED["gdn"], state=state, sizes=(8, 16)), target, exact=False, operands=operands)
+
+
+@pytest.mark.skipif(len(TARGETS) == 1, reason="needs a C++ compiler")
+@pytest.mark.parametrize("variant", ["recurrent", "buffered", "verify"])
+@pytest.mark.parametrize("strided", [False, True])
+def test_kernels_store_the_last_of_equal_slots(variant: str, strided: bool) -> None:
+    """As the composite does, flush or none."""
+    plan = replace(make_plan(NAMED["gdn"], variant=variant, sizes=(5, 19)), slots=True)
+    session = Session(plan, lambda *_: None, exact=False, strided=strided)
+    kernel = replace(plan, target="cpp")
+    build.load(kernel)
+    buffers = [session.state, *([session.cursor, *session.rows] if variant != "recurrent" else [])]
+    mine, theirs = ([session.spread(x) for x in buffers] for _ in range(2))
+    for step in range(9):
+        slots = torch.tensor([[2, 0, 2], [1, 1, 1], [0, 2, 1]][step % 3])
+        drafts = [session.draw() for _ in range(2)]
+        inputs = list(drafts[0].values())
+        if variant == "verify":
+            inputs = [torch.stack([d[n] for d in drafts], dim=len(session.lanes)) for n in drafts[0]]
+        got = ops.step_op(kernel)(*mine, slots, *inputs)
+        want = ops.step_op(replace(plan, target="aten"))(*theirs, slots, *inputs)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        for x, y in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5, equal_nan=True)

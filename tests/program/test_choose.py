@@ -1,0 +1,396 @@
+"""Choosing a plan: what is fast enough, what is declined with numbers, what an integer flush and dtypes do."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from kvbuffer_compile.errors import Declined
+from kvbuffer_compile.ir.plan import Layout, Plan
+from kvbuffer_compile.ir.program import Program
+from kvbuffer_compile.ir.text import parse
+from kvbuffer_compile.options import Options
+from kvbuffer_compile.passes.choice.choose import choose, exact_dtype, explain_choice, holds, lane_sizes, row_dtypes
+from kvbuffer_compile.passes.choice.predict import Prediction
+from kvbuffer_compile.passes.lifted import Lifted
+from kvbuffer_compile.process import disk
+from kvbuffer_compile.process import machine as machine_module
+from kvbuffer_compile.process.machine import Machine, load, machine_for, machine_path, measure, store
+
+aten = torch.ops.aten
+CPU = Machine("test CPU", "cpu", 12e9, 85e9, 2 << 20, 1.5e-6, 70e9)
+H100 = Machine("test H100", "cuda", 3e12, 6e12, 50 << 20, 7e-6, 5e13)
+
+GDN = parse("""
+    program over B H tokens 1
+      input q: key(B H)
+      input k: key(B H)
+      input v: value(B H)
+      input g: scalar(B H)
+      input beta: scalar(B H)
+      decay g
+      y = read k
+      e = aten.sub.Tensor(v, y)
+      u = aten.mul.Tensor(e, beta)
+      update k, u
+      o = read q
+      return o
+""")
+GLA = parse("""
+    program over B H tokens 1
+      input g: key(B H)
+      input k: key(B H)
+      input v: value(B H)
+      input q: key(B H)
+      decay g
+      update k, v
+      o = read q
+      return o
+""")
+
+
+def lifted(
+    program: Program = GDN,
+    lanes: tuple[int, int] = (32, 32),
+    sizes: tuple[int, int] = (128, 128),
+    state: torch.dtype = torch.float32,
+    operand: torch.dtype = torch.float32,
+    transposed: bool = False,
+) -> Lifted:
+    """A lifted state of these sizes, its operands plain placeholders."""
+    graph, fake = Graph(), FakeTensorMode()
+    shape = (*lanes, *reversed(sizes)) if transposed else (*lanes, *sizes)
+    with fake:
+        node = placeholder(graph, "state", torch.empty(shape, dtype=state))
+        tails = {"scalar": (), "key": sizes[:1], "value": sizes[1:]}
+        operands = [
+            placeholder(graph, v.name, torch.empty(*lanes, *tails[v.kind], dtype=operand)) for v in program.inputs
+        ]
+    order = (0, 1, 3, 2) if transposed else (0, 1, 2, 3)
+    layout = Layout(tuple((None if i == 0 else x,) for i, x in enumerate(shape)), order)
+    return Lifted(node, program, layout, sizes, tuple(operands), (), node, source="model.py:7")
+
+
+def placeholder(graph: Graph, name: str, value: torch.Tensor) -> Node:
+    node = graph.placeholder(name)
+    node.meta["val"] = value
+    return node
+
+
+def planned(outcome: Plan | Declined) -> Plan:
+    assert isinstance(outcome, Plan), outcome
+    return outcome
+
+
+# ------------------------------------------------------------------------------------------------ choosing
+
+
+def test_a_large_state_is_buffered_by_a_kernel() -> None:
+    plan, prediction = explain_choice(lifted(), Options(), CPU, "cpp")
+    assert planned(plan).variant == "buffered"
+    assert planned(plan).flush == planned(plan).capacity == prediction.candidates[prediction.chosen or 0].flush
+    assert prediction.best_flush == pytest.approx((2 * 4 * 128 * 128 / (4 + 4 * 256)) ** 0.5)
+    assert planned(plan).flush in (8, 12, 16)  # float32 rows: L* = 11.3
+    assert prediction.choice is not None and prediction.choice.gain > 2
+
+
+def test_where_writing_in_place_is_free_the_recurrent_kernel_wins() -> None:
+    """Seen on Xeons: an array is changed in place in the time it takes to read it."""
+    machine = replace(CPU, update_bandwidth=2 * CPU.bandwidth)
+    assert planned(choose(lifted(), Options(), machine, "cpp")).variant == "recurrent"
+    assert planned(choose(lifted(), Options(flush=16), machine, "cpp")).variant == "buffered"
+    small = lifted(lanes=(1, 16), sizes=(64, 64))  # within the cache nothing changes
+    fits = [explain_choice(small, Options(), m, "cpp")[1].candidates for m in (machine, CPU)]
+    assert fits[0] == fits[1]
+
+
+def test_the_flush_length_of_the_field_is_chosen() -> None:
+    """bf16 rows under a float32 state: 16 with a sequence of keys and values taken as they are."""
+    plan = planned(choose(lifted(GLA, operand=torch.bfloat16), Options(row_dtype=torch.bfloat16), CPU, "cpp"))
+    assert plan.variant == "buffered" and plan.flush in (8, 12, 16)
+    delta = planned(choose(lifted(operand=torch.bfloat16), Options(row_dtype=torch.bfloat16), CPU, "cpp"))
+    assert delta.flush in (12, 16)
+
+
+@pytest.mark.parametrize("target", ["aten", "cpp"])
+def test_a_tiny_state_is_declined_with_numbers(target: str) -> None:
+    found = choose(lifted(lanes=(1, 4), sizes=(32, 32)), Options(), CPU, target)
+    assert isinstance(found, Declined)
+    assert (found.node, found.rule, found.source) == ("state", "no-gain", "model.py:7")
+    assert " a step" in found.reason and "0.0164 MB" in found.reason and "L* =" in found.reason
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_gpu_gets_the_recurrent_kernel(batch: int) -> None:
+    """Measured on an H100: 1.2 to 3.1 times Inductor at every batch size; an integer flush is obeyed all the same."""
+    assert planned(choose(lifted(lanes=(batch, 32)), Options(), H100, "triton")).variant == "recurrent"
+    asked = planned(choose(lifted(lanes=(batch, 32)), Options(flush=16), H100, "triton"))
+    assert (asked.variant, asked.flush) == ("buffered", 16)
+
+
+def test_composite_steps_pay_off_only_for_large_states_on_a_cpu() -> None:
+    large = planned(choose(lifted(), Options(), CPU, "aten"))
+    assert large.variant == "buffered"
+    for lanes in [(1, 16), (4, 16)]:  # measured: 0.9 ms against 0.15 ms, 1.5 against 0.8
+        assert isinstance(choose(lifted(lanes=lanes), Options(), CPU, "aten"), Declined)
+    assert isinstance(choose(lifted(lanes=(128, 32)), Options(), H100, "aten"), Declined)  # flushes at every step
+
+
+def test_composite_predictions_stay_near_the_measurements() -> None:
+    """Milliseconds of buffered composite steps (L = 8, then 16), one busy core at 12 GB/s; within a factor of 2."""
+    measured = {(8, 32): (4.9, 7.4), (32, 32): (27.6, 50.7), (4, 16): (1.5, 1.8)}
+    for lanes, times in measured.items():
+        _, prediction = explain_choice(lifted(lanes=lanes), Options(), CPU, "aten")
+        at = {c.flush: c.seconds * 1e3 for c in prediction.candidates}
+        for flush, expected in zip((8, 16), times, strict=True):
+            assert expected / 2 < at[flush] < expected * 2, (lanes, flush)
+
+
+def test_kernel_predictions_stay_near_the_measurements() -> None:
+    """A generated C++ step on an idle CPU (read floor 0.93 ms) took 1.53 to 1.66 ms, the mean over L = 16."""
+    idle = replace(CPU, bandwidth=72e9, cache_bandwidth=170e9, rate=146e9)
+    _, prediction = explain_choice(lifted(), Options(), idle, "cpp")
+    at = {c.flush: c.seconds for c in prediction.candidates}
+    assert 1.3e-3 < at[16] < 2.0e-3
+
+
+def test_composite_steps_work_on_the_whole_capacity() -> None:
+    """With 64 slots in any case, rows cost the same at every L: on a CPU only the flush becomes rarer, on a GPU it is
+    computed at every step."""
+    bytes_at = {}
+    for machine in (CPU, H100):
+        _, prediction = explain_choice(lifted(), Options(capacity=64), machine, "aten")
+        bytes_at[machine.device] = [c.bytes for c in prediction.candidates if c.variant == "buffered"]
+    assert bytes_at["cpu"] == sorted(bytes_at["cpu"], reverse=True) and bytes_at["cpu"][0] > bytes_at["cpu"][-1]
+    assert len(set(bytes_at["cuda"])) == 1
+
+
+def test_composite_steps_copy_states_of_another_dtype() -> None:
+    """bf16 states are half the bytes, but are copied to float32 at every step: 1 + 4 passes over them."""
+    _, narrow = explain_choice(lifted(state=torch.bfloat16), Options(flush=2), CPU, "aten")
+    _, wide = explain_choice(lifted(), Options(flush=2), CPU, "aten")
+    assert narrow.choice is not None and wide.choice is not None
+    assert narrow.choice.bytes > 0.9 * wide.choice.bytes
+
+
+def test_a_contiguous_read_makes_inductor_faster() -> None:
+    """Mamba-2 keeps the key axis innermost: its reads are contiguous, and buffering must win against less."""
+    strided = explain_choice(lifted(GLA), Options(), CPU, "cpp")[1]
+    contiguous = explain_choice(lifted(GLA, transposed=True), Options(), CPU, "cpp")[1]
+    assert contiguous.plain.seconds < strided.plain.seconds
+
+
+@pytest.mark.parametrize(("flush", "variant"), [(1, "recurrent"), (2, "buffered"), (7, "buffered"), (100, "buffered")])
+@pytest.mark.parametrize("lanes", [(1, 4), (32, 32)])
+def test_an_integer_is_obeyed(flush: int, variant: str, lanes: tuple[int, int]) -> None:
+    plan, prediction = explain_choice(lifted(lanes=lanes), Options(flush=flush), CPU, "aten")
+    plan = planned(plan)
+    assert (plan.variant, plan.flush, plan.capacity) == (variant, flush, flush)
+    assert f"flush={flush} as asked" in plan.why
+    assert prediction.choice is not None and prediction.choice.flush == flush
+
+
+def test_capacity_is_at_least_the_flush_length() -> None:
+    assert planned(choose(lifted(), Options(flush=4, capacity=20), CPU, "cpp")).capacity == 20
+    assert planned(choose(lifted(), Options(flush=16, capacity=5), CPU, "cpp")).capacity == 16
+
+
+def test_candidates_are_complete_and_ordered() -> None:
+    _, prediction = explain_choice(lifted(), Options(), CPU, "cpp")
+    assert [c.flush for c in prediction.candidates] == [1, 2, 4, 8, 12, 16, 24, 32, 48, 64]
+    assert [c.variant for c in prediction.candidates] == ["recurrent"] + ["buffered"] * 9
+    assert all(c.gain == pytest.approx(prediction.plain.seconds / c.seconds) for c in prediction.candidates)
+    assert prediction.state_bytes == 32 * 32 * 128 * 128 * 4
+    assert prediction.slot_bytes == 32 * 32 * (4 + 4 * 256)
+
+
+def test_why_is_one_line_with_formula_and_numbers() -> None:
+    why = planned(choose(lifted(), Options(), CPU, "cpp")).why
+    assert "\n" not in why
+    assert "L* = sqrt(2*s*K*V/slot) = sqrt(2*4*128*128/1028) = 11.3" in why and "67.1 MB" in why
+
+
+def test_equal_layers_get_equal_plans_quickly() -> None:
+    first = planned(choose(lifted(), Options(), CPU, "cpp"))
+    start = time.perf_counter()
+    others = [planned(choose(lifted(), Options(), CPU, "cpp")) for _ in range(10)]
+    assert all(plan == first and plan.op_name == first.op_name for plan in others)
+    assert time.perf_counter() - start < 1.0
+
+
+def test_a_symbolic_batch_goes_by_its_hint_and_adds_no_guard() -> None:
+    env = ShapeEnv()
+    fake = FakeTensorMode(shape_env=env)
+    state = fake.from_tensor(torch.empty(6, 4, 8, 8), static_shapes=False)
+    guards = len(env.guards)
+    assert lane_sizes(Layout(((None,), (2, None), (8,), (8,)), (0, 1, 2, 3, 4)), state) == (6, 2, 2)
+    assert len(env.guards) == guards
+
+
+# ------------------------------------------------------------------------------------------------- dtypes
+
+
+def test_gates_are_never_rounded() -> None:
+    for options in (Options(), Options(row_dtype=torch.bfloat16)):
+        by_name = dict(zip("gku", row_dtypes(lifted(operand=torch.bfloat16), options, torch.float32), strict=True))
+        assert by_name["g"] == torch.float32
+        assert by_name["k"] == torch.bfloat16
+    key_gates = row_dtypes(lifted(GLA, operand=torch.bfloat16), Options(), torch.float32)
+    assert key_gates == (torch.float32, torch.bfloat16, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("state", "computed"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float8_e5m2, torch.bfloat16)],
+)
+def test_computed_rows_follow_the_state(state: torch.dtype, computed: torch.dtype) -> None:
+    assert row_dtypes(lifted(state=state), Options(), torch.float32)[2] == computed
+
+
+def test_double_states_compute_in_double() -> None:
+    plan = planned(choose(lifted(state=torch.float64, operand=torch.float64), Options(flush=4), CPU, "aten"))
+    assert plan.compute == torch.float64
+    assert set(plan.row_dtypes) == {torch.float64}
+
+
+def cast_chain(*dtypes: torch.dtype) -> Node:
+    """A placeholder of the first dtype, cast to each of the others in turn, with views between."""
+    graph, fake = Graph(), FakeTensorMode()
+    with fake:
+        node = placeholder(graph, "x", torch.empty(2, 4, dtype=dtypes[0]))
+        for dtype in dtypes[1:]:
+            view = graph.call_function(aten.unsqueeze.default, (node, 0))
+            view.meta["val"] = node.meta["val"].unsqueeze(0)
+            node = graph.call_function(aten._to_copy.default, (view,), {"dtype": dtype})
+            node.meta["val"] = view.meta["val"].to(dtype)
+    return node
+
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("chain", "expected"),
+    [
+        ((F32,), F32),
+        ((BF16, F32), BF16),  # a widening cast: the narrow values are all there is
+        ((F16, F32, F64), F16),
+        ((F32, BF16, F32), BF16),  # rounded on the way: bf16 holds what is left
+        ((F16, BF16), BF16),  # not exact: keep what the graph computes
+        ((F64,), F32),  # more than the arithmetic keeps
+        ((torch.int32, F32), F32),
+    ],
+)
+def test_the_narrowest_exact_dtype(chain: tuple[torch.dtype, ...], expected: torch.dtype) -> None:
+    assert exact_dtype(cast_chain(*chain), torch.float32) == expected
+
+
+def test_arithmetic_ends_the_walk() -> None:
+    node = cast_chain(BF16, F32)
+    scaled = node.graph.call_function(aten.mul.Tensor, (node, 0.5))
+    scaled.meta["val"] = node.meta["val"]
+    assert exact_dtype(scaled, torch.float32) == F32
+
+
+def test_holds() -> None:
+    assert holds(F32, BF16) and holds(F32, F16) and holds(F64, F32) and holds(BF16, BF16)
+    assert not holds(BF16, F16) and not holds(F16, BF16) and not holds(F32, torch.int32)
+
+
+# ------------------------------------------------------------------------------------------------ machine
+
+
+def test_measuring_a_cpu_is_quick_and_sane() -> None:
+    threads = torch.get_num_threads()
+    start = time.perf_counter()
+    found = measure(torch.device("cpu"), "here")
+    assert time.perf_counter() - start < 3.0  # 0.3 s on an idle machine
+    assert 1e8 < found.bandwidth < 1e13 and 1e-8 < found.launch < 1e-2 and found.cache >= 1 << 16
+    assert torch.get_num_threads() == threads
+
+
+def test_measuring_under_fake_tensors_measures_real_ones() -> None:
+    with FakeTensorMode():
+        assert measure(torch.device("cpu"), "here").bandwidth < 1e13
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder and a machine that is never measured; gives the file of the CPU."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(machine_module, "measure", lambda device, name: replace(CPU, name=name))
+    machine_module._known.cache_clear()
+    yield machine_path(torch.device("cpu"), machine_module._name(torch.device("cpu")))
+    machine_module._known.cache_clear()
+
+
+def test_a_machine_is_kept_on_disk(stored: Path, tmp_path: Path) -> None:
+    assert disk.folder() == stored.parent == tmp_path / "kvbuffer"
+    found = machine_for("cpu")
+    assert load(stored) == found
+    assert [p.name for p in stored.parent.iterdir()] == [stored.name]  # no temporary left
+    other = replace(found, bandwidth=1.0)
+    store(other, stored)
+    machine_module._known.cache_clear()
+    assert machine_for("cpu") == other
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", json.dumps({"name": "x"}), "null"])
+def test_a_broken_file_is_measured_again(stored: Path, text: str) -> None:
+    stored.write_text(text)
+    assert machine_for("cpu").bandwidth == CPU.bandwidth
+    assert load(stored) is not None
+
+
+NONSENSE = ("x", "1e10", None, True, [1.0], {}, float("nan"), float("inf"), -1.0, 1e-300, 10**400)
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Machine)])
+def test_a_field_that_makes_no_sense_is_measured_again(stored: Path, name: str) -> None:
+    assert load(stored) is None
+    store(CPU, stored)
+    assert load(stored) == CPU
+    for value in NONSENSE[2:] if name in ("name", "device") else (*NONSENSE, *([0] if name == "bandwidth" else [])):
+        stored.write_text(json.dumps({**asdict(CPU), name: value}))
+        assert load(stored) is None, value
+
+
+def test_a_machine_without_a_speed_of_its_own_for_updates(stored: Path) -> None:
+    store(replace(CPU, update_bandwidth=0), stored)
+    assert load(stored) == replace(CPU, update_bandwidth=0)
+
+
+def test_the_file_of_another_machine_is_measured_again(stored: Path) -> None:
+    store(replace(CPU, name="another"), stored)
+    assert machine_for("cpu").name != "another" and load(stored) == machine_for("cpu")
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"name": ' * 50_000, " " * (1 << 20) + "{}", "\0", "1" * 5000])
+def test_a_file_that_is_no_machine_at_all(stored: Path, text: str) -> None:
+    stored.write_text(text)
+    assert load(stored) is None
+
+
+def test_a_folder_in_the_place_of_the_file(stored: Path) -> None:
+    stored.mkdir()
+    assert machine_for("cpu").bandwidth == CPU.bandwidth and stored.is_dir()
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    store(CPU, blocked / "machine.json")
+
+
+def test_predictions_print() -> None:
+    _, prediction = explain_choice(lifted(), Options(), CPU, "cpp")
+    assert isinstance(prediction, Prediction)
+    assert "GB/s" in str(prediction.machine)

@@ -1,0 +1,209 @@
+"""docs/recurrences.md, made by running every form and architecture:  python -m tests.spelled.recurrences_table
+
+Programs are printed as equations: S' is S transposed, Diag(a) a factor for each row (or column). y1, y2, ... are reads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from kvbuffer_compile.backend import GraphRecord, compile_graph, observers
+from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.ir.program import Decay, Map, Program, Read, Update, Var
+from kvbuffer_compile.options import Options
+from tests import zoo
+from tests.spelled import forms, graph_forms, near_misses, scan_forms
+from tests.spelled.lifting import traced
+from tests.support.steps import Sizes
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "recurrences.md"
+HEAD = "| name | token | decay | rank | reads | ops | status | reason |\n|---|---|---|---|---|---|---|---|\n"
+SIGNS = {"aten.mul.Tensor": " * ", "aten.add.Tensor": " + ", "aten.sub.Tensor": " - ", "aten.div.Tensor": " / "}
+LONGEST = 160  # of a token's equations
+ALONG = {"scalar": "head", "key": "row", "value": "column"}
+OPTIONS = {"inner": "eager", "target": "aten", "flush": 4, "donate": True}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line. token: the equations of one token, "" when there is no program."""
+
+    name: str
+    token: str = ""
+    decay: str = ""
+    rank: str = ""
+    reads: str = ""
+    ops: str = ""
+    status: str = "declined"
+    reason: str = ""
+
+    def __str__(self) -> str:
+        cells = (self.name, self.token and f"`{self.token}`", self.decay, self.rank, self.reads, self.ops, self.status)
+        return f"| {' | '.join(cells)} | {self.reason} |"
+
+
+# -------------------------------------------------------------------------------------------- equations
+
+
+def token(program: Program) -> str:
+    """One token as equations, values of the program written where they are used."""
+    known: dict[str, str] = {}
+    out = []
+    for op in program.ops:
+        match op:
+            case Map(v, fn, args):
+                known[v.name] = _call(fn, [_text(a, known) for a in args])
+            case Read(v, x):
+                known[v.name] = f"y{1 + sum(line.startswith('y') for line in out)}"
+                state = "S'" if x.kind == "key" else "S"
+                out.append(f"{known[v.name]} = {state} {_text(x, known)}")
+            case Decay(a):
+                factor = _text(a, known)
+                out.append(
+                    {"scalar": f"S *= {factor}", "key": f"S = Diag({factor}) S"}.get(a.kind, f"S = S Diag({factor})")
+                )
+            case Update(l, r):
+                out.append(f"S += {_text(l, known)} {_text(r, known)}'")
+    whole = "; ".join(out)
+    return whole if len(whole) <= LONGEST else whole[:LONGEST] + " ..."
+
+
+def _text(x: Any, known: dict[str, str]) -> str:
+    return known.get(x.name, x.name) if isinstance(x, Var) else f"{x:g}"
+
+
+def _call(fn: str, args: list[str]) -> str:
+    if fn in SIGNS and len(args) == 2:
+        return f"({SIGNS[fn].join(args)})"
+    return f"{fn.removeprefix('aten.').split('.')[0]}({', '.join(args)})"
+
+
+def row(name: str, plan: Plan) -> Row:
+    program = plan.program
+    decays = [ALONG[op.factor.kind] for op in program.ops if isinstance(op, Decay)]
+    reads = Counter(ALONG[op.x.kind] for op in program.ops if isinstance(op, Read))
+    return Row(
+        name,
+        token(program),
+        ", ".join(decays) or "none",
+        str(sum(isinstance(op, Update) for op in program.ops)),
+        ", ".join(f"{n} over {along}s" for along, n in reads.items()),
+        program.signature,
+        plan.variant,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- rows
+
+
+def of_records(name: str, records: Iterable[GraphRecord]) -> list[Row]:
+    """A row for each kind of state that the graphs of one model hold."""
+    found: list[Row] = []
+    for record in records:
+        for _, plan in record.states:
+            found.append(row(name, plan) if isinstance(plan, Plan) else Row(name, reason=f"{plan.rule}: {plan.reason}"))
+        visible = [r for r in record.refused if not r.hopeless]
+        found += [Row(name, reason=f"{r.why.rule}: {_plain(r.why.reason, r.why.node)}") for r in visible]
+    return list(dict.fromkeys(found)) or [Row(name, reason="nothing that is summed up over tokens")]
+
+
+def _plain(reason: str, node: str) -> str:
+    """Names of graph nodes differ from version to version."""
+    return reason.replace(f"{node} ", "a value ").replace("|", "/")
+
+
+def of_step(name: str, step: Any, args: tuple[torch.Tensor, ...]) -> list[Row]:
+    """The rows of one plain function."""
+    records: list[GraphRecord] = []
+    observers.listeners.append(records.append)
+    try:
+        compile_graph(traced(step, args), list(args), ours=Options(**OPTIONS), is_inference=True)
+    finally:
+        observers.listeners.remove(records.append)
+    return of_records(name, records)
+
+
+def of_forms(given: Iterable[forms.Form]) -> Iterator[Row]:
+    for form in given:
+        sizes = Sizes(2, 3, 4, 4) if form.name == "ttt" else forms.SIZES
+        g = torch.Generator().manual_seed(0)
+        yield from of_step(form.name, form.step, (*form.start(g, sizes), *form.inputs(sizes, g)))
+
+
+def of_scans(steps: Iterable[Any]) -> Iterator[Row]:
+    """Three tokens each."""
+    return of_forms(scan_forms.form(step, 3) for step in steps)
+
+
+def of_near_misses() -> Iterator[Row]:
+    yield from of_forms(form for form, _ in graph_forms.NEAR)
+    yield from of_scans(scan_forms.NEAR)
+    for name, (step, _) in near_misses.NEAR_MISSES.items():
+        g = torch.Generator().manual_seed(0)
+        state = torch.randn(2, 3, 4, 5, generator=g)
+        yield from of_step(name, step, (state, *forms.operands("qkvgb")(forms.SIZES, g)))
+
+
+def of_architecture(arch: zoo.Arch) -> list[Row]:
+    """One decode step of the tiny model, compiled without Inductor."""
+    records: list[GraphRecord] = []
+    torch._dynamo.reset()
+    step = zoo.prefilled(arch.make(), zoo.prompt(1, 6), "dynamic")
+    options = {**OPTIONS, "donate": arch.name == "minimax"}
+    compiled = torch.compile(step, backend="kvbuffer", fullgraph=arch.fullgraph, options=options)
+    observers.listeners.append(records.append)
+    try:
+        with torch.no_grad():
+            compiled(zoo.prompt(1, 1, seed=5))
+    finally:
+        observers.listeners.remove(records.append)
+    return of_records(arch.name, records)
+
+
+# ------------------------------------------------------------------------------------------------- page
+
+
+def versions() -> str:
+    return f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
+
+
+def table(rows: Iterable[Row]) -> str:
+    return HEAD + "\n".join(map(str, rows)) + "\n"
+
+
+def sections() -> dict[str, Any]:
+    """Title of each section -> what makes its rows."""
+    return {
+        "Forms": lambda: of_forms(forms.forms()),
+        "In the forms that graphs give them": lambda: of_forms(graph_forms.GRAPH_FORMS),
+        "Several tokens by an associative scan": lambda: of_scans(scan_forms.CAPTURED),
+        "Near-misses": of_near_misses,
+        "Architectures of transformers": lambda: (r for a in zoo.ARCHS.values() for r in of_architecture(a)),
+    }
+
+
+def page() -> str:
+    parts = [
+        "# Recurrences",
+        f"Made by `python -m tests.spelled.recurrences_table` with {versions()}. Every row was captured, lifted and, "
+        "where it is buffered, proved on numbers. In the token's equations S' is S transposed, x0, x1, ... are "
+        "operands, y1, y2, ... reads; ops: D decay, R read, U update. Vectors that a form keeps besides stay as they "
+        "are.",
+    ]
+    for title, rows in sections().items():
+        parts += [f"## {title}", table(rows()).rstrip()]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
