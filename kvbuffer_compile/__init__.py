@@ -4,7 +4,7 @@ from kvbuffer_compile.backend import kvbuffer
 from kvbuffer_compile.errors import Declined, DeclinedError, EmitError, IRError, StateError
 from kvbuffer_compile.explain import explain
 from kvbuffer_compile.options import Options
-from kvbuffer_compile.report.found import Report, StateReport
+from kvbuffer_compile.report.report import Report, StateReport
 from kvbuffer_compile.runtime.by_hand import materialize, rollback
 from kvbuffer_compile.runtime.drafts import accept, draft_tree
 from kvbuffer_compile.runtime.entry import keep_out

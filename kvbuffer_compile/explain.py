@@ -20,7 +20,7 @@ from kvbuffer_compile.accounts.opening import reached_by
 from kvbuffer_compile.backend import GraphRecord, kvbuffer, observers
 from kvbuffer_compile.options import Options, split
 from kvbuffer_compile.process.afresh import afresh
-from kvbuffer_compile.report.found import Report, StateReport, state_report
+from kvbuffer_compile.report.report import Report, StateReport, state_report
 from kvbuffer_compile.runtime.by_hand import tensors_in
 
 

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from kvbuffer_compile.errors import IRError
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.passes.lifted import Lifted, Output
-from kvbuffer_compile.passes.reading.calls import shape
+from kvbuffer_compile.passes.reading.arguments import shape
 from kvbuffer_compile.passes.reading.labels import size_of
 from kvbuffer_compile.passes.tokens.sequences import closed_sequences
 

@@ -1,8 +1,8 @@
 """The Triton kernel of a plan: one program computes one lane of a step, or one tile of it.
 
 recurrent   s is the tile of the state; read it, fold the token in, write it
-buffered    s and the owed rows stand for the state (triton_rows); on a flush they are written back as one
-verify      the same for T tokens (triton_verify)
+buffered    s and the owed rows stand for the state (rows.py); on a flush they are written back as one
+verify      the same for T tokens (verify.py)
 
 What does not depend on the cursor is loaded before it, and all of the cursor at once: a program that waits for memory
 three times in a row cannot stream.

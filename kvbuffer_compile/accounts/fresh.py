@@ -12,9 +12,9 @@ from torch import Tensor
 from kvbuffer_compile.accounts.account import Account
 from kvbuffer_compile.accounts.ledger import LEDGER
 from kvbuffer_compile.guard.aliases import alias, known_alias
+from kvbuffer_compile.guard.guarded import guard, plain_calls
 from kvbuffer_compile.guard.overlap import provide, storage_of
 from kvbuffer_compile.guard.sharing import Storage, shared_with
-from kvbuffer_compile.guard.state import guard, plain_calls
 from kvbuffer_compile.process.surroundings import neutral
 
 # States of no account yet that are zero, whatever their memory holds: by their storage, then by id.

@@ -10,9 +10,9 @@ from kvbuffer_compile.accounts.account import Account
 from kvbuffer_compile.accounts.fresh import forget_fresh, is_fresh, make_zero
 from kvbuffer_compile.accounts.ledger import LEDGER
 from kvbuffer_compile.guard.aliases import Place
+from kvbuffer_compile.guard.guarded import GuardedState, guard, plain_calls
 from kvbuffer_compile.guard.overlap import storage_of
 from kvbuffer_compile.guard.sharing import Storage, hand_out, handed_out, shared_with
-from kvbuffer_compile.guard.state import GuardedState, guard, plain_calls
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.process.locks import RLock
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kvbuffer_compile.guard import dispatch_watch
+from kvbuffer_compile.guard.guarded import GuardedState, plain_calls
 from kvbuffer_compile.guard.overlap import has_memory
-from kvbuffer_compile.guard.state import GuardedState, plain_calls
 
 Place = tuple[tuple[int, int], ...]  # a slice of a tensor: a dim and the position in it, once for each index
 

@@ -2,5 +2,5 @@
 
 Goes in: records of the backend's decisions. Comes out: a table, HTML, a plot, a dict, a folder with everything that was
 generated.
-Start with records.py, then found.py. Never imports what runs steps.
+Start with records.py, then report.py. Never imports what runs steps.
 """

@@ -14,8 +14,8 @@ from kvbuffer_compile.accounts.fresh import make_zero
 from kvbuffer_compile.accounts.ledger import LEDGER
 from kvbuffer_compile.guard import dispatch_watch
 from kvbuffer_compile.guard.aliases import forget, known_alias, plain
+from kvbuffer_compile.guard.guarded import GuardedState, is_export, is_inspecting, on_access, plain_calls, states_in
 from kvbuffer_compile.guard.sharing import hand_out
-from kvbuffer_compile.guard.state import GuardedState, is_export, is_inspecting, on_access, plain_calls, states_in
 from kvbuffer_compile.process.locks import under_locks
 
 _alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]  # whether two tensors share a storage

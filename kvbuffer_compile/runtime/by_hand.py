@@ -20,8 +20,8 @@ from kvbuffer_compile.accounts.account import Account
 from kvbuffer_compile.accounts.fresh import declare_zero, zero_state
 from kvbuffer_compile.accounts.ledger import LEDGER
 from kvbuffer_compile.accounts.rollback import Counts, take_back
+from kvbuffer_compile.guard.guarded import plain_calls
 from kvbuffer_compile.guard.overlap import covers, storage_of
-from kvbuffer_compile.guard.state import plain_calls
 from kvbuffer_compile.process.locks import under_locks
 from kvbuffer_compile.runtime.access import touch
 

@@ -18,7 +18,7 @@ from kvbuffer_compile.accounts.account import Account
 from kvbuffer_compile.accounts.attempt import Attempt
 from kvbuffer_compile.accounts.rollback import integers, on_device
 from kvbuffer_compile.errors import StateError
-from kvbuffer_compile.guard.state import plain_calls
+from kvbuffer_compile.guard.guarded import plain_calls
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.passes.rewrite import Spliced
 from kvbuffer_compile.process.at_once import at_once

@@ -25,7 +25,7 @@ from kvbuffer_compile.accounts.fresh import forget_fresh
 from kvbuffer_compile.accounts.ledger import LEDGER, Ledger
 from kvbuffer_compile.guard import dispatch_watch
 from kvbuffer_compile.guard.aliases import forget, is_alias, owner_of, plain
-from kvbuffer_compile.guard.state import GuardedState, inspecting, may_be_state, plain_calls
+from kvbuffer_compile.guard.guarded import GuardedState, inspecting, may_be_state, plain_calls
 from kvbuffer_compile.process.locks import under_locks
 from kvbuffer_compile.runtime.access import guard_views, touch, touched_below
 

@@ -13,7 +13,7 @@ from kvbuffer_compile.accounts.attempt import Attempt
 from kvbuffer_compile.accounts.ledger import LEDGER
 from kvbuffer_compile.accounts.opening import open_account
 from kvbuffer_compile.guard.aliases import Place, alias, is_alias, owner_of, plain
-from kvbuffer_compile.guard.state import GuardedState, may_be_state, plain_calls
+from kvbuffer_compile.guard.guarded import GuardedState, may_be_state, plain_calls
 from kvbuffer_compile.passes.lifted import Part
 from kvbuffer_compile.passes.rewrite import Spliced
 from kvbuffer_compile.process.locks import RLock, under_locks

@@ -25,7 +25,8 @@ from kvbuffer_compile.passes.algebra.terms import (
     leaves,
     product,
 )
-from kvbuffer_compile.passes.reading.calls import shape
+from kvbuffer_compile.passes.reading.arguments import shape
+from kvbuffer_compile.passes.reading.aten import read
 from kvbuffer_compile.passes.reading.forms import (
     WIDEST,
     Cast,
@@ -38,7 +39,6 @@ from kvbuffer_compile.passes.reading.forms import (
     Reduce,
     Sum,
 )
-from kvbuffer_compile.passes.reading.graph import read
 from kvbuffer_compile.passes.reading.labels import Atom, Dim, Labels, aligned, fresh, resolve
 from kvbuffer_compile.passes.reading.variation import Values, can_peel, is_zero, pull, unreduced
 

@@ -16,7 +16,7 @@ from kvbuffer_compile.ir.program import Kind
 from kvbuffer_compile.passes.algebra.coordinates import Coordinates
 from kvbuffer_compile.passes.algebra.factor import Axes
 from kvbuffer_compile.passes.algebra.terms import Call, Expr, Leaf, Number, Ones, Refusal, leaves
-from kvbuffer_compile.passes.reading.calls import shape, tensor
+from kvbuffer_compile.passes.reading.arguments import shape, tensor
 from kvbuffer_compile.passes.reading.labels import Atom, Dim, Labels, Size, TokenAtom, resolved
 from kvbuffer_compile.passes.reading.variation import Values
 

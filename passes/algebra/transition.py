@@ -15,9 +15,9 @@ from kvbuffer_compile.passes.algebra.factor import Axes, Factoring
 from kvbuffer_compile.passes.algebra.operands import Inserter
 from kvbuffer_compile.passes.algebra.terms import Call, Expr, Factor, Leaf, Mask, Refusal, Term, leaves
 from kvbuffer_compile.passes.algebra.versions import Lin, ReadOut, Version
-from kvbuffer_compile.passes.reading.calls import shape, tensor
+from kvbuffer_compile.passes.reading.arguments import shape, tensor
+from kvbuffer_compile.passes.reading.aten import read
 from kvbuffer_compile.passes.reading.forms import Cast, Choice, Operand, Pointwise
-from kvbuffer_compile.passes.reading.graph import read
 from kvbuffer_compile.passes.reading.labels import Atom, Dim, Labels, aligned, atoms_of, resolve, resolved
 from kvbuffer_compile.passes.reading.variation import Values, is_zero
 

@@ -38,7 +38,7 @@ from kvbuffer_compile.passes.algebra.terms import (
     settled,
 )
 from kvbuffer_compile.passes.lifted import Output
-from kvbuffer_compile.passes.reading.calls import shape
+from kvbuffer_compile.passes.reading.arguments import shape
 from kvbuffer_compile.passes.reading.labels import TokenAtom, resolved
 from kvbuffer_compile.passes.reading.variation import Values
 from kvbuffer_compile.passes.tokens.chained import chained

@@ -12,9 +12,9 @@ from kvbuffer_compile.passes.algebra.factor import Axes, Factoring
 from kvbuffer_compile.passes.algebra.terms import Refusal, Term, leaves
 from kvbuffer_compile.passes.algebra.versions import ReadOut
 from kvbuffer_compile.passes.lifted import Refused
+from kvbuffer_compile.passes.reading.aten import read
 from kvbuffer_compile.passes.reading.captured import source
 from kvbuffer_compile.passes.reading.forms import Opaque, Product, Quotient, operands
-from kvbuffer_compile.passes.reading.graph import read
 from kvbuffer_compile.passes.reading.labels import atoms_of, resolve
 from kvbuffer_compile.passes.reading.variation import Values
 from kvbuffer_compile.passes.storage.pools import GATHERS, SCATTERS

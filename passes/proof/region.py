@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from kvbuffer_compile.ir.sequence import STANDS_FOR
+from kvbuffer_compile.passes.reading.aten import read
 from kvbuffer_compile.passes.reading.counterparts import Origins
 from kvbuffer_compile.passes.reading.forms import Opaque, Slice
-from kvbuffer_compile.passes.reading.graph import read
 
 aten = torch.ops.aten
 _OPAQUE = frozenset(

@@ -20,9 +20,9 @@ from torch.fx import Node
 from kvbuffer_compile.ir.plan import Layout
 from kvbuffer_compile.ir.sequence import SEQUENCE
 from kvbuffer_compile.passes.proof.region import Region, is_tensor
-from kvbuffer_compile.passes.reading.calls import argument
+from kvbuffer_compile.passes.reading.arguments import argument
+from kvbuffer_compile.passes.reading.aten import aten, read
 from kvbuffer_compile.passes.reading.forms import Constant, Contract, Join, Opaque, Select, Slice, Token
-from kvbuffer_compile.passes.reading.graph import aten, read
 from kvbuffer_compile.passes.reading.labels import Atom, Dim, Labels, fresh, resolve
 from kvbuffer_compile.passes.reading.variation import pull
 from kvbuffer_compile.passes.storage.pools import GATHERS, SCATTERS

@@ -10,9 +10,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
-from kvbuffer_compile.passes.reading.calls import shape, tensor
+from kvbuffer_compile.passes.reading.arguments import shape, tensor
+from kvbuffer_compile.passes.reading.aten import read
 from kvbuffer_compile.passes.reading.forms import Write
-from kvbuffer_compile.passes.reading.graph import read
 
 
 def copied(gm: GraphModule) -> GraphModule:

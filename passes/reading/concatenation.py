@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from kvbuffer_compile.passes.reading.calls import argument, operand, positive, rank_of, shape, tensor
+from kvbuffer_compile.passes.reading.arguments import argument, operand, positive, rank_of, shape, tensor
 from kvbuffer_compile.passes.reading.forms import WIDEST, Blocks, Form, Join, Opaque, Operand
 from kvbuffer_compile.passes.reading.labels import Size
 

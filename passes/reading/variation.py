@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch.fx import Node
 
-from kvbuffer_compile.passes.reading.calls import shape
+from kvbuffer_compile.passes.reading.arguments import shape
+from kvbuffer_compile.passes.reading.aten import read
 from kvbuffer_compile.passes.reading.forms import (
     WIDEST,
     Blocks,
@@ -33,7 +34,6 @@ from kvbuffer_compile.passes.reading.forms import (
     is_view,
     operands,
 )
-from kvbuffer_compile.passes.reading.graph import read
 from kvbuffer_compile.passes.reading.labels import (
     Atom,
     Dim,

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from kvbuffer_compile.passes.reading.calls import shape, tensor
+from kvbuffer_compile.passes.reading.arguments import shape, tensor
+from kvbuffer_compile.passes.reading.aten import read
 from kvbuffer_compile.passes.reading.captured import candidates, written
 from kvbuffer_compile.passes.reading.forms import Regroup, Same
-from kvbuffer_compile.passes.reading.graph import read
 from kvbuffer_compile.passes.storage.pools import SCATTERS as STORED
 from kvbuffer_compile.passes.storage.stacked import SCATTERS
 

@@ -19,10 +19,10 @@ from torch.fx import Graph, GraphModule, Node
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.passes.lifted import Lifted, Pool
-from kvbuffer_compile.passes.reading.calls import argument, shape, tensor
+from kvbuffer_compile.passes.reading.arguments import argument, shape, tensor
+from kvbuffer_compile.passes.reading.aten import read
 from kvbuffer_compile.passes.reading.captured import written
 from kvbuffer_compile.passes.reading.forms import Cast, Constant, Metadata
-from kvbuffer_compile.passes.reading.graph import read
 
 aten = torch.ops.aten
 GATHERS = frozenset({aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_select.default})

@@ -13,10 +13,10 @@ from torch.fx import GraphModule, Node
 
 from kvbuffer_compile.passes.algebra.operands import Inserter
 from kvbuffer_compile.passes.lifted import Part
-from kvbuffer_compile.passes.reading.calls import argument, shape
+from kvbuffer_compile.passes.reading.arguments import argument, shape
+from kvbuffer_compile.passes.reading.aten import read
 from kvbuffer_compile.passes.reading.captured import written
 from kvbuffer_compile.passes.reading.forms import Constant, Metadata, Regroup, Same, Select, Slice, is_view, operands
-from kvbuffer_compile.passes.reading.graph import read
 from kvbuffer_compile.passes.reading.labels import Size
 
 aten = torch.ops.aten

@@ -19,7 +19,8 @@ from torch.fx import Node
 from kvbuffer_compile.passes.algebra.factor import EXP, Factoring
 from kvbuffer_compile.passes.algebra.terms import Call, Factor, Leaf, Mask, Ones, Refusal, Term, leaves, settled_factor
 from kvbuffer_compile.passes.algebra.versions import Version, chain
-from kvbuffer_compile.passes.reading.calls import shape
+from kvbuffer_compile.passes.reading.arguments import shape
+from kvbuffer_compile.passes.reading.aten import read
 from kvbuffer_compile.passes.reading.forms import (
     WIDEST,
     Cast,
@@ -31,7 +32,6 @@ from kvbuffer_compile.passes.reading.forms import (
     Quotient,
     Sum,
 )
-from kvbuffer_compile.passes.reading.graph import read
 from kvbuffer_compile.passes.reading.labels import Labels, aligned, pinned, position
 from kvbuffer_compile.passes.walk.walk import Walk
 

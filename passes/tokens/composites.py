@@ -1,4 +1,4 @@
-"""Fused calls written out, on a copy of the graph, in the calls that graph.read knows."""
+"""Fused calls written out, on a copy of the graph, in the calls that reading/aten.py knows."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.fx import GraphModule, Node
 from kvbuffer_compile.ir.sequence import STANDS_FOR
 from kvbuffer_compile.passes.algebra.operands import Inserter
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
-from kvbuffer_compile.passes.reading.calls import argument, tensor
+from kvbuffer_compile.passes.reading.arguments import argument, tensor
+from kvbuffer_compile.passes.reading.aten import read
 from kvbuffer_compile.passes.reading.captured import candidates
 from kvbuffer_compile.passes.reading.counterparts import instead, is_instead
 from kvbuffer_compile.passes.reading.forms import Cast, Choice, Product, Quotient, Sum, is_view, operands
-from kvbuffer_compile.passes.reading.graph import read
 
 aten = torch.ops.aten
 Build = Callable[[Inserter, Node], Node]

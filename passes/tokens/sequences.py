@@ -17,11 +17,11 @@ from kvbuffer_compile.ir.program import Kind, Map, run
 from kvbuffer_compile.ir.sequence import SEQUENCE, STANDS_FOR, TOKEN, program_of
 from kvbuffer_compile.passes.algebra.operands import Inserter
 from kvbuffer_compile.passes.algebra.terms import Refusal
-from kvbuffer_compile.passes.reading.calls import shape
+from kvbuffer_compile.passes.reading.arguments import shape
+from kvbuffer_compile.passes.reading.aten import aten, read
 from kvbuffer_compile.passes.reading.captured import copied
 from kvbuffer_compile.passes.reading.counterparts import instead
 from kvbuffer_compile.passes.reading.forms import Cast, is_view
-from kvbuffer_compile.passes.reading.graph import aten, read
 from kvbuffer_compile.passes.reading.labels import Size
 from kvbuffer_compile.passes.walk.walk import Walk
 

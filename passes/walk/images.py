@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from kvbuffer_compile.passes.algebra.terms import Leaf, Refusal, held, in_part, nonlinear
 from kvbuffer_compile.passes.algebra.versions import Lin, Version
-from kvbuffer_compile.passes.reading.calls import shape
+from kvbuffer_compile.passes.reading.arguments import shape
 from kvbuffer_compile.passes.reading.forms import WIDEST, Blocks, Join, Operand, Select, Slice
 from kvbuffer_compile.passes.reading.labels import (
     Atom,

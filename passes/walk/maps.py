@@ -10,7 +10,8 @@ from torch.fx import Node
 from kvbuffer_compile.passes.algebra.factor import Axes
 from kvbuffer_compile.passes.algebra.terms import Call, Expr, Fetch, Leaf, Refusal, add, mul, where
 from kvbuffer_compile.passes.algebra.versions import ReadOut
-from kvbuffer_compile.passes.reading.calls import shape
+from kvbuffer_compile.passes.reading.arguments import shape
+from kvbuffer_compile.passes.reading.aten import read
 from kvbuffer_compile.passes.reading.forms import (
     Cast,
     Choice,
@@ -23,7 +24,6 @@ from kvbuffer_compile.passes.reading.forms import (
     Sum,
     Variance,
 )
-from kvbuffer_compile.passes.reading.graph import read
 from kvbuffer_compile.passes.reading.labels import Atom, Dim, Labels, aligned, fresh, resolve, resolved
 from kvbuffer_compile.passes.reading.variation import Values, unreduced
 from kvbuffer_compile.passes.walk.order import SUM, DecayEvent, Event, ReadEvent, UpdateEvent

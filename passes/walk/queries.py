@@ -12,7 +12,7 @@ from torch.fx import Node
 from kvbuffer_compile.passes.algebra.operands import Inserter
 from kvbuffer_compile.passes.algebra.terms import held
 from kvbuffer_compile.passes.algebra.versions import ReadOut
-from kvbuffer_compile.passes.reading.calls import shape
+from kvbuffer_compile.passes.reading.arguments import shape
 from kvbuffer_compile.passes.reading.counterparts import instead
 from kvbuffer_compile.passes.reading.forms import WIDEST
 from kvbuffer_compile.passes.reading.labels import Dim, hint, pinned, position, resolved, specialised

@@ -15,7 +15,8 @@ from torch.fx import Node
 from kvbuffer_compile.passes.algebra.terms import Call, Expr, Leaf, Mask, Refusal, Term, in_part, mean, nonlinear, times
 from kvbuffer_compile.passes.algebra.transition import applied
 from kvbuffer_compile.passes.algebra.versions import Lin, ReadOut, Version
-from kvbuffer_compile.passes.reading.calls import shape
+from kvbuffer_compile.passes.reading.arguments import shape
+from kvbuffer_compile.passes.reading.aten import read
 from kvbuffer_compile.passes.reading.forms import (
     Blocks,
     Cast,
@@ -42,7 +43,6 @@ from kvbuffer_compile.passes.reading.forms import (
     Write,
     operands,
 )
-from kvbuffer_compile.passes.reading.graph import read
 from kvbuffer_compile.passes.reading.labels import (
     Atom,
     Dim,

@@ -22,7 +22,8 @@ from kvbuffer_compile.passes.algebra.terms import Mask
 from kvbuffer_compile.passes.lift import assemble, lift
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
 from kvbuffer_compile.passes.proof import validate
-from kvbuffer_compile.passes.reading import graph, labels, variation
+from kvbuffer_compile.passes.reading import aten as graph
+from kvbuffer_compile.passes.reading import labels, variation
 from kvbuffer_compile.passes.reading.forms import (
     Blocks,
     Cast,

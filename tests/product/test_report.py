@@ -15,8 +15,8 @@ from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.choose import choose, explain_choice
 from kvbuffer_compile.passes.lifted import Lifted
-from kvbuffer_compile.report import found as report_module
-from kvbuffer_compile.report.found import Report, StateReport, state_report
+from kvbuffer_compile.report import report as report_module
+from kvbuffer_compile.report.report import Report, StateReport, state_report
 from tests.program.test_choose import CPU, GDN, GLA, lifted
 
 

@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 
 from kvbuffer_compile import explain, kvbuffer, materialize
 from kvbuffer_compile.accounts.ledger import LEDGER, Phases
-from kvbuffer_compile.guard.state import GuardedState
+from kvbuffer_compile.guard.guarded import GuardedState
 from kvbuffer_compile.runtime import by_hand
 from tests.support.oracle import check
 

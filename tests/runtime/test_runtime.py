@@ -17,7 +17,7 @@ import torch
 from kvbuffer_compile import materialize, rollback
 from kvbuffer_compile.accounts.ledger import LEDGER
 from kvbuffer_compile.errors import StateError
-from kvbuffer_compile.guard.state import GuardedState
+from kvbuffer_compile.guard.guarded import GuardedState
 from kvbuffer_compile.runtime import by_hand
 from kvbuffer_compile.steps import composite
 from tests.support.fuse import blown, fuse

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvbuffer_compile.accounts import account as accounts
 from kvbuffer_compile.accounts import attempt, ledger
 from kvbuffer_compile.guard import dispatch_watch
-from kvbuffer_compile.guard import state as guard
+from kvbuffer_compile.guard import guarded as guard
 from kvbuffer_compile.runtime import access, by_hand, drafts, entry
 from kvbuffer_compile.steps import composite
 

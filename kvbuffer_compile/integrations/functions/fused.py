@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbuffer_compile.integrations.functions.adapters import (  # fmt: skip
+from kvbuffer_compile.integrations.functions.adapters import (
     BONUS,
     COMBA,
     DELTA,

@@ -11,7 +11,15 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from kvbuffer_compile.passes.reading.calls import argument, have_one_shape, operand, positive, rank_of, shape, tensor
+from kvbuffer_compile.passes.reading.arguments import (
+    argument,
+    have_one_shape,
+    operand,
+    positive,
+    rank_of,
+    shape,
+    tensor,
+)
 from kvbuffer_compile.passes.reading.concatenation import JOINS
 from kvbuffer_compile.passes.reading.forms import (
     Cast,

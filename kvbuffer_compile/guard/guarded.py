@@ -2,7 +2,8 @@
 
 A state keeps its identity and storage; only its Python class changes, to `GuardedState`, whose `__torch_function__` is
 called for every eager operation that touches it or a view made of it, however it is passed. Compiled graphs are not
-traced through it: they settle, or take the rows along, when they are entered (entry.py).
+traced through it: they settle, or take the rows along, when they are entered (runtime/entry.py). What is done at an
+access is decided in runtime/access.py.
 """
 
 from __future__ import annotations
