@@ -11,37 +11,22 @@ import pytest
 import torch
 
 from kvbuffer_compile.codegen.cpp import build, cpp
-from kvbuffer_compile.ir.text import parse
 from kvbuffer_compile.steps import ops
 from tests.kernels.test_cpp import built, play
 from tests.runtime.test_runtime import step
-from tests.support.programs import NAMED
+from tests.support.programs import NAMED, gated_deltanet
 from tests.support.sessions import Session, make_plan
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 
-GROUPED = """\
-program over b h g tokens 1
-  input q: key(b h)
-  input k: key(b h)
-  input v: value(b h g)
-  input d: scalar(b h g)
-  input beta: scalar(b h g)
-  decay d
-  y = read k
-  e = aten.sub.Tensor(v, y)
-  u = aten.mul.Tensor(e, beta)
-  update k, u
-  o = read q
-  return o
-"""
+GROUPED = gated_deltanet("b h r", keys="b h")
 
 
 @pytest.mark.parametrize("variant", ["buffered", "verify"])
 def test_heads_of_a_group_share_the_rows_of_their_key(variant):
-    plan = make_plan(parse(GROUPED), variant, sizes=(16, 20), capacity=6)
+    plan = make_plan(GROUPED, variant, sizes=(16, 20), capacity=6)
     shapes = {v.name: plan.row_shape(v, (3, 2, 2)) for v in plan.program.logged}
-    assert shapes == {"d": (3, 2, 2, 6), "k": (3, 2, 1, 6, 16), "u": (3, 2, 2, 6, 20)}
+    assert shapes == {"g": (3, 2, 2, 6), "k": (3, 2, 1, 6, 16), "u": (3, 2, 2, 6, 20)}
     assert play(plan, limits=(1, 3, 2)) > 2
     play(plan, exact=False, limits=(4, 2, 3), padded=(1,), strided=True)
 

@@ -367,7 +367,7 @@ def _backwards(form: Any) -> Any:
 
 
 def _last_piece_only(pieces: dict[Any, Node] | None) -> dict[Any, Node] | None:
-    return images and dict([*images.items()][-1:])
+    return pieces and dict([*pieces.items()][-1:])
 
 
 def _forgetful(original: Any) -> Any:

@@ -94,7 +94,7 @@ def compiled_model(name: str) -> Any:
 
 
 def cases() -> list[Any]:
-    short = [pytest.param(n, 96, 15) for n in FIRST]
+    short = [pytest.param(n, 96, 15, marks=NIGHTLY if n == "falcon_h1" else []) for n in FIRST]
     more = [pytest.param(n, 64, 8, marks=NIGHTLY) for n in MORE]
     return short + more + [pytest.param(n, 520, 100, marks=NIGHTLY) for n in FIRST + MORE]
 
@@ -158,7 +158,7 @@ def assistant_for(name: str) -> Any:
     return assistant
 
 
-@pytest.mark.parametrize("schedule", ["constant", "heuristic"])
+@pytest.mark.parametrize("schedule", ["constant", pytest.param("heuristic", marks=NIGHTLY)])
 @pytest.mark.parametrize(
     ("name", "drafter"),
     [

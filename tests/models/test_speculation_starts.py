@@ -208,7 +208,7 @@ def test_a_cache_is_one_of_the_accepted_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "order", ["after", "in between", *(pytest.param(o, marks=NIGHTLY) for o in ("before", "both"))]
+    "order", ["in between", *(pytest.param(o, marks=NIGHTLY) for o in ("after", "before", "both"))]
 )
 def test_compiling_before_or_after(order: str, records: list[GraphRecord]) -> None:
     """The options that count are those of the last compile; disabling leaves the model compiled and as it was."""

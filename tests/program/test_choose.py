@@ -24,26 +24,13 @@ from kvbuffer_compile.passes.lifted import Lifted
 from kvbuffer_compile.process import disk
 from kvbuffer_compile.process import machine as machine_module
 from kvbuffer_compile.process.machine import Machine, load, machine_for, machine_path, measure, store
+from tests.support.programs import gated_deltanet
 
 aten = torch.ops.aten
 CPU = Machine("test CPU", "cpu", 12e9, 85e9, 2 << 20, 1.5e-6, 70e9)
 H100 = Machine("test H100", "cuda", 3e12, 6e12, 50 << 20, 7e-6, 5e13)
 
-GDN = parse("""
-    program over B H tokens 1
-      input q: key(B H)
-      input k: key(B H)
-      input v: value(B H)
-      input g: scalar(B H)
-      input beta: scalar(B H)
-      decay g
-      y = read k
-      e = aten.sub.Tensor(v, y)
-      u = aten.mul.Tensor(e, beta)
-      update k, u
-      o = read q
-      return o
-""")
+GDN = gated_deltanet()
 GLA = parse("""
     program over B H tokens 1
       input g: key(B H)

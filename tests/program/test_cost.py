@@ -11,26 +11,13 @@ from kvbuffer_compile.ir.program import Program
 from kvbuffer_compile.ir.text import parse
 from kvbuffer_compile.passes.choice import cost
 from kvbuffer_compile.passes.choice.cost import K, L, T, V, b, n, s, w
+from tests.support import programs
 
 B, H, r, d = sympy.symbols("B H r d", positive=True)
 
 
 def gated_deltanet(keys: str = "B H r") -> Program:
-    return parse(f"""
-        program over B H r tokens 1
-          input q: key({keys})
-          input k: key({keys})
-          input v: value(B H r)
-          input g: scalar(B H r)
-          input beta: scalar(B H r)
-          decay g
-          y = read k
-          e = aten.sub.Tensor(v, y)
-          u = aten.mul.Tensor(e, beta)
-          update k, u
-          o = read q
-          return o
-    """)
+    return programs.gated_deltanet("B H r", keys)
 
 
 MAMBA2 = parse("""

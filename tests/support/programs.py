@@ -9,6 +9,28 @@ from kvbuffer_compile.ir.memory import overload
 from kvbuffer_compile.ir.program import Decay, Kind, Map, Op, Program, Read, Update, Var, verify
 from kvbuffer_compile.ir.text import parse
 
+
+def gated_deltanet(lanes: str = "B H", keys: str | None = None) -> Program:
+    """One token of Gated DeltaNet (arXiv 2412.06464, equation 10). keys: the lanes of keys and queries, where groups of
+    heads share them."""
+    keys = keys or lanes
+    return parse(f"""
+        program over {lanes} tokens 1
+          input q: key({keys})
+          input k: key({keys})
+          input v: value({lanes})
+          input g: scalar({lanes})
+          input beta: scalar({lanes})
+          decay g
+          y = read k
+          e = aten.sub.Tensor(v, y)
+          u = aten.mul.Tensor(e, beta)
+          update k, u
+          o = read q
+          return o
+    """)
+
+
 _QKV = """  input q: key(b h)
   input k: key(b h)
   input v: value(b h)
