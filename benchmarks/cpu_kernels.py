@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile.codegen import build
 from kvbuffer_compile.commands.recurrences import RECURRENCES, Recurrence
 from kvbuffer_compile.ir.plan import Layout, Plan
 from kvbuffer_compile.steps import ops

@@ -21,6 +21,7 @@ from kvbuffer_compile.capture import gradients, loops
 from kvbuffer_compile.errors import Declined, DeclinedError, IRError, OptionError
 from kvbuffer_compile.integrations.functions import substitution
 from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.machine import machine_for
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.choose import choose
 from kvbuffer_compile.passes.lift.lift import lift
@@ -31,9 +32,8 @@ from kvbuffer_compile.passes.rewrite import Spliced, splice
 from kvbuffer_compile.passes.storage import pools
 from kvbuffer_compile.passes.tokens import composites
 from kvbuffer_compile.passes.tokens.sequences import spelled_out
-from kvbuffer_compile.process.machine import machine_for
+from kvbuffer_compile.records import GraphRecord, observers
 from kvbuffer_compile.report import dump
-from kvbuffer_compile.report.records import GraphRecord, observers
 from kvbuffer_compile.runtime import entry
 from kvbuffer_compile.runtime.step import Step
 from kvbuffer_compile.steps import targets

@@ -14,7 +14,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 
-from kvbuffer_compile.codegen.cpp import build, cpp
+from kvbuffer_compile.codegen import build
+from kvbuffer_compile.codegen.cpp import cpp
 from kvbuffer_compile.codegen.standalone import check
 from kvbuffer_compile.codegen.standalone.reference import emit_reference
 from kvbuffer_compile.codegen.triton import triton

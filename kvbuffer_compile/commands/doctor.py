@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 
+from kvbuffer_compile.machine import machine_for
 from kvbuffer_compile.process import disk
-from kvbuffer_compile.process.machine import machine_for
 
 GROUP, NAME = "torch_dynamo_backends", "kvbuffer"
 TORCH, TRANSFORMERS = (2, 11), (5, 17)
@@ -65,7 +65,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _compiler() -> Finding:
-    from kvbuffer_compile.codegen.cpp import build
+    from kvbuffer_compile.codegen import build
 
     found = build.compiler()
     if found is None:

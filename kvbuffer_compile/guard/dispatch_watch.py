@@ -22,7 +22,7 @@ import torch
 import torch._ops
 from torch import Tensor
 
-from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile.codegen import build
 from kvbuffer_compile.errors import EmitError
 
 Callback = Callable[[str, list[Tensor]], None]

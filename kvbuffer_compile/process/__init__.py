@@ -1,6 +1,6 @@
-"""What the process and the machine around a call are like, and how none of it does harm.
+"""What the process around a call is like, and how none of it does harm.
 
 Goes in: nothing of ours. Comes out: surroundings kept out of our arithmetic (`neutral`), writes that no exception
-divides (`at_once`), locks, forks, private files on disk, the measured speeds of this machine.
+divides (`at_once`), locks, forks, private files on disk.
 Start with surroundings.py. Never imports any other folder.
 """

@@ -20,11 +20,11 @@ from torch.fx import Node
 
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.machine import machine_for
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.choose import explain_choice, lane_sizes, predict_plan, state_tensor
 from kvbuffer_compile.passes.choice.predict import Prediction
 from kvbuffer_compile.passes.lifted import Lifted
-from kvbuffer_compile.process.machine import machine_for
 from kvbuffer_compile.report import html
 from kvbuffer_compile.report import plot as report_plot
 from kvbuffer_compile.steps import targets

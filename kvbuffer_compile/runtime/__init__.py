@@ -4,3 +4,7 @@ Goes in: the call of a compiled graph, or anything else that touches a state. Co
 opened, stepped, settled or taken back.
 Start with step.py, then access.py. Never imports the backend, or passes but for their results.
 """
+
+from kvbuffer_compile.runtime.by_hand import accounts_of, materialize, rollback, zero_state
+
+__all__ = ["accounts_of", "materialize", "rollback", "zero_state"]

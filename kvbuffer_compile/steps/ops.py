@@ -39,7 +39,7 @@ def step_op(plan: Plan) -> Any:
 def use_cpp(plan: Plan) -> None:
     """Let a generated C++ kernel implement the plan's op on CPUs, or several with the calls between them that have no
     C++ spelling. EmitError when that cannot be."""
-    from kvbuffer_compile.codegen.cpp import build
+    from kvbuffer_compile.codegen import build
     from kvbuffer_compile.codegen.cut import built_as, pieces
     from kvbuffer_compile.steps import cut_step
 

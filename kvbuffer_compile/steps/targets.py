@@ -38,7 +38,7 @@ def for_slots(target: str, wanted: str) -> str:
 
 
 def _has_compiler() -> bool:
-    from kvbuffer_compile.codegen.cpp import build
+    from kvbuffer_compile.codegen import build
 
     problem = build.no_compiler()
     if problem:

@@ -13,6 +13,7 @@ from torch.fx import Node
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Layout, Plan
 from kvbuffer_compile.ir.program import Decay, Program, Read, Var
+from kvbuffer_compile.machine import Machine
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.predict import (
     FLUSHES,
@@ -25,7 +26,6 @@ from kvbuffer_compile.passes.choice.predict import (
     predict,
 )
 from kvbuffer_compile.passes.lifted import Lifted
-from kvbuffer_compile.process.machine import Machine
 
 aten = torch.ops.aten
 ARGUMENTS = 64  # the limit of c10 for function schemas

@@ -16,8 +16,8 @@ import sympy
 
 from kvbuffer_compile.ir.plan import Variant
 from kvbuffer_compile.ir.program import Program, Read
+from kvbuffer_compile.machine import Machine
 from kvbuffer_compile.passes.choice import cost
-from kvbuffer_compile.process.machine import Machine
 
 # How far implementations are from the ideal traffic that cost.py counts. Measured with torch 2.13 on a CPU
 # (AVX-512, 1 and 2 threads, states of 16 KB to 67 MB) and torch 2.11 on an H100 (2 MB to 1 GB); unless said otherwise

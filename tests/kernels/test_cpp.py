@@ -14,8 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from kvbuffer_compile.codegen import calls
-from kvbuffer_compile.codegen.cpp import build, cpp
+from kvbuffer_compile.codegen import build, calls
+from kvbuffer_compile.codegen.cpp import cpp
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.memory import overload
 from kvbuffer_compile.ir.plan import Layout, Plan

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvbuffer_compile.codegen.cpp import build, cpp
+from kvbuffer_compile.codegen import build
+from kvbuffer_compile.codegen.cpp import cpp
 from kvbuffer_compile.steps import ops
 from tests.kernels.test_cpp import built, play
 from tests.runtime.test_runtime import step
@@ -19,7 +20,7 @@ from tests.support.sessions import Session, make_plan
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 
-GROUPED = gated_deltanet("b h r", keys="b h")
+GROUPED = gated_deltanet("b h g", keys="b h")
 
 
 @pytest.mark.parametrize("variant", ["buffered", "verify"])

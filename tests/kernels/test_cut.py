@@ -10,7 +10,8 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from kvbuffer_compile import materialize, rollback
-from kvbuffer_compile.codegen.cpp import build, cpp
+from kvbuffer_compile.codegen import build
+from kvbuffer_compile.codegen.cpp import cpp
 from kvbuffer_compile.codegen.cut import pieces
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.text import parse

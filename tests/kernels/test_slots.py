@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile.codegen import build
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.steps import ops
 from tests.support.programs import NAMED

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile.codegen import build
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.steps import ops, targets
 from tests.runtime.test_runtime import draw, step

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvbuffer_compile import accept, draft_tree, materialize, rollback
 from kvbuffer_compile.accounts.account import Account
-from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile.codegen import build
 from kvbuffer_compile.codegen.triton import triton
 from kvbuffer_compile.errors import EmitError, StateError
 from kvbuffer_compile.ir.program import Program

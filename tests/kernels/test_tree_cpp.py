@@ -10,7 +10,7 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile.codegen import build
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Program

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvbuffer_compile import materialize, rollback
 from kvbuffer_compile.backend import GraphRecord
-from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile.codegen import build
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.runtime import by_hand
 from tests.spelled.forms import operands, outer, read, rows

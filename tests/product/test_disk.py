@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvbuffer_compile.codegen.cpp import build, compiler, cpp
+from kvbuffer_compile.codegen import build
+from kvbuffer_compile.codegen.cpp import compiler, cpp
 from kvbuffer_compile.codegen.triton import load, triton
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.guard import dispatch_watch

@@ -13,17 +13,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from kvbuffer_compile import machine as machine_module
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Layout, Plan
 from kvbuffer_compile.ir.program import Program
 from kvbuffer_compile.ir.text import parse
+from kvbuffer_compile.machine import Machine, load, machine_for, machine_path, measure, store
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.choose import choose, exact_dtype, explain_choice, holds, lane_sizes, row_dtypes
 from kvbuffer_compile.passes.choice.predict import Prediction
 from kvbuffer_compile.passes.lifted import Lifted
 from kvbuffer_compile.process import disk
-from kvbuffer_compile.process import machine as machine_module
-from kvbuffer_compile.process.machine import Machine, load, machine_for, machine_path, measure, store
 from tests.support.programs import gated_deltanet
 
 aten = torch.ops.aten

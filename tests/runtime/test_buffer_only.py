@@ -12,7 +12,7 @@ from torch import Tensor
 from kvbuffer_compile import explain, materialize, rollback
 from kvbuffer_compile.accounts import fresh
 from kvbuffer_compile.accounts.account import Account
-from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile.codegen import build
 from kvbuffer_compile.passes.choice import cost
 from kvbuffer_compile.runtime import by_hand
 from kvbuffer_compile.runtime.check import dense

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile.codegen import build
 from kvbuffer_compile.guard import dispatch_watch
 from kvbuffer_compile.guard.dispatch_watch import mark, marked, unmark, unwatched, watch
 

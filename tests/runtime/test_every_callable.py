@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile.codegen import build
 from tests.support.callables import SHAPES, STATE, Call, Public, first_call, overridable, same, values, variants
 from tests.support.callables_by_hand import ARGUMENTS, BY_HAND, NEVER
 from tests.support.equality import equal

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvbuffer_compile import accept, draft_tree, materialize, rollback
-from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile.codegen import build
 from kvbuffer_compile.runtime import by_hand
 from tests.support.interrupts import everywhere
 

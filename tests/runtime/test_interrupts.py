@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvbuffer_compile.accounts import rollback
-from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile.codegen import build
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.process.at_once import at_once
 from kvbuffer_compile.runtime import drafts

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvbuffer_compile import materialize, rollback
-from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile.codegen import build
 from kvbuffer_compile.ir.program import Program
 from kvbuffer_compile.runtime import by_hand
 from kvbuffer_compile.runtime.check import dense

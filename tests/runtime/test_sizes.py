@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kvbuffer_compile import explain
 from kvbuffer_compile.accounts import buffers
-from kvbuffer_compile.codegen.cpp import build, cpp
+from kvbuffer_compile.codegen import build
+from kvbuffer_compile.codegen.cpp import cpp
 from kvbuffer_compile.codegen.triton import triton
 from kvbuffer_compile.errors import EmitError, StateError
 from kvbuffer_compile.options import LONGEST, Options

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile.codegen import build
 from tests.stress import (
     threads,  # noqa: F401  (they register the rules)
 )

@@ -16,11 +16,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvbuffer_compile import accept, draft_tree, materialize, rollback
-from kvbuffer_compile.codegen.cpp import build
+from kvbuffer_compile import accept, draft_tree, machine, materialize, rollback
+from kvbuffer_compile.codegen import build
 from kvbuffer_compile.ir.memory import Dense
 from kvbuffer_compile.ir.plan import Plan
-from kvbuffer_compile.process import machine, surroundings
+from kvbuffer_compile.process import surroundings
 from kvbuffer_compile.process.surroundings import neutral, product
 from kvbuffer_compile.runtime import by_hand
 from kvbuffer_compile.runtime.check import dense

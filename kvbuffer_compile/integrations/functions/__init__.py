@@ -4,3 +4,7 @@ Goes in: a call of a chunked or fused function of transformers, flash-linear-att
 call as a `kvbuffer::sequence` of a program.
 Start with substitution.py, add functions in chunked.py and fused.py. Never imports what runs steps.
 """
+
+from kvbuffer_compile.integrations.functions.substitution import LIBRARIES, watch
+
+__all__ = ["LIBRARIES", "watch"]

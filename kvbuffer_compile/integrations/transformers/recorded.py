@@ -38,7 +38,7 @@ from kvbuffer_compile.integrations.transformers.split_forward import (
 )
 from kvbuffer_compile.options import split as split_options
 from kvbuffer_compile.process.afresh import afresh
-from kvbuffer_compile.report.records import GraphRecord, observers
+from kvbuffer_compile.records import GraphRecord, observers
 from kvbuffer_compile.runtime import by_hand
 
 FLUSH = 16  # when it was left to the cost model, which does not know of drafts
