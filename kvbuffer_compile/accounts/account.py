@@ -107,8 +107,7 @@ class Account:
 
     def attempt(self, attempt: Attempt, tokens: int) -> None:
         """To be called before a step of so many tokens: if it may flush, the state has memory from now on."""
-        if self.progress[1] is not None:
-            self.reconcile()
+        self.reconcile()
         self.dirty = True
         self.drafts = None
         if self.without_memory:

@@ -12,6 +12,7 @@ from kvbuffer_compile.ir.plan import Layout, Plan
 from kvbuffer_compile.ir.program import Program, run
 from kvbuffer_compile.ir.text import parse
 from kvbuffer_compile.steps import composite, ops
+from tests.support.programs import EVERY_OP
 
 GDN = """program over b h tokens 1
   input q: key(b h)
@@ -26,24 +27,7 @@ GDN = """program over b h tokens 1
   update k, u
   o = read q
   return o"""
-# every op and kind at once: decays of both axes, reads over both, two updates, a decay behind them, a scalar side
-EVERYTHING = """program over b h tokens 1
-  input q: key(b h)
-  input k: key(b)
-  input v: value(b h)
-  input g: value(b h)
-  input a: key(h)
-  input beta: scalar(b h)
-  decay g
-  y = read v
-  d = aten.sub.Tensor(k, y)
-  u = aten.mul.Tensor(d, beta)
-  decay a
-  update u, v
-  update k, beta
-  decay beta
-  o = read q
-  return o, y"""
+EVERYTHING = EVERY_OP + "  return o, y"
 SIZES = dict(b=3, h=2)
 K, V = 4, 5
 

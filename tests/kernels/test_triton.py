@@ -26,28 +26,11 @@ from kvbuffer_compile.ir.program import Program
 from kvbuffer_compile.ir.text import parse
 from kvbuffer_compile.steps import composite
 from tests.support.oracle import Oracle
-from tests.support.programs import NAMED, random_programs, vocabulary
+from tests.support.programs import EVERY_OP, NAMED, random_programs, vocabulary
 
 LANES = {"b": 2, "h": 2, "g": 2}
 K, V = 4, 5
-# every op and kind at once: decays of both axes, reads over both, two updates, a decay behind them, a scalar side
-EVERYTHING = parse("""program over b h tokens 1
-  input q: key(b h)
-  input k: key(b)
-  input v: value(b h)
-  input g: value(b h)
-  input a: key(h)
-  input beta: scalar(b h)
-  decay g
-  y = read v
-  d = aten.sub.Tensor(k, y)
-  u = aten.mul.Tensor(d, beta)
-  decay a
-  update u, v
-  update k, beta
-  decay beta
-  o = read q
-  return o, y, beta, k""")
+EVERYTHING = parse(EVERY_OP + "  return o, y, beta, k")
 # a query that depends on a read; rows shared by heads, by batch, by nobody; a reduction
 CHAINED = parse("""program over b h tokens 1
   input k: key(b)

@@ -17,31 +17,19 @@ from kvbuffer_compile import machine as machine_module
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Layout, Plan
 from kvbuffer_compile.ir.program import Program
-from kvbuffer_compile.ir.text import parse
 from kvbuffer_compile.machine import Machine, load, machine_for, machine_path, measure, store
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.choose import choose, exact_dtype, explain_choice, holds, lane_sizes, row_dtypes
 from kvbuffer_compile.passes.choice.predict import Prediction
 from kvbuffer_compile.passes.lifted import Lifted
 from kvbuffer_compile.process import disk
-from tests.support.programs import gated_deltanet
+from tests.support.programs import GLA, gated_deltanet
 
 aten = torch.ops.aten
 CPU = Machine("test CPU", "cpu", 12e9, 85e9, 2 << 20, 1.5e-6, 70e9)
 H100 = Machine("test H100", "cuda", 3e12, 6e12, 50 << 20, 7e-6, 5e13)
 
 GDN = gated_deltanet()
-GLA = parse("""
-    program over B H tokens 1
-      input g: key(B H)
-      input k: key(B H)
-      input v: value(B H)
-      input q: key(B H)
-      decay g
-      update k, v
-      o = read q
-      return o
-""")
 
 
 def lifted(

@@ -12,6 +12,7 @@ from kvbuffer_compile.ir.text import parse
 from kvbuffer_compile.passes.choice import cost
 from kvbuffer_compile.passes.choice.cost import K, L, T, V, b, n, s, w
 from tests.support import programs
+from tests.support.programs import GLA
 
 B, H, r, d = sympy.symbols("B H r d", positive=True)
 
@@ -29,17 +30,6 @@ MAMBA2 = parse("""
       decay g
       update B_, x
       o = read C
-      return o
-""")
-GLA = parse("""
-    program over B H tokens 1
-      input g: key(B H)
-      input k: key(B H)
-      input v: value(B H)
-      input q: key(B H)
-      decay g
-      update k, v
-      o = read q
       return o
 """)
 CHAINED = parse("""

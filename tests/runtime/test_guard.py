@@ -336,6 +336,7 @@ def test_memory_that_is_handed_out_later_is_true_from_then_on(pair, export):
 def test_tensors_of_ours_that_die_hide_no_others():
     """Others are told from ours by counting: two come while two go."""
     p = Pair(steps=1)
+    assert p.owed == 1
     copied = copy.copy(p.state)
     with torch.no_grad():
         some = [x[:1] for x in operands()]
@@ -499,6 +500,8 @@ def test_a_reader_leaves_a_state_as_it_is(steps, switching):
         finally:
             stop.set()
             thread.join()
+    (account,) = by_hand.accounts_of(state)
+    assert int(account.cursor[2].min()) == steps + 1, "every step was buffered"
     assert not failed and len(reads) > 10 and alone.count_nonzero() and float(alone.abs().max()) < 2**20
     assert torch.equal(state, alone)
 

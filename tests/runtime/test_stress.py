@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from kvbuffer_compile.codegen import build
 from tests.stress import (
@@ -32,8 +33,10 @@ def roomy() -> Iterator[None]:
 
 def run(target: str, seeds: range) -> Counter[str]:
     compiled, counts = Compiled(target), Counter[str]()
+    counters["graph_break"].clear()
     for seed in seeds:
         counts += play(compiled, seed)
+    assert not counters["graph_break"], "every step is one graph"
     return counts
 
 

@@ -31,6 +31,38 @@ def gated_deltanet(lanes: str = "B H", keys: str | None = None) -> Program:
     """)
 
 
+# Gated linear attention, with a decay for each channel of the keys.
+GLA = parse("""
+    program over B H tokens 1
+      input g: key(B H)
+      input k: key(B H)
+      input v: value(B H)
+      input q: key(B H)
+      decay g
+      update k, v
+      o = read q
+      return o
+""")
+# Every op and kind at once: decays of both axes, reads over both, two updates, a decay behind them, a scalar side. What
+# it returns is to be added.
+EVERY_OP = """program over b h tokens 1
+  input q: key(b h)
+  input k: key(b)
+  input v: value(b h)
+  input g: value(b h)
+  input a: key(h)
+  input beta: scalar(b h)
+  decay g
+  y = read v
+  d = aten.sub.Tensor(k, y)
+  u = aten.mul.Tensor(d, beta)
+  decay a
+  update u, v
+  update k, beta
+  decay beta
+  o = read q
+"""
+
 _QKV = """  input q: key(b h)
   input k: key(b h)
   input v: value(b h)
