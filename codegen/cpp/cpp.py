@@ -114,7 +114,7 @@ def _head(out: Source, plan: Plan) -> None:
     for name in (*INCLUDES, *(["list", "vector"] if plan.slots else [])):
         out.line(f"#include <{name}>")
     if plan.compute == torch.float32 and any(d.itemsize == 2 for d in (plan.state_dtype, *plan.row_dtypes)):
-        out.lines("#define SIXTEEN_BIT\n#ifdef __F16C__\n#include <immintrin.h>\n#endif")
+        out.lines("#define SIXTEEN_BIT\n#ifdef __AVX2__\n#include <immintrin.h>\n#endif")
     out.line(f'#define OP_NAME "{plan.op_name}"')
     out.line()
 

@@ -2,9 +2,19 @@
 //   Real          the type of all arithmetic (float, or double for double states)
 //   SIXTEEN_BIT   if Real is float and the state or rows are bfloat16 or float16
 
-typedef Real Wide __attribute__((vector_size(64)));
-typedef Real WideAny __attribute__((vector_size(64), aligned(alignof(Real)), may_alias));
-constexpr int WIDTH = 64 / sizeof(Real);
+// Vectors are those of the processor: g++ 12 puts wider ones together from halves and quarters through the stack, and a
+// read of the state took 3 times as long on a processor without AVX-512.
+#if defined(__AVX512F__)
+#define BYTES 64
+#elif defined(__AVX__)
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+typedef Real Wide __attribute__((vector_size(BYTES)));
+typedef Real WideAny __attribute__((vector_size(BYTES), aligned(alignof(Real)), may_alias));
+constexpr int WIDTH = BYTES / sizeof(Real);
+constexpr int REGISTERS = BYTES == 64 ? 32 : 16;
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -77,21 +87,27 @@ template <> INLINE Wide get_wide(const F16* p) {
 template <> INLINE void put_wide(F16* p, Wide x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 }
-#elif defined(SIXTEEN_BIT) && defined(__F16C__)
+#elif defined(SIXTEEN_BIT) && defined(__AVX2__)
+template <> INLINE Wide get_wide(const Bf16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Wide)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+}
+template <> INLINE void put_wide(Bf16* p, Wide x) {
+  const __m256i bits = (__m256i)x, odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i number = (__m256i)_mm256_cmp_ps((__m256)x, (__m256)x, _CMP_EQ_OQ);
+  const __m256i up = _mm256_and_si256(number, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i high = _mm256_srli_epi32(_mm256_add_epi32(bits, up), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0xd8);  // packs each half on its own
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+#ifdef __F16C__
 template <> INLINE Wide get_wide(const F16* p) {
-  const __m128i* const half = reinterpret_cast<const __m128i*>(p);
-  const __m256 both[2] = {_mm256_cvtph_ps(_mm_loadu_si128(half)), _mm256_cvtph_ps(_mm_loadu_si128(half + 1))};
-  Wide out;
-  std::memcpy(&out, both, sizeof out);
-  return out;
+  return (Wide)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 template <> INLINE void put_wide(F16* p, Wide x) {
-  __m256 both[2];
-  std::memcpy(both, &x, sizeof x);
-  __m128i* const half = reinterpret_cast<__m128i*>(p);
-  _mm_storeu_si128(half, _mm256_cvtps_ph(both[0], _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128(half + 1, _mm256_cvtps_ph(both[1], _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 }
+#endif
 #endif
 template <class X, class T> INLINE X get(const T* p) {
   if constexpr (std::is_same_v<X, Real>) return Real(widen(*p));

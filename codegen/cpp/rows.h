@@ -3,23 +3,35 @@
 // Halves are added up until 16 bytes are left, and of those four vectors are summed at once.
 #define PART(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
 #define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-typedef float Floats __attribute__((vector_size(64)));
-typedef double Doubles __attribute__((vector_size(64)));
-INLINE auto quarter(Floats v) {
+typedef float Floats __attribute__((vector_size(BYTES)));
+typedef double Doubles __attribute__((vector_size(BYTES)));
+#if BYTES == 64
+INLINE auto short_of(Floats v) {
   const auto half = PART(v, 0, 1, 2, 3, 4, 5, 6, 7) + PART(v, 8, 9, 10, 11, 12, 13, 14, 15);
   return PART(half, 0, 1, 2, 3) + PART(half, 4, 5, 6, 7);
 }
+INLINE auto short_of(Doubles v) {
+  const auto half = PART(v, 0, 1, 2, 3) + PART(v, 4, 5, 6, 7);
+  return PART(half, 0, 1) + PART(half, 2, 3);
+}
+#elif BYTES == 32
+INLINE auto short_of(Floats v) { return PART(v, 0, 1, 2, 3) + PART(v, 4, 5, 6, 7); }
+INLINE auto short_of(Doubles v) { return PART(v, 0, 1) + PART(v, 2, 3); }
+#else
+INLINE auto short_of(Floats v) { return v; }
+INLINE auto short_of(Doubles v) { return v; }
+#endif
 INLINE float total(Floats v) {
-  const auto q = quarter(v);
+  const auto q = short_of(v);
   return (q[0] + q[2]) + (q[1] + q[3]);
 }
 INLINE double total(Doubles v) {
-  const auto half = PART(v, 0, 1, 2, 3) + PART(v, 4, 5, 6, 7);
-  return (half[0] + half[2]) + (half[1] + half[3]);
+  const auto half = short_of(v);
+  return half[0] + half[1];
 }
 template <int U, class W> INLINE void totals(const W (&v)[U], Real* out) {
   if constexpr (U == 4 && std::is_same_v<W, Floats>) {
-    const auto a = quarter(v[0]), b = quarter(v[1]), c = quarter(v[2]), d = quarter(v[3]);
+    const auto a = short_of(v[0]), b = short_of(v[1]), c = short_of(v[2]), d = short_of(v[3]);
     const auto ab = MIX(a, b, 0, 4, 1, 5) + MIX(a, b, 2, 6, 3, 7), cd = MIX(c, d, 0, 4, 1, 5) + MIX(c, d, 2, 6, 3, 7);
     const auto all = MIX(ab, cd, 0, 1, 4, 5) + MIX(ab, cd, 2, 3, 6, 7);
     std::memcpy(out, &all, sizeof all);

@@ -44,14 +44,16 @@ template <class F> inline void each_item(int64_t items, int threads, bool large,
   }
 }
 
-// Every pass asks for the rows this far ahead; at the end of a block those are the first ones of the next. Left to the
-// prefetcher of the processor, which stops at every page, on a state of 67 MB a buffered read took 1.56 times as
-// long as a mere read (now 1.29), a plain Gated DeltaNet step 1.6 times as long as a copy (now 1.2).
+// Every pass asks for memory this many bytes ahead, in the order of addresses, at the end of a block for the first lines
+// of the next one. Left to the prefetcher of the processor, which stops at every page, on a state of 67 MB a buffered read
+// took 1.56 times as long as a mere read, a plain Gated DeltaNet step 1.6 times as long as a copy. In the order of the
+// arithmetic, four rows side by side, a read from memory took 1.4 times as long (EPYC).
+constexpr int64_t AHEAD = 8192;
 constexpr int64_t FAR = 32;
-template <class T> constexpr int LINE = sizeof(T) * WIDTH < 64 ? 64 / (sizeof(T) * WIDTH) : 1;  // Wides in a cache line
+template <class T> constexpr int LINE = sizeof(T) * WIDTH < 64 ? 64 / (sizeof(T) * WIDTH) : 1;
 
 enum class Mode { read, fold_then_read, read_then_fold };
-// What a pass asks for: the rows FAR ahead; or, where an item passes twice over its block and finds it in a near cache the
+// What a pass asks for: what lies AHEAD; or, where an item passes twice over its block and finds it in a near cache the
 // second time, half of the next block in each pass, so that memory is busy all the time (plain GDN: 1.86 -> 1.56 ms).
 enum class Ask { ahead, first_half, second_half };
 
@@ -60,7 +62,8 @@ enum class Ask { ahead, first_half, second_half };
 // RANK: the rows of the fold where their number is known, -1 where it is not.
 template <class T, Mode MODE, int ACROSS, int ALONG, Ask ASK = Ask::ahead, int RANK = -1> struct Pass {
   static constexpr int NX = ACROSS ? ACROSS : 1, NZ = ALONG ? ALONG : 1;
-  static constexpr int COLUMNS = MODE == Mode::read ? 2 : 4;  // Wides per step: a fold re-uses its factors that often
+  // Wides per step: a fold re-uses its factors that often, while four rows of them and the factors stay in registers.
+  static constexpr int COLUMNS = MODE == Mode::read || REGISTERS < 32 ? 2 : 4;
   Block<T> s;
   Fold fold;
   const Real* x[NX];
@@ -97,15 +100,14 @@ template <class T, Mode MODE, int ACROSS, int ALONG, Ask ASK = Ask::ahead, int R
       }
     }
   }
-  template <int U, int N, class X> INLINE void cell(int64_t r, int64_t c, X (&sums)[NZ][U]) const {
+  template <int U, int N, class X> INLINE void cell(int64_t r, int64_t c, X (&sums)[NZ][U], const char*& next) const {
     constexpr int step = sizeof(X) / sizeof(Real);
     T* at = s.data + r * s.row_stride + c * s.column_stride;
     X v[U][N];
     if constexpr (!std::is_same_v<X, Real>) {
-      constexpr int begin = ASK == Ask::second_half ? U / 2 : 0, end = ASK == Ask::first_half ? U / 2 : U;
-      const T* const next = at + (ASK == Ask::ahead ? FAR : s.rows) * s.row_stride;
-      UNROLL for (int u = begin; u < end; ++u)
-        for (int n = 0; n < N; n += LINE<T>) __builtin_prefetch(next + u * s.row_stride + n * step, 0, 2);
+      constexpr int bytes = U * N * step * sizeof(T) / (ASK == Ask::ahead ? 1 : 2);
+      for (int line = 0; line < bytes; line += 64) __builtin_prefetch(next + line, 0, 2);
+      next += bytes;
     }
     UNROLL for (int u = 0; u < U; ++u)
       UNROLL for (int n = 0; n < N; ++n) v[u][n] = s.bare ? X{} : get<X>(at + u * s.row_stride + n * step);
@@ -115,14 +117,14 @@ template <class T, Mode MODE, int ACROSS, int ALONG, Ask ASK = Ask::ahead, int R
     UNROLL for (int u = 0; u < U; ++u) UNROLL for (int n = 0; n < N; ++n) put(at + u * s.row_stride + n * step, v[u][n]);
     if constexpr (MODE == Mode::fold_then_read) apply_reads<U, N, X>(r, c, v, sums);
   }
-  template <int U> INLINE void rows(int64_t r) const {
+  template <int U> INLINE void rows(int64_t r, const char*& next) const {
     Wide wide[NZ][U] = {};
     Real tail[NZ][U] = {};
     const int64_t whole = s.column_stride == 1 ? s.columns : 0;
     int64_t c = 0;
-    for (; c + COLUMNS * WIDTH <= whole; c += COLUMNS * WIDTH) cell<U, COLUMNS, Wide>(r, c, wide);
-    for (; c + WIDTH <= whole; c += WIDTH) cell<U, 1, Wide>(r, c, wide);
-    for (; c < s.columns; ++c) cell<U, 1, Real>(r, c, tail);
+    for (; c + COLUMNS * WIDTH <= whole; c += COLUMNS * WIDTH) cell<U, COLUMNS, Wide>(r, c, wide, next);
+    for (; c + WIDTH <= whole; c += WIDTH) cell<U, 1, Wide>(r, c, wide, next);
+    for (; c < s.columns; ++c) cell<U, 1, Real>(r, c, tail, next);
     UNROLL for (int i = 0; i < ALONG; ++i) {
       totals<U, Wide>(wide[i], w[i] + r);
       UNROLL for (int u = 0; u < U; ++u) w[i][r + u] += tail[i][u];
@@ -136,14 +138,22 @@ template <class T, Mode MODE, int ACROSS, int ALONG, Ask ASK = Ask::ahead, int R
     }
     run(0, s.rows);
   }
+  // Where it begins to ask: bytes of the block from r on, or of the next one.
+  INLINE const char* asks_from(int64_t r) const {
+    const int64_t bytes = s.rows * s.row_stride * int64_t(sizeof(T));
+    const char* const block = reinterpret_cast<const char*>(s.data);
+    if (ASK != Ask::ahead) return block + bytes + (ASK == Ask::second_half ? bytes / 2 : 0);
+    return block + r * s.row_stride * int64_t(sizeof(T)) + AHEAD;
+  }
   void run(int64_t r, int64_t end) const {
+    const char* next = asks_from(r);
     if (ASK == Ask::second_half) {  // backwards: what the first pass met last is in the nearest cache
-      for (; (end - r) % 4; --end) rows<1>(end - 1);
-      for (; r < end; end -= 4) rows<4>(end - 4);
+      for (; (end - r) % 4; --end) rows<1>(end - 1, next);
+      for (; r < end; end -= 4) rows<4>(end - 4, next);
       return;
     }
-    for (; r + 4 <= end; r += 4) rows<4>(r);
-    for (; r < end; ++r) rows<1>(r);
+    for (; r + 4 <= end; r += 4) rows<4>(r, next);
+    for (; r < end; ++r) rows<1>(r, next);
   }
 };
 
