@@ -142,18 +142,26 @@ def move(name: str, state: Tensor) -> None:
 
 
 class Steps:
-    """One side that runs a generated op on a state of its own."""
+    """One side that runs a generated op on a state. Without `flush` that is when the buffer is full."""
 
-    def __init__(self, case: Recurrence, variant: str, state: Tensor, capacity: int = L, bare: bool = False) -> None:
+    def __init__(
+        self,
+        case: Recurrence,
+        variant: str,
+        state: Tensor,
+        capacity: int = L,
+        flush: int | None = None,
+        bare: bool = False,
+    ) -> None:
         program, lanes = case.program, state.shape[:2]
         layout = Layout(((None,), (None,), (None,), (None,)), (0, 1, 2, 3))
         row_dtypes = tuple(torch.float32 if v.kind == "scalar" else state.dtype for v in program.logged)
-        limit = capacity if bare else L
+        limit = capacity if flush is None else flush
         self.bare = bare
         self.plan = Plan(program, layout, variant, case.sizes, limit, capacity, state.dtype, row_dtypes, target="cpp")  # type: ignore[arg-type]
         self.op = ops.step_op(self.plan)
         build.load(self.plan)
-        self.state = state.clone()
+        self.state = state
         self.side: list[Tensor] = []
         if variant != "recurrent":
             self.cursor = torch.zeros(4, lanes[0], dtype=torch.int32)
@@ -178,8 +186,9 @@ def measure(case: Recurrence, batch: int, dtype: torch.dtype, rounds: int) -> di
     start = torch.randn(batch, case.heads, *case.sizes).to(dtype)
     inputs = case.inputs(batch, dtype, CPU)
     compiled = torch.compile(case.step, dynamic=False)
-    plain, recurrent, buffered = start.clone(), Steps(case, "recurrent", start), Steps(case, "buffered", start)
-    verify = Steps(case, "verify", start, capacity=L + DRAFTS)
+    plain, recurrent = start.clone(), Steps(case, "recurrent", start.clone())
+    buffered = Steps(case, "buffered", start.clone())
+    verify = Steps(case, "verify", start.clone(), capacity=L + DRAFTS, flush=L)
     bare = Steps(case, "buffered", torch.zeros_like(start), capacity=2 * CONTEXT, bare=True)
     compare(case, batch, start, lambda x: compiled(plain, *x), [recurrent, buffered], verify)
 

@@ -21,17 +21,15 @@ from kvbuffer_compile.capture import gradients, loops
 from kvbuffer_compile.errors import Declined, DeclinedError, IRError, OptionError
 from kvbuffer_compile.integrations.functions import substitution
 from kvbuffer_compile.ir.plan import Plan
-from kvbuffer_compile.machine import machine_for
 from kvbuffer_compile.options import Options
-from kvbuffer_compile.passes.choice.choose import choose
+from kvbuffer_compile.passes.choice.working_set import call_of
 from kvbuffer_compile.passes.lift.lift import lift
-from kvbuffer_compile.passes.lift.reasons import EMPTY
-from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Part
-from kvbuffer_compile.passes.proof.validate import validate
+from kvbuffer_compile.passes.lifted import LiftedGraph, Part
 from kvbuffer_compile.passes.rewrite import Spliced, splice
 from kvbuffer_compile.passes.storage import pools
 from kvbuffer_compile.passes.tokens import composites
 from kvbuffer_compile.passes.tokens.sequences import spelled_out
+from kvbuffer_compile.planning import plan_for
 from kvbuffer_compile.records import GraphRecord, observers
 from kvbuffer_compile.report import dump
 from kvbuffer_compile.runtime import entry
@@ -56,6 +54,8 @@ def kvbuffer(
     substitution.watch()
     entry.install()
     ours, inductor = _split_options(options)
+    if mode and mode.startswith("max-autotune"):
+        ours = replace(ours, tune=True)
     patches = {**_mode_options(mode), **inductor}
     sources = _sources(gm)
     inner = functools.partial(compile_graph, ours=ours, sources=sources)
@@ -202,40 +202,16 @@ def _decline_for_gradients(gm: GraphModule | None, ours: Options, sources: Seque
 def rewrite_graph(gm: GraphModule, ours: Options) -> tuple[GraphRecord, GraphModule, list[Spliced], LiftedGraph]:
     """The pipeline: what was decided, the rewritten copy of the graph, and what its step needs at run time."""
     lifted = lift(gm, ours.donate)
-    states = tuple((found, _plan(lifted, found, ours)) for found in lifted.found)
+    call = call_of(lifted.gm, len(lifted.found))
+    states = tuple((found, plan_for(lifted, found, ours, call)) for found in lifted.found)
     whose = {pool.rows.name: pool.state.name for pool in lifted.pools}
-    record = GraphRecord(states, tuple(lifted.refused), names=whose)
+    record = GraphRecord(states, tuple(lifted.refused), names=whose, call=call)
     composites.put_back(lifted, [one for one, _ in record.rewritten])
     spliced = splice(lifted.gm, pools.put_back(lifted.pools, record.rewritten), targets.step_op)
     folder = ours.dump or os.environ.get("KVBUFFER_DUMP")
     if folder:
         dump.write(folder, gm, lifted.gm, record.rewritten)
     return record, lifted.gm, spliced, lifted
-
-
-def _plan(graph: LiftedGraph, found: Lifted, ours: Options) -> Plan | Declined:
-    """Choose a plan for one lifted state and prove it on numbers before it may be used."""
-    if found.write is None and not ours.donate:
-        reason = "the next state is returned, and the caller may still hold the old one: pass options={'donate': True}"
-        return Declined(found.state.name, "not-donated", reason, found.source)
-    value = found.state.meta["val"]
-    if 0 in value.shape:
-        return Declined(found.state.name, "empty", EMPTY, found.source)
-    device = value.device
-    target = targets.resolve(ours.target, device)
-    if found.slots is not None:
-        target = targets.for_slots(target, ours.target)
-        if (elsewhere := pools.misplaced(found)) is not None:
-            return elsewhere
-    machine = machine_for(device)
-    plan = choose(found, ours, machine, target)
-    if isinstance(plan, Declined):
-        return plan
-    problem = validate(graph, found)
-    if problem is not None:
-        return problem
-    built = targets.build(plan)
-    return plan if built == plan.target else choose(found, ours, machine, built)
 
 
 def _inner_compiler(ours: Options) -> Callable[..., Any]:

@@ -69,7 +69,7 @@ class Findings:
 
     def add(self, record: GraphRecord) -> None:
         self.graphs += 1
-        lifted = [(found.state, state_report(found, plan, self.ours)) for found, plan in record.states]
+        lifted = [(found.state, state_report(found, plan, self.ours, record.call)) for found, plan in record.states]
         refused = [(r.state, state_report(r.state, r.why)) for r in record.refused if not r.hopeless]
         self.states += [self._named(report, record.name(state)) for state, report in lifted + refused]
         self.hidden += sum(r.hopeless for r in record.refused)

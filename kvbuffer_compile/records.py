@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Plan
-from kvbuffer_compile.passes.lifted import Lifted, Refused
+from kvbuffer_compile.passes.lifted import ALONE, Call, Lifted, Refused
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,15 @@ class GraphRecord:
     """What was decided about one graph: for reports and tests.
 
     states: every lifted state with its plan or reason. refused: candidates that are no recurrence. why_not: why the
-    whole graph was left alone. names: the user's names of the graph's inputs, by placeholder.
+    whole graph was left alone. names: the user's names of the graph's inputs, by placeholder. call: what one call of
+    the graph touches.
     """
 
     states: tuple[tuple[Lifted, Plan | Declined], ...] = ()
     refused: tuple[Refused, ...] = ()
     why_not: Declined | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    call: Call = ALONE
 
     def name(self, state: Node) -> str:
         """What the user calls an input, e.g. "cache.layers[0].recurrent_states[0]"."""

@@ -124,3 +124,15 @@ class LiftedGraph:
     refused: list[Refused] = field(default_factory=list)
     origins: Origins | None = None  # both found when they are first needed
     inputs_problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call of a graph does besides stepping a state. bytes: that it touches in all. states: how many it
+    steps."""
+
+    bytes: int
+    states: int
+
+
+ALONE = Call(0, 1)  # a graph that does nothing else

@@ -49,8 +49,11 @@ template <class F> inline void each_item(int64_t items, int threads, bool large,
 // took 1.56 times as long as a mere read, a plain Gated DeltaNet step 1.6 times as long as a copy. In the order of the
 // arithmetic, four rows side by side, a read from memory took 1.4 times as long (EPYC).
 constexpr int64_t AHEAD = 8192;
-constexpr int64_t FAR = 32;
-template <class T> constexpr int LINE = sizeof(T) * WIDTH < 64 ? 64 / (sizeof(T) * WIDTH) : 1;
+// Asks for some bytes, and will ask for those behind them.
+INLINE void ask(const char*& next, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(next + line, 0, 2);
+  next += bytes;
+}
 
 enum class Mode { read, fold_then_read, read_then_fold };
 // What a pass asks for: what lies AHEAD; or, where an item passes twice over its block and finds it in a near cache the
@@ -104,11 +107,7 @@ template <class T, Mode MODE, int ACROSS, int ALONG, Ask ASK = Ask::ahead, int R
     constexpr int step = sizeof(X) / sizeof(Real);
     T* at = s.data + r * s.row_stride + c * s.column_stride;
     X v[U][N];
-    if constexpr (!std::is_same_v<X, Real>) {
-      constexpr int bytes = U * N * step * sizeof(T) / (ASK == Ask::ahead ? 1 : 2);
-      for (int line = 0; line < bytes; line += 64) __builtin_prefetch(next + line, 0, 2);
-      next += bytes;
-    }
+    if constexpr (!std::is_same_v<X, Real>) ask(next, U * N * step * sizeof(T) / (ASK == Ask::ahead ? 1 : 2));
     UNROLL for (int u = 0; u < U; ++u)
       UNROLL for (int n = 0; n < N; ++n) v[u][n] = s.bare ? X{} : get<X>(at + u * s.row_stride + n * step);
     if constexpr (MODE != Mode::fold_then_read) apply_reads<U, N, X>(r, c, v, sums);
@@ -172,7 +171,7 @@ struct Reads {
 };
 // R reads across, N times sizeof(X) of columns from c on, rows [r, end).
 template <int R, int N, class X, class T>
-INLINE void tile_across(const Block<T>& s, const Reads& reads, int64_t j, int64_t r, int64_t end, int64_t c) {
+INLINE void tile_across(const Block<T>& s, const Reads& reads, int64_t j, int64_t r, int64_t end, int64_t c, const char*& next) {
   constexpr int step = sizeof(X) / sizeof(Real);
   const Real* const x = reads.x + j * reads.x_stride;
   Real* const y = reads.y + j * reads.y_stride + c;
@@ -181,8 +180,7 @@ INLINE void tile_across(const Block<T>& s, const Reads& reads, int64_t j, int64_
   UNROLL for (int i = 0; i < R; ++i) UNROLL for (int n = 0; n < N; ++n) sums[i][n] = get<X>(y + i * reads.y_stride + n * step);
   for (; r < end; ++r) {
     X v[N];
-    if (N == 4 && (r & (shares - 1)) == turn)
-      UNROLL for (int n = 0; n < N; n += LINE<T>) __builtin_prefetch(s.data + (r + FAR) * s.row_stride + c + n * step, 0, 2);
+    if (N == 4 && (r & (shares - 1)) == turn) ask(next, N * step * sizeof(T));
     UNROLL for (int n = 0; n < N; ++n) v[n] = get<X>(s.data + r * s.row_stride + (c + n * step) * s.column_stride);
     UNROLL for (int i = 0; i < R; ++i) {
       const X at = splat<X>(x[i * reads.x_stride + r]);
@@ -192,7 +190,8 @@ INLINE void tile_across(const Block<T>& s, const Reads& reads, int64_t j, int64_
   UNROLL for (int i = 0; i < R; ++i) UNROLL for (int n = 0; n < N; ++n) put(y + i * reads.y_stride + n * step, sums[i][n]);
 }
 // R reads along, U rows from r on.
-template <int R, int U, class T> INLINE void tile_along(const Block<T>& s, const Reads& reads, int64_t j, int64_t r) {
+template <int R, int U, class T>
+INLINE void tile_along(const Block<T>& s, const Reads& reads, int64_t j, int64_t r, const char*& next) {
   const Real* const z = reads.x + j * reads.x_stride;
   const int64_t shares = reads.shares(), turn = j / R;
   Wide sums[R][U] = {};
@@ -201,7 +200,7 @@ template <int R, int U, class T> INLINE void tile_along(const Block<T>& s, const
   for (int64_t c = 0; c < whole; c += WIDTH) {
     Wide v[U];
     UNROLL for (int u = 0; u < U; ++u)
-      if (((r + u) & (shares - 1)) == turn) __builtin_prefetch(s.data + (r + u + FAR) * s.row_stride + c, 0, 2);
+      if (((r + u) & (shares - 1)) == turn) ask(next, WIDTH * sizeof(T));
     UNROLL for (int u = 0; u < U; ++u) v[u] = get<Wide>(s.data + (r + u) * s.row_stride + c);
     UNROLL for (int i = 0; i < R; ++i) {
       const Wide at = get<Wide>(z + i * reads.x_stride + c);
@@ -217,16 +216,18 @@ template <int R, int U, class T> INLINE void tile_along(const Block<T>& s, const
     for (int u = 0; u < U; ++u) reads.y[(j + i) * reads.y_stride + r + u] = out[u] + tail[i][u];
   }
 }
-template <int R, class T> INLINE void read_tiles(const Block<T>& s, const Reads& across, int64_t j, int64_t r, int64_t end) {
+template <int R, class T>
+INLINE void read_tiles(const Block<T>& s, const Reads& across, int64_t j, int64_t r, int64_t end, const char*& next) {
   const int64_t whole = s.column_stride == 1 ? s.columns : 0;
   int64_t c = 0;
-  for (; c + 4 * WIDTH <= whole; c += 4 * WIDTH) tile_across<R, 4, Wide>(s, across, j, r, end, c);
-  for (; c + WIDTH <= whole; c += WIDTH) tile_across<R, 1, Wide>(s, across, j, r, end, c);
-  for (; c < s.columns; ++c) tile_across<R, 1, Real>(s, across, j, r, end, c);
+  for (; c + 4 * WIDTH <= whole; c += 4 * WIDTH) tile_across<R, 4, Wide>(s, across, j, r, end, c, next);
+  for (; c + WIDTH <= whole; c += WIDTH) tile_across<R, 1, Wide>(s, across, j, r, end, c, next);
+  for (; c < s.columns; ++c) tile_across<R, 1, Real>(s, across, j, r, end, c, next);
 }
-template <int R, class T> INLINE void read_rows_along(const Block<T>& s, const Reads& along, int64_t j, int64_t r, int64_t end) {
-  for (; r + 4 <= end; r += 4) tile_along<R, 4>(s, along, j, r);
-  for (; r < end; ++r) tile_along<R, 1>(s, along, j, r);
+template <int R, class T>
+INLINE void read_rows_along(const Block<T>& s, const Reads& along, int64_t j, int64_t r, int64_t end, const char*& next) {
+  for (; r + 4 <= end; r += 4) tile_along<R, 4>(s, along, j, r, next);
+  for (; r < end; ++r) tile_along<R, 1>(s, along, j, r, next);
 }
 template <class T>
 inline void read_many(Block<T> s, bool fold_first, const Fold& fold, const Reads& across, const Reads& along) {
@@ -238,10 +239,13 @@ inline void read_many(Block<T> s, bool fold_first, const Fold& fold, const Reads
   for (int64_t r = 0; r < s.rows && !nothing; r += 16) {
     const int64_t end = std::min(r + 16, s.rows);
     if (fold_first) write.run(r, end);
+    const char* const ahead = reinterpret_cast<const char*>(s.data + r * s.row_stride) + AHEAD;
+    const char* next = ahead;
     int64_t j = 0;
-    for (; j + 4 <= across.count; j += 4) read_tiles<4>(s, across, j, r, end);
-    for (; j < across.count; ++j) read_tiles<1>(s, across, j, r, end);
-    for (j = 0; j + 4 <= along.count; j += 4) read_rows_along<4>(s, along, j, r, end);
-    for (; j < along.count; ++j) read_rows_along<1>(s, along, j, r, end);
+    for (; j + 4 <= across.count; j += 4) read_tiles<4>(s, across, j, r, end, next);
+    for (; j < across.count; ++j) read_tiles<1>(s, across, j, r, end, next);
+    next = ahead;
+    for (j = 0; j + 4 <= along.count; j += 4) read_rows_along<4>(s, along, j, r, end, next);
+    for (; j < along.count; ++j) read_rows_along<1>(s, along, j, r, end, next);
   }
 }

@@ -33,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m kvbuffer_compile", description="Buffered decoding of linear attention."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="what this installation can do").set_defaults(run=_doctor)
+    doctored = commands.add_parser("doctor", help="what this installation can do")
+    doctored.add_argument("--remeasure", action="store_true", help="measure this machine again, it should be idle")
+    doctored.set_defaults(run=_doctor)
     explain = commands.add_parser("explain", help="what is found in a decode step, and what would be done")
     _workload_arguments(explain)
     explain.add_argument("--html", type=Path, metavar="FILE", help="write a page")
@@ -80,7 +82,7 @@ def _flush(text: str) -> str | int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     usable = True
-    for finding in doctor.findings():
+    for finding in doctor.findings(arguments.remeasure):
         print(finding)
         usable = usable and finding.level != "bad"
     print("usable" if usable else "not usable: see the lines marked bad")

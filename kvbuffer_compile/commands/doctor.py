@@ -12,8 +12,9 @@ from typing import Literal
 
 import torch
 
-from kvbuffer_compile.machine import machine_for
+from kvbuffer_compile.machine import machine_for, measured_again
 from kvbuffer_compile.process import disk
+from kvbuffer_compile.steps.timing import with_kernels
 
 GROUP, NAME = "torch_dynamo_backends", "kvbuffer"
 TORCH, TRANSFORMERS = (2, 11), (5, 17)
@@ -31,8 +32,9 @@ class Finding:
         return f"{self.level:<5} {self.what:<13} {self.found}"
 
 
-def findings() -> Iterator[Finding]:
-    """Everything that is looked at, in order. Nothing raises: what cannot be had is a finding."""
+def findings(remeasure: bool = False) -> Iterator[Finding]:
+    """Everything that is looked at, in order. Nothing raises: what cannot be had is a finding. remeasure: what was kept
+    of this machine is not believed, but measured again and kept."""
     yield _python()
     yield _version("torch", TORCH, needed=True)
     yield _version("transformers", TRANSFORMERS, needed=False)
@@ -40,7 +42,7 @@ def findings() -> Iterator[Finding]:
     yield _compiler()
     yield _entry_point()
     yield _cache()
-    yield from _machines()
+    yield from _machines(remeasure)
 
 
 def _python() -> Finding:
@@ -90,10 +92,13 @@ def _entry_point() -> Finding:
     return Finding("bad", "entry point", f'backend="{NAME}" is not registered; install the package: pip install -e .')
 
 
-def _machines() -> Iterator[Finding]:
+def _machines(remeasure: bool) -> Iterator[Finding]:
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for device in devices:
         try:
-            yield Finding("ok", device, str(machine_for(device)))
+            if remeasure:
+                measured_again(device)
+            machine = with_kernels(machine_for(device))
+            yield Finding("note" if machine.busy else "ok", device, str(machine))
         except RuntimeError as error:
             yield Finding("note", device, f"could not be measured: {error}")

@@ -68,7 +68,8 @@ def _candidates(prediction: dict[str, Any]) -> str:
     ]
     head = f"<tr><th>predicted</th><th>MB a step</th><th>{unit} a step</th><th>gain</th><th></th></tr>"
     machine = prediction["machine"]
+    speed = f"{escape(machine['name'])}, {machine['speeds'][-1]['copy'] / 1e9:.3g} GB/s"
     return (
         f"<table>{head}{''.join(lines)}</table><p class=soft>{escape(prediction['formula'])} &middot; target "
-        f"{escape(prediction['target'])} &middot; {escape(machine['name'])}, {machine['bandwidth'] / 1e9:.3g} GB/s</p>"
+        f"{escape(prediction['target'])} &middot; {speed}</p>"
     )

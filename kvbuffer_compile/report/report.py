@@ -20,14 +20,14 @@ from torch.fx import Node
 
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Plan
-from kvbuffer_compile.machine import machine_for
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.choose import explain_choice, lane_sizes, predict_plan, state_tensor
 from kvbuffer_compile.passes.choice.predict import Prediction
-from kvbuffer_compile.passes.lifted import Lifted
+from kvbuffer_compile.passes.lifted import ALONE, Call, Lifted
 from kvbuffer_compile.report import html
 from kvbuffer_compile.report import plot as report_plot
 from kvbuffer_compile.steps import targets
+from kvbuffer_compile.steps.timing import calibrated
 
 Status = Literal["buffered", "recurrent", "declined"]
 STATUSES: tuple[Status, ...] = ("buffered", "recurrent", "declined")
@@ -66,17 +66,19 @@ class StateReport:
         return replace(self, name="", reason=self.reason.replace(self.name, "it"))
 
 
-def state_report(subject: Lifted | Node, decision: Plan | Declined, options: Options | None = None) -> StateReport:
+def state_report(
+    subject: Lifted | Node, decision: Plan | Declined, options: Options | None = None, call: Call = ALONE
+) -> StateReport:
     """The report of one candidate: a lifted state with its plan or decline, or the placeholder of a refused one.
 
-    options: those of the decision. The prediction is that of a plan, or of a decline for want of gain.
+    options, call: those of the decision. The prediction is that of a plan, or of a decline for want of gain.
     """
     if isinstance(subject, Node):
         assert isinstance(decision, Declined)
         return _declined(subject, decision)
     if isinstance(decision, Plan):
-        return _planned(subject, decision)
-    missed = _missed_gain(subject, options or Options()) if decision.rule == "no-gain" else None
+        return _planned(subject, decision, call)
+    missed = _missed_gain(subject, options or Options(), call) if decision.rule == "no-gain" else None
     return replace(
         _declined(subject.state, decision),
         source=decision.source or subject.source,
@@ -86,12 +88,13 @@ def state_report(subject: Lifted | Node, decision: Plan | Declined, options: Opt
     )
 
 
-def _missed_gain(lifted: Lifted, options: Options) -> Prediction:
+def _missed_gain(lifted: Lifted, options: Options, call: Call) -> Prediction:
     device = state_tensor(lifted).device
-    return explain_choice(lifted, options, machine_for(device), targets.resolve(options.target, device))[1]
+    target = targets.resolve(options.target, device)
+    return explain_choice(lifted, options, calibrated(device, target), target, call)[1]
 
 
-def _planned(lifted: Lifted, plan: Plan) -> StateReport:
+def _planned(lifted: Lifted, plan: Plan, call: Call) -> StateReport:
     rows = fresh = 0
     lanes = lane_sizes(plan.layout, state_tensor(lifted))
     if plan.variant != "recurrent":
@@ -108,7 +111,7 @@ def _planned(lifted: Lifted, plan: Plan) -> StateReport:
         program=str(plan.program),
         signature=plan.program.signature,
         plan=str(plan),
-        prediction=predict_plan(lifted, plan, machine_for(state_tensor(lifted).device)),
+        prediction=predict_plan(lifted, plan, calibrated(state_tensor(lifted).device, plan.target), call),
         row_bytes=rows,
         fresh_tokens=fresh * plan.program.tokens,
         unread_bytes=fresh * prod((*lanes, *plan.sizes)) * plan.state_dtype.itemsize,

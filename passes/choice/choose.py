@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -15,41 +17,50 @@ from kvbuffer_compile.ir.plan import Layout, Plan
 from kvbuffer_compile.ir.program import Decay, Program, Read, Var
 from kvbuffer_compile.machine import Machine
 from kvbuffer_compile.options import Options
+from kvbuffer_compile.passes.choice.case import Case
 from kvbuffer_compile.passes.choice.predict import (
     FLUSHES,
     FLUSHES_TRITON,
     MIN_GAIN,
     MIN_GAIN_KERNEL,
     Candidate,
-    Case,
     Prediction,
     predict,
+    with_measured,
 )
-from kvbuffer_compile.passes.lifted import Lifted
+from kvbuffer_compile.passes.choice.working_set import hint
+from kvbuffer_compile.passes.lifted import ALONE, Call, Lifted
 
 aten = torch.ops.aten
+Times = Mapping[int, float]
+EQUAL = 1.04  # times as long as the fastest: predictions are not better than that
 ARGUMENTS = 64  # the limit of c10 for function schemas
 
 
-def choose(lifted: Lifted, options: Options, machine: Machine, target: str) -> Plan | Declined:
+def choose(
+    lifted: Lifted, options: Options, machine: Machine, target: str, call: Call = ALONE, times: Times | None = None
+) -> Plan | Declined:
     """The plan of one lifted state on one machine.
 
-    target: who will implement the step, "aten", "cpp" or "triton" ("auto" is resolved before).
+    target: who will implement the step, "aten", "cpp" or "triton" ("auto" is resolved before). call: what else one call
+    of the graph does. times: measured seconds of a step by flush length, which are believed instead of the model's.
     flush="auto" declines with rule "no-gain" when nothing is predicted to beat Inductor; an integer is obeyed.
     """
-    return explain_choice(lifted, options, machine, target)[0]
+    return explain_choice(lifted, options, machine, target, call, times)[0]
 
 
 def explain_choice(
-    lifted: Lifted, options: Options, machine: Machine, target: str
+    lifted: Lifted, options: Options, machine: Machine, target: str, call: Call = ALONE, times: Times | None = None
 ) -> tuple[Plan | Declined, Prediction]:
     """The same, with the candidates that were compared."""
     compute = torch.float64 if state_tensor(lifted).dtype == torch.float64 else torch.float32
     rows = row_dtypes(lifted, options, compute)
     wanted = () if isinstance(options.flush, str) else (options.flush,)
     most = lifted.most_tokens if lifted.several else 1
-    case = make_case(lifted, rows, compute, options.capacity, target)
+    case = make_case(lifted, rows, compute, options.capacity, target, call)
     prediction = predict(case, machine, (*_ladder(case), *wanted))
+    if times:
+        prediction = with_measured(prediction, case, times)
     chosen = _asked(prediction, wanted[0]) if wanted else _fastest(prediction, case, machine)
     if most is None:
         reason = "nothing bounds the number of tokens of one call, and their rows must fit in the buffer"
@@ -85,11 +96,17 @@ def _too_wide(lifted: Lifted, plan: Plan) -> Declined | None:
     return Declined(lifted.state.name, "too-many-operands", reason, lifted.source)
 
 
-def predict_plan(lifted: Lifted, plan: Plan, machine: Machine) -> Prediction:
+def predict_plan(lifted: Lifted, plan: Plan, machine: Machine, call: Call = ALONE) -> Prediction:
     """What a plan made earlier is predicted to bring, beside the other candidates."""
-    case = make_case(lifted, plan.row_dtypes, plan.compute, plan.capacity, plan.target)
+    case = make_case(lifted, plan.row_dtypes, plan.compute, plan.capacity, plan.target, call)
     prediction = predict(case, machine, (*_ladder(case), plan.flush))
     return replace(prediction, chosen=_asked(prediction, plan.flush))
+
+
+def plans_of(lifted: Lifted, options: Options, machine: Machine, target: str, flushes: Sequence[int]) -> list[Plan]:
+    """The plans with these flush lengths, as far as there are such."""
+    asked = (choose(lifted, replace(options, flush=flush), machine, target) for flush in flushes)
+    return [plan for plan in asked if isinstance(plan, Plan)]
 
 
 def state_tensor(lifted: Lifted) -> Tensor:
@@ -111,12 +128,14 @@ def _asked(prediction: Prediction, flush: int) -> int:
 
 
 def _fastest(prediction: Prediction, case: Case, machine: Machine) -> int | None:
-    """The fastest candidate when it promises enough; of equals the shorter buffer.
+    """The fastest candidate when it promises enough; of equals, within a few percent, the shorter buffer.
 
     Several tokens at once take the flush length that one token would, so that both graphs share their rows.
     """
     alone = prediction if case.tokens == 1 else predict(replace(case, tokens=1), machine, _ladder(case))
-    order = sorted(range(len(alone.candidates)), key=lambda i: (alone.candidates[i].seconds, i))
+    least = min(c.seconds for c in alone.candidates)
+    order = [i for i, c in enumerate(alone.candidates) if c.seconds <= EQUAL * least]
+    order += sorted(range(len(alone.candidates)), key=lambda i: alone.candidates[i].seconds)
     if case.tokens > 1:
         flush = next(c.flush for i in order if (c := alone.candidates[i]).variant == "buffered")
         order = [_asked(prediction, flush)]
@@ -152,11 +171,17 @@ def _no_gain(lifted: Lifted, prediction: Prediction) -> Declined:
 
 
 def make_case(
-    lifted: Lifted, rows: tuple[torch.dtype, ...], compute: torch.dtype, capacity: int | None, target: str
+    lifted: Lifted,
+    rows: tuple[torch.dtype, ...],
+    compute: torch.dtype,
+    capacity: int | None,
+    target: str,
+    call: Call = ALONE,
 ) -> Case:
     """The numbers a prediction needs; symbolic sizes by their hints, without guards."""
     state = state_tensor(lifted)
     operands = [n.meta["val"] for n in lifted.operands if isinstance(n.meta.get("val"), Tensor)]
+    own = prod(map(hint, state.shape)) * state.dtype.itemsize
     return Case(
         program=lifted.program,
         sequence=lifted.layout.sequence,
@@ -169,8 +194,10 @@ def make_case(
         strided=strided_reads(lifted.program, lifted.layout),
         capacity=capacity or 0,
         target=target,
-        tokens=_hint(lifted.tokens) if lifted.several else 1,
+        tokens=hint(lifted.tokens) if lifted.several else 1,
         slots=lifted.slots is not None,
+        others=max(call.bytes - own, 0),
+        states=max(call.states, 1),
     )
 
 
@@ -181,7 +208,7 @@ def lane_sizes(layout: Layout, state: Tensor) -> tuple[int, ...]:
         known = 1
         for part in split:
             known *= 1 if part is None else part
-        parts += [_hint(size) // known if part is None else part for part in split]
+        parts += [hint(size) // known if part is None else part for part in split]
     return tuple(parts[i] for i in layout.order[:-2])
 
 
@@ -255,8 +282,3 @@ def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
         return False
     large, small = torch.finfo(wide), torch.finfo(narrow)
     return large.eps <= small.eps and large.max >= small.max and large.tiny <= small.tiny
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    """A size, or the value a symbolic one had when it was captured; no guard is made."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

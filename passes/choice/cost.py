@@ -32,7 +32,12 @@ ZERO, ONE = Integer(0), Integer(1)
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes moved and operations done by one step, over all lanes. launches: kernels started."""
+    """Bytes moved and operations done by one step, over all lanes.
+
+    operations: on elements of the state and on vectors. row_operations: on owed rows, which are short vectors with a
+    weight each, so that an operation takes longer. fold_operations: of a flush, which is a matrix product. launches:
+    kernels started.
+    """
 
     state_read: Expr = ZERO
     state_written: Expr = ZERO
@@ -40,6 +45,8 @@ class Cost:
     rows_written: Expr = ZERO
     operands: Expr = ZERO
     operations: Expr = ZERO
+    row_operations: Expr = ZERO
+    fold_operations: Expr = ZERO
     launches: Expr = ONE
 
     @property
@@ -124,6 +131,7 @@ class Buffered(Recurrent):
 
     owed: Expr = ZERO
     walk: Expr = ZERO
+    row_operations: Expr = ZERO
     slot_walk: Expr = ZERO
     fold: Expr = ZERO
     logged: dict[Size, bool] = field(default_factory=dict)
@@ -140,7 +148,7 @@ class Buffered(Recurrent):
         self.fold += 2 * self.cells
 
     def read(self, x: Size, kind: Kind) -> Size:
-        self.operations += self.owed * self.walk + self.slot_walk
+        self.row_operations += self.owed * self.walk + self.slot_walk
         return super().read(x, kind)
 
 
@@ -211,6 +219,7 @@ def step(program: Program, sequence: bool = True, widths: Widths | None = None) 
         rows_written=T * row.size,
         operands=T * _operands(program),
         operations=T * memory.operations,
+        row_operations=T * memory.row_operations,
     )
 
 
@@ -229,7 +238,7 @@ def buffered(program: Program, sequence: bool = True, widths: Widths | None = No
         state_read=cells * s if read_again else ZERO,
         state_written=cells * s,
         rows_read=L * row.size,
-        operations=L * row.fold + cells,
+        fold_operations=L * row.fold + cells,
         launches=ONE if separate else ZERO,
     )
     steps = L / T

@@ -2,22 +2,24 @@
 
     seconds = max(bytes / bandwidth, operations / rate) + launches * launch
 
-A state that fits in the cache is counted at the cache's bandwidth.
+The bandwidth is that of the bytes that one call of the graph touches: whatever lies between two visits of a state
+decides whether it is still in a cache. Generated C++ kernels are predicted from what kernels were timed to take here.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from math import prod, sqrt
 
 import sympy
 
 from kvbuffer_compile.ir.plan import Variant
-from kvbuffer_compile.ir.program import Program, Read
-from kvbuffer_compile.machine import Machine
-from kvbuffer_compile.passes.choice import cost
+from kvbuffer_compile.ir.program import Read
+from kvbuffer_compile.machine.numbers import Machine
+from kvbuffer_compile.passes.choice import cost, kernels
+from kvbuffer_compile.passes.choice.case import Case, Work
 
 # How far implementations are from the ideal traffic that cost.py counts. Measured with torch 2.13 on a CPU
 # (AVX-512, 1 and 2 threads, states of 16 KB to 67 MB) and torch 2.11 on an H100 (2 MB to 1 GB); unless said otherwise
@@ -25,8 +27,14 @@ from kvbuffer_compile.passes.choice import cost
 
 # Inductor reads the state for the reads, again for the update, and writes it. H100: 3.3 (GDN), 3.5 (GLA), 4.8 (SSD).
 PLAIN_PASSES = 3.0
-# On a CPU a reduction over an axis that is not the innermost is slower still: GDN took 13 to 25 passes, GLA 5 to 8.
+# On a CPU a reduction over an axis that is not the innermost is slower still: on an EPYC GDN took 7 passes, GLA 4 to 5,
+# on a Xeon 13 to 25 and 5 to 8.
 PLAIN_STRIDED_READ = {"cpu": 2.0}
+# In a cache its arithmetic takes longer than that: operations on an element of the state, at the rate of cached matrix
+# products, with one read of the state and for each further one. Seen: 6.4 to 25 (GLA, Mamba-2), 16 to 44 (GDN, KDA);
+# reads that are contiguous were taken for half.
+PLAIN_OPERATIONS, PLAIN_OPERATIONS_MORE, PLAIN_CONTIGUOUS = 6.0, 10.0, 0.5
+PLAIN_CONVERTED = 8.0  # more for each element of 16 bits
 PLAIN_LAUNCHES = {"cpu": 1.0}  # GPU: 2, one kernel for the reductions and one for the update
 # Generated C++ reached 0.67 to 0.73 of the read floor's bandwidth over a period of 16 steps.
 KERNEL_EFFICIENCY = {"cpu": 0.7}  # GPU: 1, the recurrent kernel moved 1.13 times the bytes of a copy in the same time
@@ -51,43 +59,16 @@ FLUSHES_TRITON: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
-class Case:
-    """Everything a prediction depends on, in numbers.
-
-    lanes: sizes of program.lanes. sizes: (K, V). Widths are bytes of an element, row_widths one for each of
-    program.logged. strided: reads that contract an axis of the state that is not its innermost one.
-    capacity: slots that the user wants at least, 0 for none. target: "aten", "cpp" or "triton". tokens: of one step.
-    slots: the sequences are taken out of a pool.
-    """
-
-    program: Program
-    sequence: bool
-    lanes: tuple[int, ...]
-    sizes: tuple[int, int]
-    state_width: int
-    row_widths: tuple[int, ...]
-    operand_width: int
-    compute_width: int
-    strided: int
-    capacity: int
-    target: str
-    tokens: int = 1
-    slots: bool = False
-
-    @property
-    def state_bytes(self) -> int:
-        return prod(self.lanes) * prod(self.sizes) * self.state_width
-
-
-@dataclass(frozen=True)
 class Candidate:
-    """One way to serve a state. bytes, seconds: per step, mean over a flush period. gain: plain over these seconds."""
+    """One way to serve a state. bytes, seconds: per step, mean over a flush period. gain: plain over these seconds.
+    measured: seconds that were timed, None where none were; what the host does around the op is added to them."""
 
     variant: Variant
     flush: int
     bytes: float
     seconds: float
     gain: float
+    measured: float | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +112,17 @@ def predict(case: Case, machine: Machine, flushes: tuple[int, ...]) -> Predictio
     return Prediction(machine, case.target, case.state_bytes, round(counts.slot), best, formula, plain, candidates)
 
 
+def with_measured(prediction: Prediction, case: Case, times: Mapping[int, float]) -> Prediction:
+    """The candidates that were timed, judged by that. times: seconds of an op by flush length."""
+
+    def judged(c: Candidate) -> Candidate:
+        spent = times[c.flush] + kernels.host(case, prediction.machine)
+        return replace(c, seconds=spent, gain=prediction.plain.seconds / spent, measured=times[c.flush])
+
+    timed = tuple(judged(c) for c in prediction.candidates if c.flush in times)
+    return replace(prediction, candidates=timed) if timed else prediction
+
+
 def _variant(case: Case, flush: int) -> Variant:
     if case.tokens > 1:
         return "verify"
@@ -140,17 +132,17 @@ def _variant(case: Case, flush: int) -> Variant:
 # --------------------------------------------------------------------------------------------- symbolic part
 
 
+_FIELDS = tuple(f.name for f in fields(Work))
+
+
 @dataclass(frozen=True)
 class _Counts:
     """The symbolic costs with everything but the flush length put in. computed_slot: a slot in the compute dtype."""
 
     slot: float
     computed_slot: float
-    operands: float
-    recurrent_bytes: float
-    recurrent_operations: float
-    buffered_bytes: Callable[[int], float]
-    buffered_operations: Callable[[int], float]
+    recurrent: Work
+    buffered: Callable[[int], Work]
 
 
 def _counts(case: Case) -> _Counts:
@@ -159,10 +151,9 @@ def _counts(case: Case) -> _Counts:
     log = cost.buffered(case.program, case.sequence, case.row_widths).map(lambda e: e.subs(known))
     computed_widths = (case.compute_width,) * len(case.row_widths)
     sizes = [cost.slot(case.program, case.sequence, w).size.subs(known) for w in (case.row_widths, computed_widths)]
-    return _Counts(
-        float(sizes[0]), float(sizes[1]), float(plain.operands), float(plain.bytes), float(plain.operations),
-        sympy.lambdify(cost.L, log.bytes, "math"), sympy.lambdify(cost.L, log.operations, "math"),
-    )  # fmt: skip
+    at = sympy.lambdify(cost.L, [getattr(log, name) for name in _FIELDS], "math")
+    recurrent = Work(*(float(getattr(plain, name)) for name in _FIELDS))
+    return _Counts(float(sizes[0]), float(sizes[1]), recurrent, lambda flush: Work(*map(float, at(flush))))
 
 
 def _best_flush(case: Case, counts: _Counts) -> tuple[float, str]:
@@ -179,28 +170,30 @@ def _best_flush(case: Case, counts: _Counts) -> tuple[float, str]:
 
 
 def _seconds(case: Case, machine: Machine, moved: float, operations: float, launches: float) -> float:
-    bandwidth = machine.cache_bandwidth if case.state_bytes <= machine.cache else machine.bandwidth
+    bandwidth = machine.speed("copy", case.working_set)
     return max(moved / bandwidth, operations / machine.rate) + launches * machine.launch
 
 
 def _plain(case: Case, machine: Machine, counts: _Counts) -> tuple[float, float]:
     passes = PLAIN_PASSES + PLAIN_STRIDED_READ.get(machine.device, 0.0) * case.strided
-    moved = passes * case.tokens * case.state_bytes + counts.operands
+    moved = passes * case.tokens * case.state_bytes + counts.recurrent.operands
     launches = PLAIN_LAUNCHES.get(machine.device, 2.0) * case.tokens
-    return moved, _seconds(case, machine, moved, counts.recurrent_operations, launches)
+    operations = float(counts.recurrent.operations)
+    if machine.device == "cpu":
+        reads = sum(isinstance(op, Read) for op in case.program.ops)
+        each = PLAIN_OPERATIONS + PLAIN_OPERATIONS_MORE * max(reads - 1, 0)
+        each += PLAIN_CONVERTED if case.state_width < case.compute_width else 0.0
+        operations = each * (1.0 if case.strided else PLAIN_CONTIGUOUS) * case.tokens * case.elements
+    return moved, _seconds(case, machine, moved, operations, launches)
 
 
 def _kernel(case: Case, machine: Machine, counts: _Counts, variant: Variant, flush: int) -> tuple[float, float]:
-    if variant == "recurrent":
-        moved, operations = counts.recurrent_bytes, counts.recurrent_operations
-    else:
-        period = max(flush, case.tokens)
-        moved, operations = counts.buffered_bytes(period), counts.buffered_operations(period)
+    work = counts.recurrent if variant == "recurrent" else counts.buffered(max(flush, case.tokens))
+    if machine.kernels is not None:
+        return work.bytes, kernels.seconds(case, machine, machine.kernels, work, variant)
     launches, efficiency = KERNEL_LAUNCHES.get(machine.device, 1.0), KERNEL_EFFICIENCY.get(machine.device, 1.0)
-    if variant == "recurrent" and machine.update_bandwidth and case.state_bytes > machine.cache:
-        machine = replace(machine, bandwidth=machine.update_bandwidth)  # it changes the state in place
-    spent = _seconds(case, machine, moved / efficiency, operations / efficiency, launches)
-    return moved, spent
+    operations = (work.operations + work.row_operations + work.fold_operations) / efficiency
+    return work.bytes, _seconds(case, machine, work.bytes / efficiency, operations, launches)
 
 
 def _composite(case: Case, machine: Machine, counts: _Counts, variant: Variant, flush: int) -> tuple[float, float]:
@@ -217,5 +210,5 @@ def _composite(case: Case, machine: Machine, counts: _Counts, variant: Variant, 
         rows += 3 * counts.slot * max(flush, case.capacity) if variant != "recurrent" else 0.0
     if case.state_width != case.compute_width:  # a copy of the state in the compute dtype, at every step
         passes += 1 + 2 * case.compute_width / case.state_width
-    moved = passes * case.state_bytes + rows + counts.operands
+    moved = passes * case.state_bytes + rows + counts.recurrent.operands
     return moved, _seconds(case, machine, moved, 0.0, launches)

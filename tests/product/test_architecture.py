@@ -29,7 +29,7 @@ LAYERS = [
     ["codegen.build", "passes.lift", "passes.rewrite"],
     ["codegen.standalone", "guard"],
     ["steps"],
-    ["accounts", "report"],
+    ["accounts", "report", "planning"],
     ["runtime"],
     ["backend", "integrations.transformers"],
     ["explain"],

@@ -68,6 +68,15 @@ def test_doctor_says_what_there_is(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         assert expected in out
 
 
+def test_doctor_measures_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(doctor, "measured_again", asked.append)
+    run("doctor")
+    assert not asked
+    _, out, _ = run("doctor", "--remeasure")
+    assert asked[0] == "cpu" and "measured 20" in out
+
+
 def test_doctor_without_the_package_installed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "entry_points", lambda group: [])
     code, out, _ = run("doctor")

@@ -17,12 +17,13 @@ from kvbuffer_compile.passes.choice.choose import choose, explain_choice
 from kvbuffer_compile.passes.lifted import Lifted
 from kvbuffer_compile.report import report as report_module
 from kvbuffer_compile.report.report import Report, StateReport, state_report
-from tests.program.test_choose import CPU, GDN, GLA, lifted
+from tests.program.test_choose import GDN, GLA, lifted
+from tests.support.machines import CPU
 
 
 @pytest.fixture(autouse=True)
 def fixed_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_module, "machine_for", lambda device: CPU)
+    monkeypatch.setattr(report_module, "calibrated", lambda device, target: CPU)
 
 
 def named(found: Lifted, name: str) -> Lifted:

@@ -1,0 +1,113 @@
+"""What the cost model knows about a device, as numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log
+from typing import Literal
+
+Kind = Literal["read", "copy", "update", "kernel_read", "kernel_update", "kernel_twice"]
+
+BUSY = 0.3  # a spread above which a machine counts as busy
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Bytes/s where `bytes` are met again and again, by all threads. Copies and updates count what they read and what
+    they write.
+
+    read: a sum. copy: into another array. update: multiplied in place. kernel_read, kernel_update, kernel_twice: what
+    generated kernels reach that only read a state, that change it, and that read it before they change it; 0 where none
+    was timed.
+    """
+
+    bytes: int
+    read: float
+    copy: float
+    update: float
+    kernel_read: float = 0.0
+    kernel_update: float = 0.0
+    kernel_twice: float = 0.0
+
+    def of(self, kind: Kind) -> float:
+        """One of the speeds; where no kernel was timed, that of the same traffic without arithmetic."""
+        return float(getattr(self, kind)) or (self.read if kind in ("read", "kernel_read") else self.update)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Seconds that generated C++ kernels take on one thread, states being in its cache.
+
+    call: of an op, without work. fork: to let all threads work. A lane takes `lane` and its operations, `rate` a
+    second, in a step that changes the state; `read_lane` and `read` in one that only reads it. Each owed row takes
+    `row` a lane and its operations, `walk` a second.
+    """
+
+    call: float
+    fork: float
+    lane: float
+    rate: float
+    read_lane: float
+    read: float
+    row: float
+    walk: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device as it was found, with the threads it was measured with.
+
+    device: torch device type. speeds: by growing size, from what fits in the caches of the cores to what fits in none;
+    between two the time for a byte changes with the logarithm of the size, since caches forget gradually. cache, last:
+    bytes of the caches of all cores in use, and of the last level, which others may share. launch: seconds to start
+    a small op from Python. rate: float32 operations/s of a batched product of two vectors with cached matrices, as a
+    read does it. kernels: None where none was timed.
+    measured: the day. load: processes that wanted to run then, for each core. spread: how much longer the median of
+    the largest copies took than the best, 0.1 for 10 %.
+    """
+
+    name: str
+    device: str
+    threads: int
+    speeds: tuple[Speed, ...]
+    cache: int
+    last: int
+    launch: float
+    rate: float
+    kernels: Kernels | None = None
+    measured: str = ""
+    load: float = 0.0
+    spread: float = 0.0
+
+    def speed(self, kind: Kind, working_set: float) -> float:
+        """Bytes/s of one kind of traffic where the code between two visits touches so many bytes."""
+        below = [s for s in self.speeds if s.bytes <= working_set]
+        above = [s for s in self.speeds if s.bytes > working_set]
+        if not below or not above:
+            return (above[0] if above else below[-1]).of(kind)
+        near, far = below[-1], above[0]
+        share = log(working_set / near.bytes) / log(far.bytes / near.bytes)
+        return 1 / ((1 - share) / near.of(kind) + share / far.of(kind))
+
+    @property
+    def busy(self) -> bool:
+        """Whether others used it while it was measured."""
+        return self.spread > BUSY
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s of a copy that no cache holds."""
+        return self.speeds[-1].copy
+
+    def __str__(self) -> str:
+        levels = ", ".join(f"{s.copy / 1e9:.3g} GB/s at {_size(s.bytes)}" for s in self.speeds)
+        seen = f"; measured {self.measured}, load {self.load:.1f}, spread {self.spread:.0%}" if self.measured else ""
+        advice = ", while it was busy: doctor --remeasure on an idle machine" if self.busy else ""
+        return (
+            f"{self.name}: copies {levels}; {self.launch * 1e6:.2g} us a launch, {self.rate / 1e9:.3g} GFLOP/s"
+            f"{seen}{advice}"
+        )
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**20:.3g} MiB"

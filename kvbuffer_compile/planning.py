@@ -1,0 +1,74 @@
+"""The plan of one lifted state: the cost model's or a measured choice, proven on numbers, with its kernel built."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+from kvbuffer_compile.errors import Declined
+from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.machine import Machine
+from kvbuffer_compile.options import Options
+from kvbuffer_compile.passes.choice.choose import choose, duration, explain_choice, plans_of, state_tensor
+from kvbuffer_compile.passes.choice.predict import Prediction
+from kvbuffer_compile.passes.lift.reasons import EMPTY
+from kvbuffer_compile.passes.lifted import Call, Lifted, LiftedGraph
+from kvbuffer_compile.passes.proof.validate import validate
+from kvbuffer_compile.passes.storage import pools
+from kvbuffer_compile.steps import targets, trial
+from kvbuffer_compile.steps.timing import calibrated
+
+LOSS = 0.9  # of a predicted gain: below it a flush length that was asked for is warned of
+_told_of_loss = False
+TIMED = (1, 4, 8, 16, 32)  # flush lengths that tuning compares
+
+
+def plan_for(graph: LiftedGraph, found: Lifted, ours: Options, call: Call) -> Plan | Declined:
+    """Choose a plan for one lifted state and prove it on numbers before it may be used."""
+    if found.write is None and not ours.donate:
+        reason = "the next state is returned, and the caller may still hold the old one: pass options={'donate': True}"
+        return Declined(found.state.name, "not-donated", reason, found.source)
+    value = found.state.meta["val"]
+    if 0 in value.shape:
+        return Declined(found.state.name, "empty", EMPTY, found.source)
+    device = value.device
+    target = targets.resolve(ours.target, device)
+    if found.slots is not None:
+        target = targets.for_slots(target, ours.target)
+        if (elsewhere := pools.misplaced(found)) is not None:
+            return elsewhere
+    machine = calibrated(device, target)
+    times = timed(found, ours, machine, target, call) if ours.tune else None
+    chosen, prediction = explain_choice(found, ours, machine, target, call, times)
+    if isinstance(chosen, Declined):
+        return chosen
+    _tell_of_loss(prediction, ours)
+    problem = validate(graph, found)
+    if problem is not None:
+        return problem
+    built = targets.build(chosen)
+    return chosen if built == chosen.target else choose(found, ours, calibrated(device, built), built, call)
+
+
+def _tell_of_loss(prediction: Prediction, ours: Options) -> None:
+    """Once for a process: what was asked for is predicted to be slower than doing nothing."""
+    global _told_of_loss
+    best = prediction.choice
+    if ours.flush == "auto" or best is None or best.gain > LOSS or _told_of_loss:
+        return
+    _told_of_loss = True
+    warnings.warn(
+        f"flush={ours.flush} is predicted to take {duration(best.seconds)} a step, Inductor alone "
+        f"{duration(prediction.plain.seconds)}, for a state of {prediction.state_bytes / 1e6:.3g} MB: flush='auto' "
+        "would leave it to Inductor (this is said once)",
+        stacklevel=2,
+    )
+
+
+def timed(found: Lifted, ours: Options, machine: Machine, target: str, call: Call) -> Mapping[int, float]:
+    """What steps of this state take, by flush length; nothing where that is not measured: several tokens take the flush
+    length of one, pools and other devices go by the model."""
+    if target != "cpp" or found.several or found.slots is not None or ours.flush != "auto":
+        return {}
+    plans = plans_of(found, ours, machine, target, TIMED)
+    return trial.times(plans, state_tensor(found), max(call.bytes, 1), machine)

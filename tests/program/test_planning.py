@@ -1,0 +1,111 @@
+"""Plans that are measured, and what is said of those that lose."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvbuffer_compile import planning
+from kvbuffer_compile.backend import observers
+from kvbuffer_compile.codegen import build
+from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.passes.choice import choose
+from kvbuffer_compile.process import disk
+from kvbuffer_compile.records import GraphRecord
+from kvbuffer_compile.steps import trial
+
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+SHAPE = (4, 8, 64, 64)
+
+
+def step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """Linear attention with a gate for each head (Mamba-2)."""
+    state.mul_(gate[..., None, None]).add_(k[..., None] * v[..., None, :])
+    return (q[..., None] * state).sum(-2)
+
+
+def operands() -> list[Tensor]:
+    return [torch.rand(SHAPE[:-1]) for _ in range(3)] + [torch.rand(SHAPE[:2])]
+
+
+def compiled_plan(**options: object) -> Plan:
+    """The plan that a step of a fresh state gets."""
+    records: list[GraphRecord] = []
+    torch._dynamo.reset()
+    run = torch.compile(step, backend="kvbuffer", options={"inner": "eager", **options})
+    state, twin, given = torch.rand(SHAPE), torch.rand(SHAPE), operands()
+    twin.copy_(state)
+    with observers.also(records.append), torch.no_grad():
+        torch.testing.assert_close(run(state, *given), step(twin, *given))
+    torch.testing.assert_close(state, twin)
+    (plan,) = [plan for record in records for _, plan in record.rewritten]
+    return plan
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(choose, "MIN_GAIN_KERNEL", 0.0)  # something is taken on any machine
+
+
+@needs_compiler
+@pytest.mark.parametrize("best", [1, 8])
+def test_the_fastest_in_a_measurement_is_taken(best: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def measured(plan: Plan, *given: object) -> float:
+        seen.append(plan.flush)
+        return 1e-7 if plan.flush == best else 1e-4
+
+    monkeypatch.setattr(trial, "_measured", measured)
+    monkeypatch.setattr(trial, "_kept", lambda name: None)
+    assert compiled_plan(tune=True).flush == best
+    assert tuple(seen) == planning.TIMED
+
+
+@needs_compiler
+def test_what_was_measured_is_kept(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compiled_plan(tune=True)
+    files = [p for p in disk.folder().iterdir() if p.name.startswith("step-")]
+    assert len(files) == len(planning.TIMED)
+    assert all(0 < json.loads(p.read_text())["seconds"] < 1 for p in files)
+    monkeypatch.setattr(trial, "_measured", lambda *given: pytest.fail("measured again"))
+    assert compiled_plan(tune=True) == first
+    files[0].write_text("nonsense")
+    monkeypatch.setattr(trial, "_measured", lambda *given: 1e-9)
+    compiled_plan(tune=True)
+    assert json.loads(files[0].read_text())["seconds"] == 1e-9
+
+
+@needs_compiler
+def test_max_autotune_measures_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(planning, "timed", lambda *given: asked.append(True) or {})
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(step, backend="kvbuffer", mode="max-autotune-no-cudagraphs")(torch.rand(SHAPE), *operands())
+    assert asked
+
+
+def test_a_flush_length_that_loses_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_told_of_loss", False)
+    with pytest.warns(UserWarning, match=r"flush=16 is predicted to take .* a step, Inductor alone"):
+        assert compiled_plan(flush=16, target="aten").flush == 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled_plan(flush=16, target="aten")
+
+
+def test_auto_warns_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_told_of_loss", False)
+    torch._dynamo.reset()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        torch.compile(step, backend="kvbuffer", options={"inner": "eager", "target": "aten"})(
+            torch.rand(SHAPE), *operands()
+        )
