@@ -10,8 +10,10 @@ from kvbuffer_compile.machine.numbers import Kernels, Kind, Machine
 from kvbuffer_compile.passes.choice.case import Case, Work
 
 # A call of a rewritten graph and each of its states cost the host so many launches (of 2.5 us) more than Inductor's
-# graph (benchmarks/results/host.json): accounts are found, rows handed over.
-CALL_LAUNCHES, STATE_LAUNCHES = 14.0, 1.5
+# graph: accounts are found, rows handed over, and what stands around a step is no longer one kernel with it. In a loop
+# of nothing else 14 and 1.5 (benchmarks/results/host.json); between real work, when nothing of it is in a cache, 30 to
+# 60 and 4 to 8 (benchmarks/results/sweep_epyc.json).
+CALL_LAUNCHES, STATE_LAUNCHES = 32.0, 5.0
 # Operations that 16-bit elements of a state take more: to be read, and to be read and rounded. A further read in the
 # same pass takes half of the first.
 CONVERTED, CONVERTED_BOTH = 4.5, 8.0

@@ -31,10 +31,10 @@ PLAIN_PASSES = 3.0
 # on a Xeon 13 to 25 and 5 to 8.
 PLAIN_STRIDED_READ = {"cpu": 2.0}
 # In a cache its arithmetic takes longer than that: operations on an element of the state, at the rate of cached matrix
-# products, with one read of the state and for each further one. Seen: 6.4 to 25 (GLA, Mamba-2), 16 to 44 (GDN, KDA);
-# reads that are contiguous were taken for half.
+# products, with one read of the state and for each further one, and at least with 16 bits. Seen: 6.4 to 25 (GLA,
+# Mamba-2), 16 to 44 (GDN, KDA, RWKV-7), 16 to 28 with 16 bits; reads that are contiguous were taken for half.
 PLAIN_OPERATIONS, PLAIN_OPERATIONS_MORE, PLAIN_CONTIGUOUS = 6.0, 10.0, 0.5
-PLAIN_CONVERTED = 8.0  # more for each element of 16 bits
+PLAIN_NARROW = 14.0
 PLAIN_LAUNCHES = {"cpu": 1.0}  # GPU: 2, one kernel for the reductions and one for the update
 # Generated C++ reached 0.67 to 0.73 of the read floor's bandwidth over a period of 16 steps.
 KERNEL_EFFICIENCY = {"cpu": 0.7}  # GPU: 1, the recurrent kernel moved 1.13 times the bytes of a copy in the same time
@@ -182,7 +182,7 @@ def _plain(case: Case, machine: Machine, counts: _Counts) -> tuple[float, float]
     if machine.device == "cpu":
         reads = sum(isinstance(op, Read) for op in case.program.ops)
         each = PLAIN_OPERATIONS + PLAIN_OPERATIONS_MORE * max(reads - 1, 0)
-        each += PLAIN_CONVERTED if case.state_width < case.compute_width else 0.0
+        each = max(each, PLAIN_NARROW if case.state_width < case.compute_width else 0.0)
         operations = each * (1.0 if case.strided else PLAIN_CONTIGUOUS) * case.tokens * case.elements
     return moved, _seconds(case, machine, moved, operations, launches)
 
