@@ -203,9 +203,11 @@ def rewrite_graph(gm: GraphModule, ours: Options) -> tuple[GraphRecord, GraphMod
     """The pipeline: what was decided, the rewritten copy of the graph, and what its step needs at run time."""
     lifted = lift(gm, ours.donate)
     call = call_of(lifted.gm, len(lifted.found))
-    states = tuple((found, plan_for(lifted, found, ours, call)) for found in lifted.found)
+    outcomes = [(found, *plan_for(lifted, found, ours, call)) for found in lifted.found]
+    states = tuple((found, decision) for found, decision, _ in outcomes)
+    predictions = {found.state.name: seen for found, _, seen in outcomes if seen is not None}
     whose = {pool.rows.name: pool.state.name for pool in lifted.pools}
-    record = GraphRecord(states, tuple(lifted.refused), names=whose, call=call)
+    record = GraphRecord(states, tuple(lifted.refused), names=whose, call=call, predictions=predictions)
     composites.put_back(lifted, [one for one, _ in record.rewritten])
     spliced = splice(lifted.gm, pools.put_back(lifted.pools, record.rewritten), targets.step_op)
     folder = ours.dump or os.environ.get("KVBUFFER_DUMP")

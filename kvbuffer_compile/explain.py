@@ -20,7 +20,7 @@ from kvbuffer_compile.accounts.opening import reached_by
 from kvbuffer_compile.backend import GraphRecord, kvbuffer, observers
 from kvbuffer_compile.options import Options, split
 from kvbuffer_compile.process.afresh import afresh
-from kvbuffer_compile.report.report import Report, StateReport, state_report
+from kvbuffer_compile.report.report import Report, StateReport, state_report, whole_call
 from kvbuffer_compile.runtime.by_hand import tensors_in
 
 
@@ -69,10 +69,13 @@ class Findings:
 
     def add(self, record: GraphRecord) -> None:
         self.graphs += 1
-        lifted = [(found.state, state_report(found, plan, self.ours, record.call)) for found, plan in record.states]
+        seen = record.predictions
+        lifted = [(f.state, state_report(f, plan, seen.get(f.state.name))) for f, plan in record.states]
         refused = [(r.state, state_report(r.state, r.why)) for r in record.refused if not r.hopeless]
         self.states += [self._named(report, record.name(state)) for state, report in lifted + refused]
         self.hidden += sum(r.hopeless for r in record.refused)
+        whole = whole_call((report for _, report in lifted), record.call)
+        self.notes += [whole] if whole and whole not in self.notes else []
         if record.why_not is not None and not record.states and record.why_not.reason not in self.notes:
             self.notes.append(record.why_not.reason)
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Plan
-from kvbuffer_compile.machine import Machine
+from kvbuffer_compile.machine import Machine, machine_for
 from kvbuffer_compile.options import Options
-from kvbuffer_compile.passes.choice.choose import choose, duration, explain_choice, plans_of, state_tensor
+from kvbuffer_compile.passes.choice.choose import duration, explain_choice, plans_of, state_tensor
 from kvbuffer_compile.passes.choice.predict import Prediction
 from kvbuffer_compile.passes.lift.reasons import EMPTY
 from kvbuffer_compile.passes.lifted import Call, Lifted, LiftedGraph
@@ -23,31 +23,38 @@ _told_of_loss = False
 TIMED = (1, 4, 8, 16, 32)  # flush lengths that tuning compares
 
 
-def plan_for(graph: LiftedGraph, found: Lifted, ours: Options, call: Call) -> Plan | Declined:
-    """Choose a plan for one lifted state and prove it on numbers before it may be used."""
+Outcome = tuple[Plan | Declined, Prediction | None]
+
+
+def plan_for(graph: LiftedGraph, found: Lifted, ours: Options, call: Call) -> Outcome:
+    """Choose a plan for one lifted state and prove it on numbers before it may be used. And what was predicted of it,
+    or of the best that was not enough."""
     if found.write is None and not ours.donate:
         reason = "the next state is returned, and the caller may still hold the old one: pass options={'donate': True}"
-        return Declined(found.state.name, "not-donated", reason, found.source)
+        return Declined(found.state.name, "not-donated", reason, found.source), None
     value = found.state.meta["val"]
     if 0 in value.shape:
-        return Declined(found.state.name, "empty", EMPTY, found.source)
+        return Declined(found.state.name, "empty", EMPTY, found.source), None
     device = value.device
     target = targets.resolve(ours.target, device)
     if found.slots is not None:
         target = targets.for_slots(target, ours.target)
         if (elsewhere := pools.misplaced(found)) is not None:
-            return elsewhere
-    machine = calibrated(device, target)
+            return elsewhere, None
+    # timing kernels takes seconds, once for a machine: not for a flush length that is obeyed anyway
+    machine = calibrated(device, target) if ours.flush == "auto" else machine_for(device)
     times = timed(found, ours, machine, target, call) if ours.tune else None
     chosen, prediction = explain_choice(found, ours, machine, target, call, times)
     if isinstance(chosen, Declined):
-        return chosen
-    _tell_of_loss(prediction, ours)
+        return chosen, prediction if chosen.rule == "no-gain" else None
     problem = validate(graph, found)
     if problem is not None:
-        return problem
+        return problem, None
+    _tell_of_loss(prediction, ours)
     built = targets.build(chosen)
-    return chosen if built == chosen.target else choose(found, ours, calibrated(device, built), built, call)
+    if built == chosen.target:
+        return chosen, prediction
+    return explain_choice(found, ours, calibrated(device, built), built, call)
 
 
 def _tell_of_loss(prediction: Prediction, ours: Options) -> None:

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.passes.choice.predict import Prediction
 from kvbuffer_compile.passes.lifted import ALONE, Call, Lifted, Refused
 
 
@@ -19,7 +20,7 @@ class GraphRecord:
 
     states: every lifted state with its plan or reason. refused: candidates that are no recurrence. why_not: why the
     whole graph was left alone. names: the user's names of the graph's inputs, by placeholder. call: what one call of
-    the graph touches.
+    the graph touches. predictions: what the cost model says of a state, by its placeholder.
     """
 
     states: tuple[tuple[Lifted, Plan | Declined], ...] = ()
@@ -27,6 +28,7 @@ class GraphRecord:
     why_not: Declined | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     call: Call = ALONE
+    predictions: Mapping[str, Prediction] = field(default_factory=dict)
 
     def name(self, state: Node) -> str:
         """What the user calls an input, e.g. "cache.layers[0].recurrent_states[0]"."""

@@ -42,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--plot", type=Path, metavar="FILE", help=f"draw bytes and time against L ({', '.join(PLOTS)})"
     )
+    explain.add_argument(
+        "--measure", action="store_true", help="time the plans of each state on this CPU, some seconds"
+    )
     explain.set_defaults(run=_explain)
     bench = commands.add_parser("bench", help="time decode steps: eager, Inductor, kvbuffer")
     _workload_arguments(bench)
@@ -99,7 +102,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--plot {arguments.plot} is not allowed: the file must end in {', '.join(PLOTS)}")
     fn, args = workload.load(arguments.spec, arguments.batch)()
     with torch.no_grad():  # as bench runs it
-        report = explain(fn, *args, options=_options(arguments))
+        report = explain(fn, *args, options={**_options(arguments), "tune": arguments.measure})
     print(report)
     if arguments.html is not None:
         report.to_html(arguments.html)

@@ -58,6 +58,7 @@ def _candidates(prediction: dict[str, Any]) -> str:
     rows = [("Inductor", "plain", prediction["plain"])]
     for i, candidate in enumerate(prediction["candidates"]):
         name = "recurrent" if candidate["variant"] == "recurrent" else f"buffered, L = {candidate['flush']}"
+        name += "" if candidate["measured"] is None else " (measured)"
         rows.append((name, "chosen" if i == prediction["chosen"] else "", candidate))
     longest = max(candidate["seconds"] for _, _, candidate in rows)
     unit, scale = ("ms", 1e3) if longest >= 1e-3 else ("us", 1e6)

@@ -20,14 +20,11 @@ from torch.fx import Node
 
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Plan
-from kvbuffer_compile.options import Options
-from kvbuffer_compile.passes.choice.choose import explain_choice, lane_sizes, predict_plan, state_tensor
+from kvbuffer_compile.passes.choice.choose import lane_sizes, state_tensor
 from kvbuffer_compile.passes.choice.predict import Prediction
-from kvbuffer_compile.passes.lifted import ALONE, Call, Lifted
+from kvbuffer_compile.passes.lifted import Call, Lifted
 from kvbuffer_compile.report import html
 from kvbuffer_compile.report import plot as report_plot
-from kvbuffer_compile.steps import targets
-from kvbuffer_compile.steps.timing import calibrated
 
 Status = Literal["buffered", "recurrent", "declined"]
 STATUSES: tuple[Status, ...] = ("buffered", "recurrent", "declined")
@@ -67,34 +64,27 @@ class StateReport:
 
 
 def state_report(
-    subject: Lifted | Node, decision: Plan | Declined, options: Options | None = None, call: Call = ALONE
+    subject: Lifted | Node, decision: Plan | Declined, prediction: Prediction | None = None
 ) -> StateReport:
     """The report of one candidate: a lifted state with its plan or decline, or the placeholder of a refused one.
 
-    options, call: those of the decision. The prediction is that of a plan, or of a decline for want of gain.
+    prediction: of the plan, or of the best that was not enough.
     """
     if isinstance(subject, Node):
         assert isinstance(decision, Declined)
         return _declined(subject, decision)
     if isinstance(decision, Plan):
-        return _planned(subject, decision, call)
-    missed = _missed_gain(subject, options or Options(), call) if decision.rule == "no-gain" else None
+        return _planned(subject, decision, prediction)
     return replace(
         _declined(subject.state, decision),
         source=decision.source or subject.source,
         program=str(subject.program),
         signature=subject.program.signature,
-        prediction=missed,
+        prediction=prediction,
     )
 
 
-def _missed_gain(lifted: Lifted, options: Options, call: Call) -> Prediction:
-    device = state_tensor(lifted).device
-    target = targets.resolve(options.target, device)
-    return explain_choice(lifted, options, calibrated(device, target), target, call)[1]
-
-
-def _planned(lifted: Lifted, plan: Plan, call: Call) -> StateReport:
+def _planned(lifted: Lifted, plan: Plan, prediction: Prediction | None) -> StateReport:
     rows = fresh = 0
     lanes = lane_sizes(plan.layout, state_tensor(lifted))
     if plan.variant != "recurrent":
@@ -111,11 +101,24 @@ def _planned(lifted: Lifted, plan: Plan, call: Call) -> StateReport:
         program=str(plan.program),
         signature=plan.program.signature,
         plan=str(plan),
-        prediction=predict_plan(lifted, plan, calibrated(state_tensor(lifted).device, plan.target), call),
+        prediction=prediction,
         row_bytes=rows,
         fresh_tokens=fresh * plan.program.tokens,
         unread_bytes=fresh * prod((*lanes, *plan.sizes)) * plan.state_dtype.itemsize,
     )
+
+
+def whole_call(states: Iterable[StateReport], call: Call) -> str:
+    """What one call of a graph moves, and what it gains as a whole; "" where nothing is predicted."""
+    seen = [state.prediction for state in states if state.prediction is not None]
+    if not seen or not call.bytes:
+        return ""
+    own = sum(p.state_bytes for p in seen)
+    rest = max(call.bytes - own, 0) / seen[0].machine.speed("read", call.bytes)
+    plain = rest + sum(p.plain.seconds for p in seen)
+    ours = rest + sum((p.choice or p.plain).seconds for p in seen)
+    share = min(own / call.bytes, 1.0)
+    return f"one call touches {_bytes(call.bytes)}, {share:.0%} of it states; as a whole {plain / ours:.2f}x predicted"
 
 
 def _declined(node: Node, why: Declined) -> StateReport:

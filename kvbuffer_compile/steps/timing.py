@@ -103,15 +103,16 @@ def _plan(program: Program, variant: Variant, sizes: tuple[int, int]) -> Plan:
 
 def _step(plan: Plan, lanes: int, owed: int = 0) -> Callable[[], Tensor]:
     """A step of a state of so many lanes, which owes the same number of rows at every call."""
-    state = torch.ones(1, lanes, *plan.sizes)
+    full = functools.partial(torch.full, dtype=torch.float32, device=CPU)
+    state = full((1, lanes, *plan.sizes), 1.0)
     tails = {"scalar": (), "key": plan.sizes[:1], "value": plan.sizes[1:]}
-    operands = [torch.full((1, lanes, *tails[v.kind]), 0.5 / max(plan.sizes)) for v in plan.program.inputs]
+    operands = [full((1, lanes, *tails[v.kind]), 0.5 / max(plan.sizes)) for v in plan.program.inputs]
     op = ops.step_op(plan)
     if plan.variant == "recurrent":
         return functools.partial(op, state, *operands)
-    cursor = torch.zeros(4, 1, dtype=torch.int32)
+    cursor = torch.zeros(4, 1, dtype=torch.int32, device=CPU)
     cursor[1] = plan.flush
-    rows = [torch.full(plan.row_shape(v, (1, lanes)), 0.5) for v in plan.program.logged]
+    rows = [full(plan.row_shape(v, (1, lanes)), 0.5) for v in plan.program.logged]
 
     def step() -> Tensor:
         cursor[0] = owed

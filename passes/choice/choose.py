@@ -96,13 +96,6 @@ def _too_wide(lifted: Lifted, plan: Plan) -> Declined | None:
     return Declined(lifted.state.name, "too-many-operands", reason, lifted.source)
 
 
-def predict_plan(lifted: Lifted, plan: Plan, machine: Machine, call: Call = ALONE) -> Prediction:
-    """What a plan made earlier is predicted to bring, beside the other candidates."""
-    case = make_case(lifted, plan.row_dtypes, plan.compute, plan.capacity, plan.target, call)
-    prediction = predict(case, machine, (*_ladder(case), plan.flush))
-    return replace(prediction, chosen=_asked(prediction, plan.flush))
-
-
 def plans_of(lifted: Lifted, options: Options, machine: Machine, target: str, flushes: Sequence[int]) -> list[Plan]:
     """The plans with these flush lengths, as far as there are such."""
     asked = (choose(lifted, replace(options, flush=flush), machine, target) for flush in flushes)
@@ -145,8 +138,9 @@ def _fastest(prediction: Prediction, case: Case, machine: Machine) -> int | None
 
 def _why(prediction: Prediction, best: Candidate, asked: bool) -> str:
     verb = f"flush={best.flush} as asked" if asked else f"{best.variant}, L={best.flush}"
+    seen = "predicted" if best.measured is None else f"expected, its kernel measured at {duration(best.measured)}"
     return (
-        f"{prediction.formula}; {verb}: {duration(best.seconds)} a step predicted, Inductor "
+        f"{prediction.formula}; {verb}: {duration(best.seconds)} a step {seen}, Inductor "
         f"{duration(prediction.plain.seconds)} ({best.gain:.2f}x), state {prediction.state_bytes / 1e6:.3g} MB"
     )
 

@@ -97,6 +97,44 @@ def test_rows_may_have_their_own_dtype():
     play(plan, exact=False, operands=torch.bfloat16, limits=(2, 4, 3))
 
 
+VECTORS = {"-mno-avx512f": 32, "-mno-avx": 48}  # and a width that no other test has, so that the kernels are new
+
+
+@pytest.mark.parametrize("flag", VECTORS)
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_narrower_vectors(flag, state, monkeypatch):
+    """What processors without AVX-512, and without AVX, run: other vectors, other conversions."""
+    monkeypatch.setenv("CXX", f"g++ {flag}")
+    wide = VECTORS[flag]
+    plan = make_plan(NAMED["kda"], sizes=(24, wide + 9), state=state)
+    play(plan, exact=False, operands=state, limits=(4, 2, 3))
+    play(plan, exact=False, bare=True)
+    for variant, inner in (("recurrent", "key"), ("verify", "value")):
+        plan = make_plan(NAMED["gdn"], variant, sizes=(wide + 9, 24), state=state, capacity=7, inner=inner)
+        play(plan, exact=False, operands=state)
+
+
+@pytest.mark.parametrize("flag", ["", *VECTORS])
+def test_rounding_to_bfloat16_is_that_of_torch(flag, monkeypatch):
+    """A step on a state of zeros with a key of one stores its value. NaN stays NaN, ties go to even."""
+    monkeypatch.setenv("CXX", f"g++ {flag}")
+    columns = 64 + len(flag)
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    ties = torch.nextafter(numbers, numbers * 2)  # a little more than what 16 bits hold
+    halves = (numbers.view(torch.int32) + 0x8000).view(torch.float32)  # in the middle between two neighbours
+    values = torch.cat([numbers, ties, halves])
+    values = torch.nn.functional.pad(values, (0, -len(values) % (2 * columns))).view(-1, 2, columns)
+    plan = make_plan(NAMED["gla"], "recurrent", sizes=(1, columns), state=torch.bfloat16)
+    state, ones = torch.zeros(len(values), 2, 1, columns, dtype=torch.bfloat16), torch.ones(len(values), 2, 1)
+    inputs = {"q": ones, "k": ones, "v": values, "a": ones}
+    built(plan)(state, *(inputs[v.name] for v in plan.program.inputs))
+    normal = values.abs().view(-1) >= torch.finfo(torch.float32).tiny  # kernels take subnormal numbers for zero
+    got, expected = state.view(-1), values.to(torch.bfloat16).view(-1)
+    kept = normal | values.isnan().view(-1)
+    torch.testing.assert_close(got[kept], expected[kept], rtol=0, atol=0, equal_nan=True)
+    assert kept.sum() > 190_000
+
+
 # ------------------------------------------------------------------------------------------------ random
 
 

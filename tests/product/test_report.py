@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,11 @@ import torch
 
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.options import Options
-from kvbuffer_compile.passes.choice.choose import choose, explain_choice
-from kvbuffer_compile.passes.lifted import Lifted
-from kvbuffer_compile.report import report as report_module
-from kvbuffer_compile.report.report import Report, StateReport, state_report
+from kvbuffer_compile.passes.choice.choose import explain_choice
+from kvbuffer_compile.passes.lifted import Call, Lifted
+from kvbuffer_compile.report.report import Report, StateReport, state_report, whole_call
 from tests.program.test_choose import GDN, GLA, lifted
 from tests.support.machines import CPU
-
-
-@pytest.fixture(autouse=True)
-def fixed_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_module, "calibrated", lambda device, target: CPU)
 
 
 def named(found: Lifted, name: str) -> Lifted:
@@ -36,12 +31,12 @@ def full_report() -> Report:
     states = []
     for layer in range(3):
         found = named(lifted(), f"l_past_key_values_layers_{layer}_recurrent_states_0_")
-        states.append(state_report(found, choose(found, Options(), CPU, "cpp")))
+        states.append(state_report(found, *explain_choice(found, Options(), CPU, "cpp")))
     other = lifted(GLA, operand=torch.bfloat16)
-    states.append(state_report(other, choose(other, Options(flush=16), CPU, "cpp")))
+    states.append(state_report(other, *explain_choice(other, Options(flush=16), CPU, "cpp")))
     tiny = named(lifted(lanes=(1, 4), sizes=(32, 32)), "tiny")
     aten = Options(target="aten")
-    states.append(state_report(tiny, choose(tiny, aten, CPU, "aten"), aten))
+    states.append(state_report(tiny, *explain_choice(tiny, aten, CPU, "aten")))
     refused = Declined(
         "tanh_1", "nonlinear", "tanh of <S> [B, H, K, V] is not linear in the state & more", "model.py:12"
     )
@@ -52,19 +47,22 @@ def full_report() -> Report:
 def test_state_report_of_a_plan() -> None:
     found = lifted()
     plan, prediction = explain_choice(found, Options(flush=8, capacity=12), CPU, "cpp")
-    state = state_report(found, plan)
+    state = state_report(found, plan, prediction)
     assert (state.name, state.shape, state.dtype, state.status) == ("state", (32, 32, 128, 128), "float32", "buffered")
     assert state.signature == "DRUR" and state.program == str(GDN) and state.source == "model.py:7"
     assert state.row_bytes == 12 * 32 * 32 * (4 + 4 * 128 + 4 * 128)  # capacity slots of g, k and u
     assert state.prediction == prediction and state.rule == ""
 
 
-def test_the_prediction_is_that_of_the_choice() -> None:
+def test_a_whole_call_gains_less_than_its_states() -> None:
     found = lifted()
-    for options in (Options(), Options(flush=7), Options(row_dtype=torch.bfloat16)):
-        plan, prediction = explain_choice(found, options, CPU, "cpp")
-        again = state_report(found, plan, options).prediction
-        assert again is not None and again.choice == prediction.choice
+    state = state_report(found, *explain_choice(found, Options(), CPU, "cpp"))
+    alone, among = (whole_call([state], Call(size, 1)) for size in (1 << 26, 1 << 30))
+    assert "100% of it states" in alone and "6% of it states" in among
+    gains = [float(re.search(r"([0-9.]+)x predicted", text)[1]) for text in (alone, among)]  # type: ignore[index]
+    assert state.prediction is not None and state.prediction.choice is not None
+    assert gains[0] == pytest.approx(state.prediction.choice.gain, abs=0.01) and 1 < gains[1] < gains[0]
+    assert whole_call([], Call(1 << 20, 0)) == ""
 
 
 def test_state_report_of_declines() -> None:
@@ -78,7 +76,7 @@ def test_state_report_of_declines() -> None:
 
 def test_a_recurrent_plan_owes_no_rows() -> None:
     found = lifted()
-    state = state_report(found, choose(found, Options(flush=1), CPU, "cpp"))
+    state = state_report(found, *explain_choice(found, Options(flush=1), CPU, "cpp"))
     assert (state.status, state.row_bytes) == ("recurrent", 0)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kvbuffer_compile
 from kvbuffer_compile import planning
 from kvbuffer_compile.backend import observers
 from kvbuffer_compile.codegen import build
@@ -85,6 +86,20 @@ def test_what_was_measured_is_kept(eager: None, own_cache: None, monkeypatch: py
     monkeypatch.setattr(trial, "_measured", lambda *given: 1e-9)
     compiled_plan(tune=True)
     assert json.loads(files[0].read_text())["seconds"] == 1e-9
+
+
+@needs_compiler
+def test_a_report_shows_what_was_measured(eager: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(trial, "_measured", lambda plan, *given: 1e-6 * plan.flush)
+    monkeypatch.setattr(trial, "_kept", lambda name: None)
+    with torch.no_grad():
+        report = kvbuffer_compile.explain(step, torch.rand(SHAPE), *operands(), options={"tune": True})
+    (state,) = report.states
+    assert state.prediction is not None
+    assert [c.measured for c in state.prediction.candidates] == [1e-6 * n for n in planning.TIMED]
+    assert "measured at 1 us" in str(report) and "one call touches" in str(report)
+    report.to_html(tmp_path / "report.html")
+    assert "recurrent (measured)" in (tmp_path / "report.html").read_text()
 
 
 @needs_compiler

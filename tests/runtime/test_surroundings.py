@@ -16,19 +16,21 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvbuffer_compile import accept, draft_tree, machine, materialize, rollback
+from kvbuffer_compile import accept, draft_tree, materialize, rollback
 from kvbuffer_compile.codegen import build
 from kvbuffer_compile.ir.memory import Dense
 from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.machine import measure
 from kvbuffer_compile.process import surroundings
 from kvbuffer_compile.process.surroundings import neutral, product
 from kvbuffer_compile.runtime import by_hand
 from kvbuffer_compile.runtime.check import dense
-from kvbuffer_compile.steps import ops
+from kvbuffer_compile.steps import ops, timing
 from tests.lift.test_sequence import H, K, V, grouped_delta_rule
 from tests.lift.test_sequence import draw as draw_tokens
 from tests.runtime.test_runtime import Pair
 from tests.runtime.test_runtime import draw as draw_one
+from tests.support.machines import CPU
 from tests.support.oracle import check
 from tests.support.programs import NAMED
 from tests.support.sessions import LANES, make_plan
@@ -340,12 +342,28 @@ def test_what_is_asked_follows_the_setting() -> None:
 def test_a_device_is_measured_in_float32(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[tuple[torch.dtype, str]] = set()
 
-    def once(call: Callable[[], Tensor], *args: Any, **kwargs: Any) -> float:
+    def once(call: Callable[[], Tensor], *args: Any, **kwargs: Any) -> list[float]:
         out = call()
         seen.add((out.dtype, out.device.type))
-        return 1.0
+        return [1.0]
 
-    monkeypatch.setattr(machine, "_seconds", once)
-    monkeypatch.setattr(machine, "LARGE", dict.fromkeys(machine.LARGE, 1 << 16))
-    within(mode, lambda: machine.measure(torch.device("cpu"), "here"))
+    monkeypatch.setattr(measure, "seconds", once)
+    monkeypatch.setattr(measure, "sizes", lambda *given: [1 << 16])
+    within(mode, lambda: measure.measure(torch.device("cpu"), "here"))
+    assert seen == {(torch.float32, "cpu")}
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("mode", ["autocast", "float64", "another device", "inference", "deterministic"])
+def test_kernels_are_timed_in_float32(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[torch.dtype, str]] = set()
+
+    def once(call: Callable[[], Tensor], *args: Any, **kwargs: Any) -> list[float]:
+        out = call()
+        seen.add((out.dtype, out.device.type))
+        return [1.0]
+
+    monkeypatch.setattr(timing, "seconds", once)
+    monkeypatch.setattr(timing, "keep", lambda machine: None)
+    within(mode, lambda: timing.with_kernels(CPU))
     assert seen == {(torch.float32, "cpu")}

@@ -74,7 +74,7 @@ class Session:
         self.lanes = tuple(LANES[x] for x in plan.program.lanes)
         start = self.random((*self.lanes, *plan.sizes)) * (0 if self.bare else 1)
         self.state = self.physical(start.to(plan.state_dtype))
-        start = plan.layout.canonical(self.state).double()
+        start = plan.layout.canonical(self.state).to(torch.float64, copy=True)
         self.dense = Dense(start)
         self.working = min((plan.state_dtype, *plan.row_dtypes, self.operands), key=lambda d: d.itemsize)
         self.eager = Dense(start.to(self.working))
