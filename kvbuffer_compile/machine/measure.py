@@ -21,7 +21,8 @@ from kvbuffer_compile.machine.numbers import Machine, Speed
 from kvbuffer_compile.process.surroundings import neutral
 
 TRIES = 3  # at most, of measuring everything on a busy machine
-LARGEST = 512 << 20  # bytes of the arrays that no cache should hold; a GPU's always, a CPU's at most
+LARGE_GPU = 512 << 20  # bytes of the arrays that no cache should hold
+LARGEST_CPU = 256 << 20  # at most: containers may have little memory, whatever the system says is free
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -62,8 +63,8 @@ def _measured(device: torch.device, name: str) -> Machine:
 def sizes(device: torch.device, cache: int, last: int) -> list[int]:
     """Bytes to measure at: within the caches of the cores, within the last level, beyond it."""
     if device.type != "cpu":
-        return [cache // 4, LARGEST]
-    beyond = max(min(4 * last, LARGEST, _memory() // 8), 2 * cache)
+        return [cache // 4, LARGE_GPU]
+    beyond = max(min(4 * last, LARGEST_CPU, _memory() // 8), 2 * cache)
     return sorted({cache // 2, *(s for s in (2 * cache, last // 2, last) if cache < s < beyond), beyond})
 
 
@@ -77,10 +78,10 @@ def _at(device: torch.device, size: int, within: bool) -> tuple[Speed, float]:
         with one_thread() as threads:
             alone, spread = _at(device, max(size // threads, 1 << 14), within=False)
         return Speed(size, alone.read * threads, alone.copy * threads, alone.update * threads), spread
+    copy, spread = _speed(_copy(size, device), size, device)
     x = torch.ones(size // 4, dtype=torch.float32, device=device)
     read, _ = _speed(lambda: x.sum(), size, device)
     update, _ = _speed(lambda: x.mul_(1.0), 2 * size, device)
-    copy, spread = _speed(_copy(size, device), size, device)
     return Speed(size, read, copy, update), spread
 
 

@@ -16,7 +16,7 @@ from kvbuffer_compile.passes.choice.case import Case, Work
 CALL_LAUNCHES, STATE_LAUNCHES = 32.0, 5.0
 # Operations that 16-bit elements of a state take more: to be read, and to be read and rounded. A further read in the
 # same pass takes half of the first.
-CONVERTED, CONVERTED_BOTH = 4.5, 8.0
+CONVERTED, CONVERTED_BOTH = 2.0, 8.0
 FOLDED = 2.0  # times as many operations a second in a flush as in a plain step: a product of matrices
 THREADED = 1 << 14  # elements of a state from which on a C++ step runs on all threads
 

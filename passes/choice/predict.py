@@ -32,9 +32,9 @@ PLAIN_PASSES = 3.0
 PLAIN_STRIDED_READ = {"cpu": 2.0}
 # In a cache its arithmetic takes longer than that: operations on an element of the state, at the rate of cached matrix
 # products, with one read of the state and for each further one, and at least with 16 bits. Seen: 6.4 to 25 (GLA,
-# Mamba-2), 16 to 44 (GDN, KDA, RWKV-7), 16 to 28 with 16 bits; reads that are contiguous were taken for half.
+# Mamba-2), 16 to 44 (GDN, KDA, RWKV-7), at least 12 with 16 bits; reads that are contiguous were taken for half.
 PLAIN_OPERATIONS, PLAIN_OPERATIONS_MORE, PLAIN_CONTIGUOUS = 6.0, 10.0, 0.5
-PLAIN_NARROW = 14.0
+PLAIN_NARROW = 12.0
 PLAIN_LAUNCHES = {"cpu": 1.0}  # GPU: 2, one kernel for the reductions and one for the update
 # Generated C++ reached 0.67 to 0.73 of the read floor's bandwidth over a period of 16 steps.
 KERNEL_EFFICIENCY = {"cpu": 0.7}  # GPU: 1, the recurrent kernel moved 1.13 times the bytes of a copy in the same time
