@@ -171,9 +171,8 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         assert error < tolerance, f"{case}: outputs differ by {error} of the largest"
     prediction, chosen = auto.prediction(), auto.chosen
     graphs: dict[str, Callable[[], Any]] = {"inductor": lambda: plain(operands), "auto": lambda: auto(operands)}
-    times = alternate({k: (f, CALLS) for k, f in graphs.items()}, seconds)
-    ops = {str(k): f for k, f in candidates(case, starts, operands).items()}
-    ranked = alternate({k: (f, CALLS) for k, f in ops.items()}, seconds)
+    times = alternate(graphs, seconds)
+    ranked = alternate({str(k): f for k, f in candidates(case, starts, operands).items()}, seconds)
     predicted = {str(c.flush): round(c.seconds * 1e6, 2) for c in prediction.candidates if c.flush in FLUSHES}
     pairs = sorted(b / a for a, b in zip(times["inductor"], times["auto"], strict=True))
     row: dict[str, Any] = asdict(case) | {"case": str(case), "MB": round(case.bytes / 1e6, 3), "chosen": chosen}
@@ -185,15 +184,15 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     return row
 
 
-def alternate(sides: dict[str, tuple[Callable[[], Any], int]], seconds: float) -> dict[str, list[float]]:
-    """Microseconds a call of each side, turn by turn, in an order that alternates. A turn is so many calls, or a
-    multiple; at least five turns, however long they take."""
+def alternate(sides: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """Microseconds a call of each side, turn by turn, in an order that alternates. A turn is CALLS calls, or a
+    multiple; at least four turns, however long they take."""
     gc.collect()
     gc.disable()
     try:
         started = time.perf_counter()
-        for step, calls in sides.values():
-            for _ in range(calls):
+        for step in sides.values():
+            for _ in range(CALLS):
                 step()
         spent = time.perf_counter() - started
         repeat = max(1, round(0.004 * len(sides) / spent))
@@ -201,11 +200,11 @@ def alternate(sides: dict[str, tuple[Callable[[], Any], int]], seconds: float) -
         times: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(turns):
             order = list(sides.items())
-            for name, (step, calls) in order if turn % 2 else reversed(order):
+            for name, step in order if turn % 2 else reversed(order):
                 begin = time.perf_counter()
-                for _ in range(repeat * calls):
+                for _ in range(repeat * CALLS):
                     step()
-                times[name].append((time.perf_counter() - begin) / (repeat * calls) * 1e6)
+                times[name].append((time.perf_counter() - begin) / (repeat * CALLS) * 1e6)
         return times
     finally:
         gc.enable()

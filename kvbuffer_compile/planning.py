@@ -54,7 +54,7 @@ def plan_for(graph: LiftedGraph, found: Lifted, ours: Options, call: Call) -> Ou
     built = targets.build(chosen)
     if built == chosen.target:
         return chosen, prediction
-    return explain_choice(found, ours, calibrated(device, built), built, call)
+    return explain_choice(found, ours, machine, built, call)
 
 
 def _tell_of_loss(prediction: Prediction, ours: Options) -> None:

@@ -27,7 +27,10 @@ DISAGREES = 2.0  # times faster or slower than was measured
 def machine_for(device: torch.device | str) -> Machine:
     """The numbers of a device: from memory, from disk, or measured now (and then kept)."""
     device = torch.device(device)
-    return _known(device, _name(device))
+    key = device.type, _name(device)
+    if key not in _machines:
+        _machines[key] = _found(device, key[1])
+    return _machines[key]
 
 
 def measured_again(device: torch.device | str) -> Machine:
@@ -42,17 +45,14 @@ def keep(machine: Machine) -> None:
     """Let these be the numbers of their device, from now on and in other processes."""
     with suppress(OSError):
         store(machine, machine_path(torch.device(machine.device), machine.name))
-    _known.cache_clear()
-    _latest[machine.device, machine.name] = machine
+    _machines[machine.device, machine.name] = machine
 
 
-_latest: dict[tuple[str, str], Machine] = {}  # what this process measured or was told
+_machines: dict[tuple[str, str], Machine] = {}  # that this process knows, by device type and name
 
 
-@functools.cache
-def _known(device: torch.device, name: str) -> Machine:
-    if (device.type, name) in _latest:
-        return _latest[device.type, name]
+def _found(device: torch.device, name: str) -> Machine:
+    """From disk, or measured now."""
     try:
         path = machine_path(device, name)
     except OSError:  # no folder at all: a measurement costs a fraction of a second

@@ -15,6 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from kvbuffer_compile.codegen.example import example
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.plan import Layout, Plan, Variant
 from kvbuffer_compile.ir.program import Program
@@ -101,18 +102,21 @@ def _plan(program: Program, variant: Variant, sizes: tuple[int, int]) -> Plan:
     return Plan(program, LAYOUT, variant, sizes, capacity, capacity, torch.float32, dtypes, target="cpp")
 
 
+def filled(plan: Plan, lanes: tuple[int, ...]) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """(state, cursor, rows, operands) with numbers in them: memory that was never written is one page of zeros to a
+    reader. Products of keys stay small, so that no state grows."""
+    state, cursor, _, rows, operands = example(plan, lanes, 1, CPU)
+    for x, value in ((state, 1.0), *((x, 0.5) for x in rows), *((x, 0.5 / max(plan.sizes)) for x in operands)):
+        x.fill_(value)
+    return state, cursor, rows, operands
+
+
 def _step(plan: Plan, lanes: int, owed: int = 0) -> Callable[[], Tensor]:
     """A step of a state of so many lanes, which owes the same number of rows at every call."""
-    full = functools.partial(torch.full, dtype=torch.float32, device=CPU)
-    state = full((1, lanes, *plan.sizes), 1.0)
-    tails = {"scalar": (), "key": plan.sizes[:1], "value": plan.sizes[1:]}
-    operands = [full((1, lanes, *tails[v.kind]), 0.5 / max(plan.sizes)) for v in plan.program.inputs]
+    state, cursor, rows, operands = filled(plan, (1, lanes))
     op = ops.step_op(plan)
     if plan.variant == "recurrent":
         return functools.partial(op, state, *operands)
-    cursor = torch.zeros(4, 1, dtype=torch.int32, device=CPU)
-    cursor[1] = plan.flush
-    rows = [full(plan.row_shape(v, (1, lanes)), 0.5) for v in plan.program.logged]
 
     def step() -> Tensor:
         cursor[0] = owed

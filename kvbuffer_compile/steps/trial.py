@@ -14,7 +14,6 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from kvbuffer_compile.codegen.example import example
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.machine import Machine
 from kvbuffer_compile.machine.measure import seconds
@@ -22,6 +21,7 @@ from kvbuffer_compile.passes.choice.working_set import hint
 from kvbuffer_compile.process import disk
 from kvbuffer_compile.process.surroundings import neutral
 from kvbuffer_compile.steps import targets
+from kvbuffer_compile.steps.timing import filled
 
 MOST_BYTES = 1 << 12  # of a file
 MOST_STATES = 64  # that are stepped in turn
@@ -81,6 +81,5 @@ def _measured(plan: Plan, lanes: tuple[int, ...], working_set: int, machine: Mac
 
 
 def _arguments(plan: Plan, lanes: tuple[int, ...]) -> list[Tensor]:
-    state, cursor, _, rows, operands = example(plan, lanes, 1, "cpu")
-    operands = [x.uniform_(0.1, 0.9) for x in operands]
+    state, cursor, rows, operands = filled(plan, lanes)
     return [state, *operands] if plan.variant == "recurrent" else [state, cursor, *rows, *operands]

@@ -70,10 +70,8 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(stored, "measure", lambda device, name: replace(CPU, name=name))
     monkeypatch.setattr(stored, "probe", lambda machine: 1.0)
-    monkeypatch.setattr(stored, "_latest", {})
-    stored._known.cache_clear()
+    monkeypatch.setattr(stored, "_machines", {})
     yield stored.machine_path(torch.device("cpu"), stored._name(torch.device("cpu")))
-    stored._known.cache_clear()
 
 
 def test_a_machine_is_kept_on_disk(file: Path, tmp_path: Path) -> None:
@@ -83,7 +81,7 @@ def test_a_machine_is_kept_on_disk(file: Path, tmp_path: Path) -> None:
     assert [p.name for p in file.parent.iterdir()] == [file.name]  # no temporary left
     other = replace(found, launch=1.0)
     stored.store(other, file)
-    stored._known.cache_clear()
+    stored._machines.clear()
     assert machine_for("cpu") == other
 
 

@@ -338,8 +338,11 @@ def test_what_is_asked_follows_the_setting() -> None:
             assert surroundings._precision("cuda", "matmul") == ("ieee" if name == "highest" else "tf32")
 
 
-@pytest.mark.parametrize("mode", ["autocast", "float64", "another device", "inference", "deterministic"])
-def test_a_device_is_measured_in_float32(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+MEASURED_IN = ["autocast", "float64", "another device", "inference", "deterministic"]
+
+
+def measured_in(mode: str, module: Any, monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> set[Any]:
+    """What a module that times calls by its `seconds` computes with in a mode: dtypes and devices."""
     seen: set[tuple[torch.dtype, str]] = set()
 
     def once(call: Callable[[], Tensor], *args: Any, **kwargs: Any) -> list[float]:
@@ -347,23 +350,21 @@ def test_a_device_is_measured_in_float32(mode: str, monkeypatch: pytest.MonkeyPa
         seen.add((out.dtype, out.device.type))
         return [1.0]
 
-    monkeypatch.setattr(measure, "seconds", once)
+    monkeypatch.setattr(module, "seconds", once)
+    within(mode, run)
+    return seen
+
+
+@pytest.mark.parametrize("mode", MEASURED_IN)
+def test_a_device_is_measured_in_float32(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "sizes", lambda *given: [1 << 16])
-    within(mode, lambda: measure.measure(torch.device("cpu"), "here"))
+    seen = measured_in(mode, measure, monkeypatch, lambda: measure.measure(torch.device("cpu"), "here"))
     assert seen == {(torch.float32, "cpu")}
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
-@pytest.mark.parametrize("mode", ["autocast", "float64", "another device", "inference", "deterministic"])
+@pytest.mark.parametrize("mode", MEASURED_IN)
 def test_kernels_are_timed_in_float32(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: set[tuple[torch.dtype, str]] = set()
-
-    def once(call: Callable[[], Tensor], *args: Any, **kwargs: Any) -> list[float]:
-        out = call()
-        seen.add((out.dtype, out.device.type))
-        return [1.0]
-
-    monkeypatch.setattr(timing, "seconds", once)
     monkeypatch.setattr(timing, "keep", lambda machine: None)
-    within(mode, lambda: timing.with_kernels(CPU))
+    seen = measured_in(mode, timing, monkeypatch, lambda: timing.with_kernels(CPU))
     assert seen == {(torch.float32, "cpu")}
