@@ -8,8 +8,9 @@ from kvbuffer_compile.report.report import Report, StateReport
 from kvbuffer_compile.runtime.by_hand import materialize, rollback
 from kvbuffer_compile.runtime.drafts import accept, draft_tree
 from kvbuffer_compile.runtime.entry import keep_out
+from kvbuffer_compile.runtime.slots import read_slots, write_slots
 
-keep_out(accept, explain, materialize, rollback)
+keep_out(accept, explain, materialize, read_slots, rollback, write_slots)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,5 +27,7 @@ __all__ = [
     "explain",
     "kvbuffer",
     "materialize",
+    "read_slots",
     "rollback",
+    "write_slots",
 ]

@@ -1,0 +1,315 @@
+"""Continuous batching for transformers models with linear layers: `enable_continuous_batching(model)`.
+
+transformers' own engine (its scheduler, pages, sampling, `transformers serve`) packs the tokens of many requests into
+one sequence and keeps keys and values in pages; it refuses layers that keep a state. Here these get a slot for each
+request. The engine is given the model behind a face of its own, which says what each batch is made of (packed.py), and
+a cache that gives slots out with the pages (paged.py). Only attributes of instances are set.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+)
+from transformers.generation.continuous_batching.utils import get_device_and_memory_breakdown
+
+from kvbuffer_compile import options as backend_options
+from kvbuffer_compile.errors import StateError
+from kvbuffer_compile.integrations.transformers import standins
+from kvbuffer_compile.integrations.transformers.packed import Packed, PackedLayer, Piece, compiled_step
+from kvbuffer_compile.integrations.transformers.paged import AttentionConfig, HybridCache
+from kvbuffer_compile.integrations.transformers.pools import CacheShape, StatePools, shape_of_cache
+
+KNOWN = ("5.23",)  # versions of transformers whose engine this was written for and tested with
+SHARE = 0.5  # of the memory for caches that states may take, at most; the pages get the rest
+ROWS = 1.25  # memory of a state with its rows, of that of the state alone
+INIT, CACHED = "init_continuous_batching", "_cached_continuous_batching_manager"
+
+_served: weakref.WeakKeyDictionary[Any, Served] = weakref.WeakKeyDictionary()
+
+
+def enable_continuous_batching(model: Any, *, slots: int | None = None, options: dict[str, Any] | None = None) -> None:
+    """Let `model.generate_batch`, `model.init_continuous_batching` and `transformers serve` serve a model with linear
+    layers.
+
+    slots: requests that have states at a time, others wait; None for as many as half of the engine's memory for caches
+    holds, and no more than it takes into one batch. options: of this backend, for the decode steps of linear layers.
+    The model decodes as before beside it. A second call changes nothing. `disable_continuous_batching` undoes it.
+
+    ValueError for an argument that is not allowed. StateError, with the reason and before anything is changed, for
+    another version of transformers and for a model that cannot be served.
+    """
+    if slots is not None and (not isinstance(slots, int) or isinstance(slots, bool) or slots < 1):
+        raise ValueError(
+            f"enable_continuous_batching: slots={slots!r} is not allowed: it must be None or an integer > 0"
+        )
+    backend_options.split(options)
+    if model not in _served:
+        _served[model] = Served(model, slots, options)
+
+
+def disable_continuous_batching(model: Any) -> None:
+    """Undo `enable_continuous_batching`; a model it was not called for is left alone. StateError while it serves."""
+    served = _served.get(model)
+    if served is not None:
+        served.release()
+        del _served[model]
+
+
+def _init(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of a model's init_continuous_batching."""
+    served = _served.get(model)
+    return (standins.original(model, INIT) if served is None else served.manager)(*args, **kwargs)
+
+
+def _forward(mixer: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of a linear layer's forward: packed batches of the engine, and everything else as it was."""
+    batch = None if torch.compiler.is_compiling() else _thread.batch
+    if batch is None:
+        return standins.original(mixer, "forward")(*args, **kwargs)
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return _thread.layers[mixer.layer_idx](batch, hidden)
+
+
+class _Thread(threading.local):
+    """batch: what the engine computes on this thread at the moment; layers: by their index."""
+
+    batch: Packed | None = None
+    layers: dict[int, PackedLayer] = {}  # set as a whole
+
+
+_thread = _Thread()
+
+
+class Served:
+    """A model that the engine may serve, which is not kept."""
+
+    def __init__(self, model: Any, slots: int | None, options: dict[str, Any] | None) -> None:
+        _check_version()
+        self._model = weakref.ref(model)
+        self.slots = slots
+        self.mixers = _linear_layers(model)
+        self.shape = shape_of_cache(model)
+        _check_served(model, self.shape, [mixer.layer_idx for mixer in self.mixers])
+        self.step = compiled_step(type(model).__name__, options)
+        self.managers: weakref.WeakSet[Manager] = weakref.WeakSet()
+        standins.put(model, {INIT: _init})
+        for mixer in self.mixers:
+            standins.put(mixer, {"forward": _forward})
+
+    @property
+    def model(self) -> Any:
+        return self._model()
+
+    def release(self) -> None:
+        if any(manager.is_running() for manager in self.managers):
+            raise StateError("disable_continuous_batching: the model is being served, stop the manager first")
+        for instance in (self.model, *self.mixers):
+            standins.take_off(instance)
+        if isinstance(getattr(self.model, CACHED, None), Manager):
+            self.model.destroy_cached_continuous_batching_manager()
+
+    @torch.no_grad()
+    def manager(
+        self,
+        generation_config: Any = None,
+        continuous_batching_config: Any = None,
+        workload_hints: Any = None,
+    ) -> Any:
+        """GenerationMixin.init_continuous_batching, of a manager that knows of states."""
+        kept = getattr(self.model, CACHED, None)
+        if isinstance(kept, Manager):
+            return standins.original(self.model, INIT)()
+        config = continuous_batching_config or transformers.ContinuousBatchingConfig()
+        _check_config(config)
+        config = transformers.ContinuousBatchingConfig(
+            **{**vars(config), "allow_block_sharing": False, "use_cuda_graph": False, "use_async_batching": False}
+        )
+        generation_config = generation_config if generation_config is not None else self.model.generation_config
+        if generation_config.eos_token_id is None:
+            generation_config.eos_token_id = -1
+        manager = Manager(self, generation_config, config, workload_hints)
+        self.managers.add(manager)
+        return manager
+
+
+class Face:
+    """A served model as the engine sees it: with a configuration of the layers that have pages, and called with packed
+    batches."""
+
+    def __init__(self, served: Served) -> None:
+        vars(self).update(served=served, model=served.model, batch=None, layers={})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["model"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.model, name, value)
+
+    @property
+    def config(self) -> Any:
+        return _Config(self.model.config, self.served.shape)
+
+    def eval(self) -> Face:
+        self.model.eval()
+        return self
+
+    def serve(self, pools: StatePools, batch: Callable[[], Packed]) -> None:
+        """Serve batches on these states. batch: that of the call that comes next."""
+        step = self.served.step
+        layers = {m.layer_idx: PackedLayer(m, pools.layers[m.layer_idx], step) for m in self.served.mixers}
+        vars(self).update(batch=batch, layers=layers)
+
+    def __call__(self, **kwargs: Any) -> Any:
+        """The model on one packed batch."""
+        batch = self.batch()
+        before = _thread.batch, _thread.layers
+        _thread.batch, _thread.layers = batch, self.layers
+        try:
+            out = self.model._call_impl(**kwargs)
+        finally:
+            _thread.batch, _thread.layers = before
+        if sorted(batch.layers) != sorted(self.layers):
+            raise StateError(
+                f"continuous batching: the linear layers {sorted(self.layers)} of {type(self.model).__name__} should "
+                f"see a batch once each, {batch.layers} did: do not compile the model or its layers while it is served"
+            )
+        return out
+
+
+class _Config:
+    """A model's configuration, whose text part is that of the layers with pages."""
+
+    def __init__(self, config: Any, shape: CacheShape) -> None:
+        self._config, self._shape = config, shape
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> AttentionConfig:
+        return AttentionConfig(self._config.get_text_config(*args, **kwargs), self._shape)
+
+
+class Manager(ContinuousBatchingManager):
+    """The engine, with states beside its pages."""
+
+    def __init__(self, served: Served, generation_config: Any, config: Any, hints: Any) -> None:
+        super().__init__(cast(Any, Face(served)), generation_config, config, hints)
+        self.served = served
+        self._use_prefix_sharing = False
+        if self.continuous_batching_config.varlen_compile_config is not None:
+            raise ValueError(f"continuous batching: compile_config {_COMPILED}")
+
+    def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        if isinstance(self.batch_processor, ContinuousBatchProcessor):
+            return super()._create_batch_processor()
+        pools = self._pools()
+        processor = super()._create_batch_processor()
+        HybridCache.adopted(processor.cache, self.served.shape, pools)
+
+        def batch() -> Packed:
+            ours: Any = processor.inputs_and_outputs
+            return Packed(list(_pieces(ours.requests_in_batch, pools)), self.model.device)
+
+        cast(Any, self.model).serve(pools, batch)
+        return processor
+
+    def _pools(self) -> StatePools:
+        """As many slots as there is memory for; the engine's pages get what is left."""
+        config: Any = self.continuous_batching_config
+        shape = self.served.shape
+        _, total, reserved, allocated = get_device_and_memory_breakdown()
+        unused = total - max(reserved, allocated)
+        each = int(shape.state_bytes * ROWS)
+        most = int(unused * config.max_memory_percent * SHARE) // each
+        count = self.served.slots or min(config.max_requests_per_batch, most)
+        if count < 1 or count * each > unused * config.max_memory_percent:
+            raise MemoryError(
+                f"continuous batching: the states of a request take {each / 1e6:.1f} MB, those of {max(count, 1)} more "
+                f"than the {unused * config.max_memory_percent / 1e6:.1f} MB that there are for caches"
+            )
+        config.max_memory_percent -= count * each / unused
+        return StatePools(shape, count, self.model.device)
+
+
+def _pieces(requests: Any, pools: StatePools) -> Any:
+    """Which tokens of a batch are whose. The engine has counted these tokens as past already."""
+    begin = 0
+    for request in requests:
+        count = request.query_length
+        past = request.state.position_offset - count
+        yield Piece(pools.slots[request.state.request_id], begin, begin + count, past > 0)
+        begin += count
+
+
+# --------------------------------------------------------------------------------------- what can be served
+
+
+def _check_version() -> None:
+    if not transformers.__version__.startswith(tuple(f"{known}." for known in KNOWN)):
+        raise StateError(
+            f"continuous batching: transformers {transformers.__version__} is not known here, its engine may differ: "
+            f"install {' or '.join(known + '.*' for known in KNOWN)}"
+        )
+
+
+def _linear_layers(model: Any) -> list[Any]:
+    """The modules of a model that keep a state of one size in its cache."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and "cache_params" in inspect.signature(type(module).forward).parameters
+    ]
+
+
+def _check_served(model: Any, shape: CacheShape, mixers: list[int]) -> None:
+    name = type(model).__name__
+    if not shape.states:
+        raise StateError(
+            f"continuous batching: {name} keeps no states of linear layers in the cache layers of transformers; "
+            "transformers serves it as it is, or refuses it"
+        )
+    if not shape.attention:
+        raise StateError(f"continuous batching: {name} has no attention, the engine schedules by the pages that needs")
+    if sorted(mixers) != sorted(shape.states):
+        raise StateError(
+            f"continuous batching: the states of {name} in layers {sorted(shape.states)} are not those of the modules "
+            f"that take cache_params, in layers {sorted(mixers)}"
+        )
+    compiled = [n for n, module in model.named_modules() if getattr(module, "_compiled_call_impl", None) and n]
+    if compiled:
+        raise StateError(f"continuous batching: {compiled[0]} of {name} is compiled by itself, serve it uncompiled")
+
+
+_COMPILED = "is not allowed for this model: its linear layers are compiled here, and the rest runs as it is"
+
+
+def _check_config(config: Any) -> None:
+    """ValueError for what the engine can do and cannot with states."""
+    refused = {
+        "varlen_compile_config": (None, _COMPILED),
+        "decode_compile_config": (None, _COMPILED),
+        "default_compile_level": (0, _COMPILED),
+        "cpu_offload_space": (0, "is not allowed for this model: states are not offloaded; requests are computed anew"),
+    }
+    for name, (allowed, why) in refused.items():
+        value = getattr(config, name)
+        if value != allowed:
+            raise ValueError(f"continuous_batching_config.{name}={value!r} {why}; it must be {allowed}")
+    for name in ("use_cuda_graph", "use_async_batching"):
+        value = getattr(config, name)
+        if value is True or (isinstance(value, tuple) and any(value)):
+            raise ValueError(
+                f"continuous_batching_config.{name}={value!r} is not allowed for this model: the slots of a batch are "
+                "told apart on the host; it must be None or False"
+            )
