@@ -23,6 +23,7 @@ from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.integrations.transformers import (
     disable_continuous_batching,
     enable_continuous_batching,
+    servable,
     serving,
 )
 from kvbuffer_compile.integrations.transformers.paged import HybridCache
@@ -30,14 +31,14 @@ from tests.zoo.build import bare_model
 from tests.zoo.configs import VOCAB
 from tests.zoo.weights import remember
 
-if not transformers.__version__.startswith(tuple(f"{known}." for known in serving.KNOWN)):
+if not transformers.__version__.startswith(tuple(f"{known}." for known in servable.KNOWN)):
     pytest.skip("the engine of this version of transformers is not known", allow_module_level=True)
 
 FAST: dict[str, Any] = {"inner": "eager", "target": "aten", "flush": 4}
 NIGHTLY = pytest.mark.nightly
 SERVED = ("qwen3_5", "bamba", *(
     pytest.param(name, marks=NIGHTLY)
-    for name in ("qwen3_next", "qwen3_5_moe", "olmo_hybrid", "falcon_h1", "granitemoehybrid")
+    for name in ("qwen3_next", "qwen3_5_moe", "olmo_hybrid", "falcon_h1", "granitemoehybrid", "nemotron_h")
 ))  # fmt: skip
 
 
@@ -214,9 +215,17 @@ def test_arguments_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_more_states_than_memory() -> None:
     model = model_of("qwen3_5")
     enable_continuous_batching(model, slots=1 << 24, options=FAST)
-    manager = model.init_continuous_batching(settings(4), engine())
     with pytest.raises(MemoryError, match="the states of a request take"):
-        manager.warmup() or manager._create_batch_processor()
+        model.init_continuous_batching(settings(4), engine())
+
+
+@pytest.mark.parametrize("name", ["jamba", pytest.param("zamba2", marks=NIGHTLY)])
+def test_models_whose_logits_would_be_others(name: str) -> None:
+    """Jamba's layers forget the state when a prompt goes on; Zamba2's attention has no pages of its own number."""
+    model = model_of(name)
+    enable_continuous_batching(model, slots=3, options=FAST)
+    with pytest.raises(StateError, match="it is not served"):
+        model.init_continuous_batching(settings(4), engine())
 
 
 # ------------------------------------------------------------------------------------------------- long runs

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
+from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.integrations.transformers.pools import CacheShape, StatePools
 
 
@@ -45,6 +46,11 @@ class HybridCache(PagedAttentionCache):
         return cache
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]) -> Any:
+        if layer_idx not in self.places:
+            raise StateError(
+                f"continuous batching: an attention module calls itself layer {layer_idx}, pages are those of layers "
+                f"{sorted(self.places)}: it is not served"
+            )
         return super().update(key_states, value_states, self.places[layer_idx], kwargs)
 
     def can_store_request_tokens(self, state: Any, request_len: int, dry_run: bool = False) -> bool:

@@ -8,7 +8,6 @@ a cache that gives slots out with the pages (paged.py). Only attributes of insta
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
 from collections.abc import Callable
@@ -24,12 +23,18 @@ from transformers.generation.continuous_batching.utils import get_device_and_mem
 
 from kvbuffer_compile import options as backend_options
 from kvbuffer_compile.errors import StateError
-from kvbuffer_compile.integrations.transformers import standins
+from kvbuffer_compile.integrations.transformers import standins, trial
 from kvbuffer_compile.integrations.transformers.packed import Packed, PackedLayer, Piece, compiled_step
 from kvbuffer_compile.integrations.transformers.paged import AttentionConfig, HybridCache
 from kvbuffer_compile.integrations.transformers.pools import CacheShape, StatePools, shape_of_cache
+from kvbuffer_compile.integrations.transformers.servable import (
+    COMPILED,
+    check_config,
+    check_served,
+    check_version,
+    linear_layers,
+)
 
-KNOWN = ("5.23",)  # versions of transformers whose engine this was written for and tested with
 SHARE = 0.5  # of the memory for caches that states may take, at most; the pages get the rest
 ROWS = 1.25  # memory of a state with its rows, of that of the state alone
 INIT, CACHED = "init_continuous_batching", "_cached_continuous_batching_manager"
@@ -94,12 +99,12 @@ class Served:
     """A model that the engine may serve, which is not kept."""
 
     def __init__(self, model: Any, slots: int | None, options: dict[str, Any] | None) -> None:
-        _check_version()
+        check_version()
         self._model = weakref.ref(model)
         self.slots = slots
-        self.mixers = _linear_layers(model)
+        self.mixers = linear_layers(model)
         self.shape = shape_of_cache(model)
-        _check_served(model, self.shape, [mixer.layer_idx for mixer in self.mixers])
+        check_served(model, self.shape, [mixer.layer_idx for mixer in self.mixers])
         self.step = compiled_step(type(model).__name__, options)
         self.managers: weakref.WeakSet[Manager] = weakref.WeakSet()
         standins.put(model, {INIT: _init})
@@ -130,7 +135,7 @@ class Served:
         if isinstance(kept, Manager):
             return standins.original(self.model, INIT)()
         config = continuous_batching_config or transformers.ContinuousBatchingConfig()
-        _check_config(config)
+        check_config(config)
         config = transformers.ContinuousBatchingConfig(
             **{**vars(config), "allow_block_sharing": False, "use_cuda_graph": False, "use_async_batching": False}
         )
@@ -207,7 +212,8 @@ class Manager(ContinuousBatchingManager):
         self.served = served
         self._use_prefix_sharing = False
         if self.continuous_batching_config.varlen_compile_config is not None:
-            raise ValueError(f"continuous batching: compile_config {_COMPILED}")
+            raise ValueError(f"continuous batching: compile_config {COMPILED}")
+        self.batch_processor = self._create_batch_processor()  # here, where the caller hears of what cannot be
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         if isinstance(self.batch_processor, ContinuousBatchProcessor):
@@ -221,6 +227,8 @@ class Manager(ContinuousBatchingManager):
             return Packed(list(_pieces(ours.requests_in_batch, pools)), self.model.device)
 
         cast(Any, self.model).serve(pools, batch)
+        trial.check(self.model, processor, pools.slots.count)
+        processor.reset()
         return processor
 
     def _pools(self) -> StatePools:
@@ -249,67 +257,3 @@ def _pieces(requests: Any, pools: StatePools) -> Any:
         past = request.state.position_offset - count
         yield Piece(pools.slots[request.state.request_id], begin, begin + count, past > 0)
         begin += count
-
-
-# --------------------------------------------------------------------------------------- what can be served
-
-
-def _check_version() -> None:
-    if not transformers.__version__.startswith(tuple(f"{known}." for known in KNOWN)):
-        raise StateError(
-            f"continuous batching: transformers {transformers.__version__} is not known here, its engine may differ: "
-            f"install {' or '.join(known + '.*' for known in KNOWN)}"
-        )
-
-
-def _linear_layers(model: Any) -> list[Any]:
-    """The modules of a model that keep a state of one size in its cache."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(getattr(module, "layer_idx", None), int)
-        and "cache_params" in inspect.signature(type(module).forward).parameters
-    ]
-
-
-def _check_served(model: Any, shape: CacheShape, mixers: list[int]) -> None:
-    name = type(model).__name__
-    if not shape.states:
-        raise StateError(
-            f"continuous batching: {name} keeps no states of linear layers in the cache layers of transformers; "
-            "transformers serves it as it is, or refuses it"
-        )
-    if not shape.attention:
-        raise StateError(f"continuous batching: {name} has no attention, the engine schedules by the pages that needs")
-    if sorted(mixers) != sorted(shape.states):
-        raise StateError(
-            f"continuous batching: the states of {name} in layers {sorted(shape.states)} are not those of the modules "
-            f"that take cache_params, in layers {sorted(mixers)}"
-        )
-    compiled = [n for n, module in model.named_modules() if getattr(module, "_compiled_call_impl", None) and n]
-    if compiled:
-        raise StateError(f"continuous batching: {compiled[0]} of {name} is compiled by itself, serve it uncompiled")
-
-
-_COMPILED = "is not allowed for this model: its linear layers are compiled here, and the rest runs as it is"
-
-
-def _check_config(config: Any) -> None:
-    """ValueError for what the engine can do and cannot with states."""
-    refused = {
-        "varlen_compile_config": (None, _COMPILED),
-        "decode_compile_config": (None, _COMPILED),
-        "default_compile_level": (0, _COMPILED),
-        "cpu_offload_space": (0, "is not allowed for this model: states are not offloaded; requests are computed anew"),
-    }
-    for name, (allowed, why) in refused.items():
-        value = getattr(config, name)
-        if value != allowed:
-            raise ValueError(f"continuous_batching_config.{name}={value!r} {why}; it must be {allowed}")
-    for name in ("use_cuda_graph", "use_async_batching"):
-        value = getattr(config, name)
-        if value is True or (isinstance(value, tuple) and any(value)):
-            raise ValueError(
-                f"continuous_batching_config.{name}={value!r} is not allowed for this model: the slots of a batch are "
-                "told apart on the host; it must be None or False"
-            )
