@@ -8,8 +8,9 @@ from kvbuffer_compile.report.report import Report, StateReport
 from kvbuffer_compile.runtime.by_hand import materialize, rollback
 from kvbuffer_compile.runtime.drafts import accept, draft_tree
 from kvbuffer_compile.runtime.entry import keep_out
+from kvbuffer_compile.runtime.stats import StateStats, Stats, stats
 
-keep_out(accept, explain, materialize, rollback)
+keep_out(accept, explain, materialize, rollback, stats)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,10 +22,13 @@ __all__ = [
     "Report",
     "StateError",
     "StateReport",
+    "StateStats",
+    "Stats",
     "accept",
     "draft_tree",
     "explain",
     "kvbuffer",
     "materialize",
     "rollback",
+    "stats",
 ]

@@ -33,6 +33,8 @@ def take_back(accounts: Sequence[Account], n: Counts) -> None:
     if not all([_possible(account, counts) for account in accounts]):
         raise ValueError(f"rollback(obj, n): n={counts.tolist()} but {_most(accounts)}")
     at_once(*[write for account in accounts for write in _without(account, counts)])
+    for account in accounts:
+        account.history.took_back(0 if on_device(counts, account) else int(counts.max()))
 
 
 def _without(account: Account, counts: Tensor) -> list[Callable[[], object]]:

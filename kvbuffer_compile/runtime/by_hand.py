@@ -26,8 +26,8 @@ from kvbuffer_compile.process.locks import under_locks
 from kvbuffer_compile.runtime.access import touch
 
 __all__ = [
-    "accounts_of", "declare_zero", "mark_rowless", "materialize", "rollback", "tensors_in", "touch", "whole_accounts",
-    "zero_state",
+    "accounts_of", "declare_zero", "mark_rowless", "materialize", "rollback", "rowless_in", "tensors_in", "touch",
+    "whole_accounts", "zero_state",
 ]  # fmt: skip
 
 
@@ -108,6 +108,13 @@ def _covers(tensor: Tensor, account: Account) -> bool:
 
 
 _rowless: dict[int, weakref.ref[Tensor]] = {}  # states that recurrent steps write: no token of theirs can be taken back
+
+
+def rowless_in(obj: Any) -> int:
+    """How many states of obj are stepped without rows; None asks for all there are."""
+    if obj is None:
+        return len(_rowless)
+    return sum(id(t) in _rowless for t in tensors_in(obj))
 
 
 def mark_rowless(owner: Tensor) -> None:
