@@ -91,7 +91,8 @@ class _Line:
 
         with self.lock:
             if not self.ended:
-                self.live = Live(get_renderable=now, console=Console(stderr=True), refresh_per_second=5, transient=True,
+                console = Console(file=sys.stderr)
+                self.live = Live(get_renderable=now, console=console, refresh_per_second=5, transient=True,
                                  redirect_stdout=False, redirect_stderr=False)  # fmt: skip
                 self.live.start()
 

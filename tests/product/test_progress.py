@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-import sys
 import time
+import types
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     found = Terminal()
-    monkeypatch.setattr(sys, "stderr", found)
+    monkeypatch.setattr(progress, "sys", types.SimpleNamespace(stderr=found))  # capturing sets the true one
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
     monkeypatch.delenv("KVBUFFER_QUIET", raising=False)
     monkeypatch.setenv("TERM", "xterm")
