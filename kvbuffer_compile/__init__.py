@@ -1,34 +1,26 @@
-"""Buffered decoding for any model with linear attention: torch.compile(model, backend="kvbuffer")."""
+"""Buffered decoding for any model with linear attention: torch.compile(model, backend="kvbuffer").
 
-from kvbuffer_compile.backend import kvbuffer
-from kvbuffer_compile.errors import Declined, DeclinedError, EmitError, IRError, StateError
-from kvbuffer_compile.explain import explain
-from kvbuffer_compile.options import Options
-from kvbuffer_compile.report.report import Report, StateReport
-from kvbuffer_compile.runtime.by_hand import materialize, rollback
-from kvbuffer_compile.runtime.drafts import accept, draft_tree
-from kvbuffer_compile.runtime.entry import keep_out
-from kvbuffer_compile.runtime.stats import StateStats, Stats, stats
+The names in `public.py` are this module's; torch is imported with the first of them, so that `--help` need not wait.
+"""
 
-keep_out(accept, explain, materialize, rollback, stats)
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = [
-    "Declined",
-    "DeclinedError",
-    "EmitError",
-    "IRError",
-    "Options",
-    "Report",
-    "StateError",
-    "StateReport",
-    "StateStats",
-    "Stats",
-    "accept",
-    "draft_tree",
-    "explain",
-    "kvbuffer",
-    "materialize",
-    "rollback",
-    "stats",
-]
+
+if TYPE_CHECKING:
+    from kvbuffer_compile.public import *  # noqa: F403
+else:
+
+    def __getattr__(name):
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib
+
+        public = importlib.import_module("kvbuffer_compile.public")
+        globals().update({known: getattr(public, known) for known in public.__all__}, __all__=public.__all__)
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]
+
+    def __dir__():
+        return [*globals(), *__getattr__("__all__")]
