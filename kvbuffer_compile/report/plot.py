@@ -12,7 +12,7 @@ MOST = 4  # kinds of state in one plot
 BUFFERED, PLAIN = "#0b6e99", "#8a5a00"
 
 
-def draw(curves: Sequence[tuple[str, Prediction]], path: str | Path) -> None:
+def draw(curves: Sequence[tuple[str, Prediction]], path: str | Path, title: str) -> None:
     """Draw a row of two panels for each of the first (label, prediction) pairs. See Report.plot for the errors."""
     if not curves:
         raise ValueError("there is nothing to plot: no state of this report has a prediction")
@@ -25,7 +25,9 @@ def draw(curves: Sequence[tuple[str, Prediction]], path: str | Path) -> None:
     for (label, prediction), (left, right) in zip(shown, figure.subplots(len(shown), 2, squeeze=False), strict=True):
         _panel(left, prediction, "bytes", "MB moved per step", 1e-6)
         _panel(right, prediction, "seconds", *_time_unit(prediction.plain.seconds))
-        left.set_title(f"{label} ({prediction.target})", loc="left", fontsize=10)
+        for panel, what in ((left, "bytes"), (right, "time")):
+            panel.set_title(f"{label} ({prediction.target}): {what} a step", loc="left", fontsize=9, wrap=True)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, wrap=True)
     figure.savefig(path, dpi=150)
 
 

@@ -17,6 +17,7 @@ from kvbuffer_compile.accounts.account import Account
 from kvbuffer_compile.accounts.history import Count, Tally
 from kvbuffer_compile.accounts.ledger import LEDGER
 from kvbuffer_compile.guard.guarded import plain_calls
+from kvbuffer_compile.report.whole import in_bytes
 from kvbuffer_compile.runtime.by_hand import accounts_of, rowless_in
 
 WIDTH = 110  # columns of the table
@@ -181,14 +182,6 @@ def _table(states: Iterable[StateStats]) -> Table:
         table.add_row(
             name if len(members) == 1 else f"{len(members)} of {name}", str(flush), str(steps),
             f"{about}{sums('flushes')}", str(sums("settles")), str(sums("rollbacks")), str(sums("owed")),
-            _bytes(sums("row_bytes")), _bytes(sums("bytes_not_written")), _bytes(sums("bytes_not_read")),
+            in_bytes(sums("row_bytes")), in_bytes(sums("bytes_not_written")), in_bytes(sums("bytes_not_read")),
         )  # fmt: skip
     return table
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if abs(size) < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"
