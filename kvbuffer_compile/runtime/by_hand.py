@@ -19,7 +19,7 @@ from torch import Tensor
 from kvbuffer_compile.accounts.account import Account
 from kvbuffer_compile.accounts.fresh import declare_zero, zero_state
 from kvbuffer_compile.accounts.ledger import LEDGER
-from kvbuffer_compile.accounts.rollback import Counts, take_back
+from kvbuffer_compile.accounts.rollback import Counts, note, take_back
 from kvbuffer_compile.guard.guarded import plain_calls
 from kvbuffer_compile.guard.overlap import covers, storage_of
 from kvbuffer_compile.process.locks import under_locks
@@ -81,6 +81,7 @@ def rollback(obj: Any, n: Counts) -> None:
     with plain_calls():
         accounts = whole_accounts(list(tensors_in(obj)), "rollback(obj, n)")
         under_locks(accounts, lambda: _reconciled(accounts, lambda: take_back(accounts, n)))
+        note(accounts, n)
 
 
 def _reconciled(accounts: Sequence[Account], call: Callable[[], None]) -> None:
