@@ -9,6 +9,7 @@ from typing import Any
 from kvbuffer_compile.passes.choice.predict import Prediction
 
 MOST = 4  # kinds of state in one plot
+LABEL = 44  # characters of a label
 BUFFERED, PLAIN = "#0b6e99", "#8a5a00"
 
 
@@ -26,9 +27,14 @@ def draw(curves: Sequence[tuple[str, Prediction]], path: str | Path, title: str)
         _panel(left, prediction, "bytes", "MB moved per step", 1e-6)
         _panel(right, prediction, "seconds", *_time_unit(prediction.plain.seconds))
         for panel, what in ((left, "bytes"), (right, "time")):
-            panel.set_title(f"{label} ({prediction.target}): {what} a step", loc="left", fontsize=9, wrap=True)
+            panel.set_title(f"{what} a step: {_short(label)} ({prediction.target})", loc="left", fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, wrap=True)
     figure.savefig(path, dpi=150)
+
+
+def _short(label: str) -> str:
+    """A label that leaves room for the title of the panel beside it."""
+    return label if len(label) <= LABEL else f"{label[: LABEL // 2]}...{label[-LABEL // 2 :]}"
 
 
 def _time_unit(seconds: float) -> tuple[str, float]:

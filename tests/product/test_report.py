@@ -185,6 +185,17 @@ def test_plot(tmp_path: Path, ending: str) -> None:
     assert len(content) > 10_000 and content.startswith(b"\x89PNG" if ending == "png" else b"<?xml")
 
 
+def test_every_panel_has_a_title(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    seen: list[Any] = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: (seen.append(self), save(self, *a, **k)))
+    full_report().plot(tmp_path / "plot.png")
+    titles = [panel.get_title(loc="left") for panel in seen[0].axes]
+    assert len(titles) == 6 and all("a step: " in title and len(title) < 75 for title in titles)
+    assert "6 states in 2 graphs" in seen[0].get_suptitle()
+
+
 def test_plot_without_predictions() -> None:
     with pytest.raises(ValueError, match="nothing to plot"):
         Report(()).plot("never.png")
