@@ -86,8 +86,8 @@ def source(plan: Plan) -> tuple[str, str] | None:
 def _warn_once(message: str) -> None:
     """Warn of the first of all problems that begin with the same line: what follows is of one kernel of many."""
     line = message.splitlines()[0]
+    log.info("composite steps: %s", message)
     if line in _said:
-        log.info("composite steps: %s", message)
         return
     _said.add(line)
     warnings.warn(f"kvbuffer runs its slower composite steps: {message}", stacklevel=2)
