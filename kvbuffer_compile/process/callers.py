@@ -28,7 +28,7 @@ class Site:
     @staticmethod
     def find() -> Site | None:
         """The line that called us."""
-        frames = ((f.f_code.co_filename, f.f_lineno) for f in _callers() if _is_foreign(f.f_code.co_filename))
+        frames = ((f.f_code.co_filename, f.f_lineno) for f in _callers() if _is_foreign(f))
         near = next(frames, None)
         if near is None:
             return None
@@ -53,7 +53,10 @@ def _callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _is_foreign(file: str) -> bool:
-    if file.startswith((_OURS, _TORCH, "<")):
+def _is_foreign(frame: FrameType) -> bool:
+    file = frame.f_code.co_filename
+    if file.startswith("<"):  # generated, or typed in by a person
+        return frame.f_globals.get("__name__") == "__main__"
+    if file.startswith((_OURS, _TORCH)):
         return False
     return file.startswith(_INSTALLED) or not file.startswith(_LIBRARY)
