@@ -1,9 +1,10 @@
-# `make demo` and `make test` need Python 3.11 or 3.12 and a C++ compiler, and set up the rest in $(VENV).
+# `make demo` and `make test` need Python 3.11 to 3.13 and a C++ compiler, and set up the rest in $(VENV).
 #
 #   make demo       complete a prompt with the stored model: eager, Inductor, kvbuffer
 #   make test       the tests                    make test ARGS="-k packaging"   some of them
 #   make nightly    the slow sweeps              make lint      ruff and mypy
 #   make sanitize   generated C++ kernels under AddressSanitizer and UBSan
+#   make release-check   build the package, install it on each Python here, try it
 #   make clean      remove the environment and everything built
 #
 # Variables: PYTHON (interpreter that creates the environment), VENV (its folder), WORKERS (test
@@ -14,8 +15,8 @@ VENV    ?= .venv
 WORKERS ?= 2
 ARGS    ?=
 
-SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
-FIND_PYTHON = for p in python3.11 python3.12 python3 python; do \
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done
 PYTHON ?= $(or $(shell $(FIND_PYTHON)),python3)
 
@@ -28,7 +29,7 @@ PIP       := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 DEVELOP   := $(VENV)/.installed-dev
 
-.PHONY: demo test nightly sanitize lint install clean
+.PHONY: demo test nightly sanitize lint release-check install clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -48,11 +49,14 @@ lint: $(DEVELOP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+release-check: $(DEVELOP)
+	VENV=$(VENV) .ci/release_check
+
 install: $(INSTALLED)
 
 $(BIN)/python:
 	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
-	  echo "error: Python 3.11 or 3.12 is needed, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | head -n 1)." >&2; \
+	  echo "error: Python 3.11 to 3.13 is needed, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | head -n 1)." >&2; \
 	  echo "       Name one with: make $(firstword $(MAKECMDGOALS) demo) PYTHON=/path/to/python3.11" >&2; \
 	  exit 1; }
 	@command -v $(firstword $(CXX)) >/dev/null 2>&1 || \

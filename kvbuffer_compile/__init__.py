@@ -1,19 +1,17 @@
-"""Buffered decoding for any model with linear attention: torch.compile(model, backend="kvbuffer")."""
+"""Buffered decoding for any model with linear attention: torch.compile(model, backend="kvbuffer").
 
-from kvbuffer_compile.backend import kvbuffer
-from kvbuffer_compile.errors import Declined, DeclinedError, EmitError, IRError, StateError
-from kvbuffer_compile.explain import explain
-from kvbuffer_compile.options import Options
-from kvbuffer_compile.report.report import Report, StateReport
-from kvbuffer_compile.runtime.by_hand import materialize, rollback
-from kvbuffer_compile.runtime.drafts import accept, draft_tree
-from kvbuffer_compile.runtime.entry import keep_out
-from kvbuffer_compile.runtime.slots import read_slots, write_slots
+torch is imported with the first of the public names that is asked for: `python -m kvbuffer_compile --help` need not
+wait for it.
+"""
 
-keep_out(accept, explain, materialize, read_slots, rollback, write_slots)
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvbuffer_compile.public import *  # noqa: F403
 
 __version__ = "0.1.0"
-__all__ = [
+__all__ = [  # noqa: F405
     "Declined",
     "DeclinedError",
     "EmitError",
@@ -22,6 +20,8 @@ __all__ = [
     "Report",
     "StateError",
     "StateReport",
+    "StateStats",
+    "Stats",
     "accept",
     "draft_tree",
     "explain",
@@ -29,5 +29,18 @@ __all__ = [
     "materialize",
     "read_slots",
     "rollback",
+    "stats",
     "write_slots",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        public = importlib.import_module("kvbuffer_compile.public")
+        globals().update({known: getattr(public, known) for known in __all__})
+        return globals()[name]
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

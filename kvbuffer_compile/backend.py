@@ -30,6 +30,7 @@ from kvbuffer_compile.passes.storage import pools
 from kvbuffer_compile.passes.tokens import composites
 from kvbuffer_compile.passes.tokens.sequences import spelled_out
 from kvbuffer_compile.planning import plan_for
+from kvbuffer_compile.process import progress
 from kvbuffer_compile.records import GraphRecord, observers
 from kvbuffer_compile.report import dump
 from kvbuffer_compile.runtime import entry
@@ -49,10 +50,21 @@ def kvbuffer(
 ) -> Callable[..., Any]:
     """Backend for torch.compile(backend="kvbuffer"). options: fields of Options, and options of Inductor.
 
-    ValueError for an unknown option, or a value that is not allowed.
+    ValueError for an unknown option, or a value that is not allowed. What is decided is logged, at INFO, under the name
+    "kvbuffer_compile", and what happens at run time at DEBUG: TORCH_LOGS="kvbuffer_compile" or "+kvbuffer_compile" (the
+    backend's own name is none that torch accepts there). On a terminal a line tells how a long compilation gets on,
+    unless KVBUFFER_QUIET=1.
     """
     substitution.watch()
     entry.install()
+    operations = sum(node.op.startswith("call") for node in gm.graph.nodes)
+    with progress.compiling(f"a graph of {operations} operations"):
+        return _backend(gm, example_inputs, mode, options)
+
+
+def _backend(
+    gm: GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
+) -> Callable[..., Any]:
     ours, inductor = _split_options(options)
     if mode and mode.startswith("max-autotune"):
         ours = replace(ours, tune=True)
@@ -78,6 +90,7 @@ def _compile(
 ) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
+    progress.stage("tracing")
     records: list[GraphRecord] = []
     # AOTAutogradCache does not know of our inner compile: a hit would hand back a graph that was never rewritten.
     with functorch_config.patch(enable_autograd_cache=False), observers.also(records.append):
@@ -145,6 +158,7 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Inductor's inner compile with our rewrite in front of it. sources: the user's names of the captured inputs."""
     compile_inner = _inner_compiler(ours)
+    progress.stage("looking for states")
     if not kwargs.get("is_inference"):
         return cast(Callable[..., Any], compile_inner(spelled_out(gm), example_inputs, **kwargs))
     try:
@@ -220,11 +234,19 @@ def _inner_compiler(ours: Options) -> Callable[..., Any]:
     if ours.inner == "inductor":
         from torch._inductor.compile_fx import compile_fx_inner
 
-        return compile_fx_inner
+        return _staged(compile_fx_inner)
     if ours.inner == "eager":
         return lambda gm, inputs, **kwargs: _boxed(_without_fakes(gm).forward)
     given = ours.inner
     return lambda gm, inputs, **kwargs: _boxed(given(gm, inputs))  # type: ignore[operator]
+
+
+def _staged(compile_inner: Callable[..., Any]) -> Callable[..., Any]:
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        progress.stage("Inductor")
+        return compile_inner(*args, **kwargs)
+
+    return inner
 
 
 def _without_fakes(gm: GraphModule) -> GraphModule:

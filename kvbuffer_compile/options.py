@@ -11,15 +11,10 @@ from typing import Any
 import torch
 
 from kvbuffer_compile.errors import OptionError
+from kvbuffer_compile.limits import COUNT, TARGETS, is_count
 
-TARGETS = ("auto", "aten", "cpp", "triton")
 ON_DECLINE = ("ignore", "warn", "raise")
 INNER = ("inductor", "eager")
-# Of flush and capacity. Rows take as many bytes as the state when there are K*V/(K+V) of them, 64 for 128 x 128: a
-# buffer this long pays for no state below 131,072 x 131,072, and one slot more only costs. Loops over flush lengths and
-# the indices of rows were tested up to here.
-LONGEST = 1 << 16
-COUNT = f"an integer from 1 to {LONGEST}"
 
 
 @dataclass(frozen=True)
@@ -66,11 +61,6 @@ class Options:
         _check(isinstance(self.tune, bool), "tune", self.tune, "True or False")
         _check(self.target in TARGETS, "target", self.target, f"one of {TARGETS}")
         _check(self.capacity is None or is_count(self.capacity), "capacity", self.capacity, f"None or {COUNT}")
-
-
-def is_count(x: object) -> bool:
-    """Whether flush or capacity may be this."""
-    return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= LONGEST
 
 
 def _check(ok: object, name: str, value: object, allowed: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvbuffer_compile.accounts.attempt import Attempt
 from kvbuffer_compile.accounts.buffers import allocate
+from kvbuffer_compile.accounts.history import History, Rhythm, Tally, profiled
 from kvbuffer_compile.guard.aliases import Place, alias, known_alias, plain
 from kvbuffer_compile.guard.overlap import has_memory, provide
 from kvbuffer_compile.guard.sharing import Storage
@@ -43,8 +44,8 @@ class Account:
     whose rows lie behind the owed ones until anything else happens to the state. held: the counts at which sequences
     flush next when they are no longer held.
     progress: the steps that count (of all sequences, or one by one), and the call after them with its tokens, which
-    counts when it is done. first, most: of a state without memory, the count at which it first flushes, and no less
-    than what it owes.
+    counts when it is done; afterwards, how many tokens it had. first, most: of a state without memory, the count at
+    which it first flushes, and no less than what it owes.
     """
 
     allocation: Allocation
@@ -78,6 +79,7 @@ class Account:
         with torch.inference_mode(False):
             self.cursor, self.rows = allocate(self.state, plan)
         self.cursor[1].fill_(phase)
+        self.history = History(self.cursor, Rhythm(phase, plan.flush, plan.capacity), not plan.several)
         self.arguments = (self.cursor, *self.rows)  # of a step op, behind the state
 
     @property
@@ -131,7 +133,7 @@ class Account:
         else:
             self.take_back_unfinished(0 if self.cursor.data_ptr() in attempt.drafted else tokens)
             counted = steps
-        self.progress = (counted, None, 0)
+        self.progress = (counted, None, tokens)
 
     def finished(self) -> None:
         """To be called when the steps of a call have gone through: memory that others can reach holds the truth again.
@@ -140,6 +142,7 @@ class Account:
         """
         if self.shared is not None or self.allocation.check():
             self.fold()
+            self.history.exposed += 1
 
     @neutral
     def take_back_unfinished(self, tokens: int) -> None:
@@ -152,13 +155,16 @@ class Account:
 
     # ---------------------------------------------------------------------------------------- settling
 
-    def settle(self) -> None:
-        """Fold every owed row into the state; whoever comes now may change it."""
+    def settle(self, why: str | None = None) -> None:
+        """Fold every owed row into the state; whoever comes now may change it. why: when no line of code asks."""
         with self.lock:
             self.reconcile()
             self.drafts = self.held = None
             if self.dirty:
+                since = self.history.begin(self.progress, self.phase)
                 self.fold()
+                if not isinstance(since, int) or since > 0:
+                    self.history.settled(since, why)
             elif self.bare:
                 self.drop()
             self.bare = False
@@ -167,7 +173,7 @@ class Account:
     def fold(self) -> None:
         """Fold in every row there is, those of a call that is not done among them."""
         self.provide()
-        with one_thread_in_a_fork():
+        with one_thread_in_a_fork(), profiled("kvbuffer::flush of a state that someone looks at"):
             composite.flush(self.plan, self.state, self.cursor, self.rows, self.unsettled)
         self.cursor[1].fill_(self.phase)
         self.dirty = False  # not before: a flush that ran out of memory is still owed
@@ -185,6 +191,7 @@ class Account:
             self.bare, self.dirty = self.bare or zero, self.dirty or dirty
             limit = self.fresh_rows - (self.plan.flush - self.phase) if zero else self.phase
             self.first, self.most = max(1, limit), 0
+            self.history.overwritten(self.progress, self.first, zero)
             cursor = self.cursor.clone()
             cursor[0].clamp_(max=0)
             cursor[1].fill_(self.first)
@@ -207,6 +214,7 @@ class Account:
         with self.lock:
             self.reconcile()
             if self.held is None:
+                self.history.disturbed = True
                 self.held = self.cursor[1].clone()
                 self.cursor[1].fill_(self.plan.capacity)
 
@@ -219,6 +227,12 @@ class Account:
                 kept = self.cursor[1] != self.plan.capacity
                 self.cursor[1].copy_(torch.where(kept, self.cursor[1], self.held))
                 self.held = None
+
+    def tally(self, wait: bool = True) -> Tally:
+        """What has happened to the state. wait: for the device, to know how many rows are owed."""
+        with self.lock:
+            self.reconcile()
+            return self.history.now(self.progress, wait)
 
     def provide(self) -> None:
         """Let the state have memory; what that then holds is not read."""

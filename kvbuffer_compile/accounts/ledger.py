@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from kvbuffer_compile.accounts.account import Account, Allocation, Key
+from kvbuffer_compile.accounts.history import Tally
 from kvbuffer_compile.guard.overlap import overlap, storage_of
 
 
@@ -52,6 +53,7 @@ class Ledger:
         self.accounts: dict[Key, Account] = {}
         self.by_alias: dict[int, Account] = {}  # by the id of what stands for the owner, where that is the state
         self.allocations: dict[int, Allocation] = {}  # by overlap.storage_of
+        self.gone = Tally()  # of states that are gone
         self._phases: dict[int, Phases] = {}  # by flush length
         self._numbers: dict[int, tuple[Phases, int]] = {}  # by the account's serial number
         self._serials = itertools.count()
@@ -106,10 +108,17 @@ class Ledger:
         self.accounts[account.key] = account
         self.by_alias[id(account.state)] = account
 
-    def close(self, account: Account) -> None:
-        """Settle and forget an account."""
-        account.settle()
+    def close(self, account: Account, why: str, heir: bool = False) -> None:
+        """Settle and forget an account. why: for people. heir: another account goes on with its counts."""
+        account.settle(why)
         self._remove(account)
+        if not heir:
+            self._remember(account)
+
+    def _remember(self, account: Account) -> None:
+        counts = account.tally(wait=False)
+        with self._lock:
+            self.gone.add(counts)
 
     def _remove(self, account: Account) -> None:
         self._change(lambda: self._removed(account))
@@ -164,8 +173,9 @@ class Ledger:
         if account not in account.allocation:
             return
         if account.allocation.outlives(dying):
-            account.settle()
+            account.settle("its tensor is gone, its memory is not")
         self._remove(account)
+        self._remember(account)
 
     # ----------------------------------------------------------------------------------------- finding
 

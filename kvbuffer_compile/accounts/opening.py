@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 
 from torch import Tensor
@@ -16,6 +17,9 @@ from kvbuffer_compile.guard.sharing import Storage, hand_out, handed_out, shared
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.process.locks import RLock
 
+log = logging.getLogger("kvbuffer_compile")
+_RIVAL = "another state in the same memory is stepped"
+
 
 def open_account(owner: Tensor, plan: Plan, place: Place | None = None, lock: RLock = None) -> Account:
     """The account of a state, made if there is none; rows of another plan or alias are settled first.
@@ -25,20 +29,24 @@ def open_account(owner: Tensor, plan: Plan, place: Place | None = None, lock: RL
     """
     account = LEDGER.accounts.get((id(owner), place))
     if account is not None and account.matches(owner, plan):
+        account.history.single &= not plan.several
         for rival in account.rivals:
-            rival.settle()
+            rival.settle(_RIVAL)
         return account
-    if account is not None:
-        LEDGER.close(account)
+    replaced = account
+    if replaced is not None:
+        LEDGER.close(replaced, "it is stepped by another plan, or lies elsewhere", heir=True)
     if place is not None:
         make_zero(owner)
     shared = _first_met(owner)
     mutex = lock or threading.RLock()
     account = LEDGER.open(lambda serial, phase: Account(owner, plan, place, mutex, LEDGER, serial, phase), plan.flush)
     account.shared = shared
+    if replaced is not None:
+        account.history.before = replaced.tally(wait=False)
     for rival in LEDGER.overlapping(account.state):
         if rival is not account:
-            rival.settle()
+            rival.settle(_RIVAL)
             rival.rivals.append(account)
             account.rivals.append(rival)
     if is_fresh(owner):
@@ -65,6 +73,7 @@ def _first_met(owner: Tensor) -> str | None:
         shared = shared or f"code that knows nothing of its class, {type(owner).__name__}"
     if shared is not None:  # by the next account it is guarded, and who holds it cannot be told from ourselves
         hand_out(owner, shared)
+        log.debug("a state of shape %s owes nothing: its memory is shared with %s", tuple(owner.shape), shared)
     return shared
 
 

@@ -35,6 +35,15 @@ def take_back(accounts: Sequence[Account], n: Counts) -> None:
     at_once(*[write for account in accounts for write in _without(account, counts)])
 
 
+@neutral
+def note(accounts: Sequence[Account], n: Counts) -> None:
+    """Count that this many tokens were taken back, for people."""
+    counts = integers(n, "n")
+    most = int(counts.max()) if counts.device.type == "cpu" and counts.numel() else 0
+    for account in accounts:
+        account.history.took_back(most)
+
+
 def _without(account: Account, counts: Tensor) -> list[Callable[[], object]]:
     """What takes so many tokens back."""
     owed = account.cursor[0]

@@ -36,19 +36,24 @@ class Timing:
         return asdict(self)
 
 
-def bench(factory: Factory, options: dict[str, Any], steps: int, warmup: int) -> list[Timing]:
-    """Time `steps` decode steps of each of WAYS after `warmup` others. ArithmeticError when kvbuffer's differ.
+def bench(
+    factory: Factory, options: dict[str, Any], steps: int, warmup: int, tell: Callable[[str], None] = lambda text: None
+) -> list[Timing]:
+    """Time `steps` decode steps of each of WAYS after `warmup` others. ArithmeticError when kvbuffer's differ. tell: is
+    given a line before and after each.
 
     Inductor's own deviation from eager is the yardstick: ten times that and 64 ulps more are allowed.
     """
     timings: list[Timing] = []
     expected: list[list[Tensor]] = []
     for way in WAYS:
+        tell(f"{way}: {'compiling and ' if way != 'eager' else ''}running {1 + warmup + steps} steps")
         with _rewritten() as counts:
             seconds, outputs = _run(_compiled(way, factory(), options), steps, warmup)
         expected = expected or outputs
         best, median = min(seconds[1 + warmup :]), statistics.median(seconds[1 + warmup :])
         timings.append(Timing(way, seconds[0], median, best, deviation(outputs, expected), counts[-1]))
+        tell(f"{way}: {median * 1e3:.3g} ms a step, the first took {seconds[0]:.1f} s")
     _agree(timings, expected)
     return timings
 
@@ -117,13 +122,21 @@ def _agree(timings: Sequence[Timing], expected: Sequence[Sequence[Tensor]]) -> N
         )
 
 
+HEAD = ("", "median ms", "best ms", "speed", "first s", "error", "states")
+
+
 def table(timings: Sequence[Timing]) -> str:
-    """The timings for people, one line each, in milliseconds."""
+    """The timings for people, one line each, in milliseconds, and what the columns mean."""
     plain = next(t.median for t in timings if t.way == "inductor")
-    head = f"{'':<10}{'median ms':>11}{'best ms':>11}{'speed':>8}{'first s':>9}{'error':>10}{'states':>8}"
     rows = [
-        f"{t.way:<10}{t.median * 1e3:>11.3f}{t.best * 1e3:>11.3f}{plain / t.median:>7.2f}x{t.first:>9.2f}"
-        f"{t.error:>10.1e}{t.states:>8}"
+        (t.way, f"{t.median * 1e3:.3f}", f"{t.best * 1e3:.3f}", f"{plain / t.median:.2f}x", f"{t.first:.2f}",
+         f"{t.error:.1e}", str(t.states))
         for t in timings
-    ]
-    return "\n".join([head, *rows])
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (HEAD, *rows)]
+    return "\n".join([
+        *lines,
+        "speed: against Inductor, by medians. first: the first step, with compilation. error: largest difference",
+        "from eager's outputs, relative to the largest of them. states: how many are stepped by kernels of kvbuffer.",
+    ])  # fmt: skip

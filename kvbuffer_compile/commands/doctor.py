@@ -10,13 +10,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
 
-import torch
-
-from kvbuffer_compile.machine import machine_for, measured_again
-from kvbuffer_compile.process import disk
-from kvbuffer_compile.steps.timing import with_kernels
-
 GROUP, NAME = "torch_dynamo_backends", "kvbuffer"
+PYTHON = ((3, 11), (3, 13))  # the first and the last
 TORCH, TRANSFORMERS = (2, 11), (5, 17)
 
 
@@ -39,15 +34,22 @@ def findings(remeasure: bool = False) -> Iterator[Finding]:
     yield _version("torch", TORCH, needed=True)
     yield _version("transformers", TRANSFORMERS, needed=False)
     yield _version("triton", None, needed=False)
-    yield _compiler()
     yield _entry_point()
+    try:
+        import torch  # noqa: F401
+    except Exception as error:
+        yield Finding("bad", "import torch", f"{type(error).__name__}: {error}")
+        return
+    yield _compiler()
     yield _cache()
     yield from _machines(remeasure)
 
 
 def _python() -> Finding:
-    sound = (3, 11) <= sys.version_info[:2] <= (3, 12)
-    return Finding("ok" if sound else "note", "python", platform.python_version() + ("" if sound else ": 3.11 or 3.12"))
+    sound = PYTHON[0] <= sys.version_info[:2] <= PYTHON[1]
+    first, last = (".".join(map(str, version)) for version in PYTHON)
+    wanted = "" if sound else f": {first} to {last} are supported"
+    return Finding("ok" if sound else "note", "python", platform.python_version() + wanted)
 
 
 def _version(package: str, least: tuple[int, int] | None, needed: bool) -> Finding:
@@ -71,11 +73,17 @@ def _compiler() -> Finding:
 
     found = build.compiler()
     if found is None:
-        return Finding("note", "C++ compiler", f"none, steps on a CPU are slower; {build.no_compiler()}")
+        import torch
+
+        lost = "steps on a CPU are slower, and Inductor itself, which compiles all the rest of a graph, fails on a CPU"
+        level: Literal["note", "bad"] = "note" if torch.cuda.is_available() else "bad"
+        return Finding(level, "C++ compiler", f"none: {lost}; {build.no_compiler()}")
     return Finding("ok", "C++ compiler", found)
 
 
 def _cache() -> Finding:
+    from kvbuffer_compile.process import disk
+
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -93,6 +101,11 @@ def _entry_point() -> Finding:
 
 
 def _machines(remeasure: bool) -> Iterator[Finding]:
+    import torch
+
+    from kvbuffer_compile.machine import machine_for, measured_again
+    from kvbuffer_compile.steps.timing import with_kernels
+
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for device in devices:
         try:

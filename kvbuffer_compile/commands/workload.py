@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbuffer_compile.commands.arguments import FORMS
+
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 Factory = Callable[[], Call]  # a fresh function with fresh arguments, the same numbers every time
 
-FORMS = "file.py:function, where function() returns (fn, args), or the folder of a transformers checkpoint"
 PROMPT = 8  # tokens of the prefill before the decode step
 
 
@@ -28,7 +29,9 @@ def load(spec: str, batch: int = 1) -> Factory:
         return _seeded(_from_file(Path(path), name, spec))
     if Path(spec).is_dir():
         return _seeded(_from_checkpoint(Path(spec), batch, spec))
-    raise ValueError(f"SPEC {spec!r} is not allowed: it must be {FORMS}")
+    if Path(spec).suffix == ".py":
+        raise ValueError(f"SPEC {spec!r} names no function of the file: it must be {FORMS}")
+    raise ValueError(f"SPEC {spec!r}: there is no such folder; it must be {FORMS}")
 
 
 def _seeded(factory: Factory) -> Factory:

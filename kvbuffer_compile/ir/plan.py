@@ -154,8 +154,10 @@ class Plan:
 
     @property
     def op_name(self) -> str:
-        """The step op's name in the kvbuffer namespace."""
-        return f"step_{self.key}"
+        """The step op's name in the kvbuffer namespace, as profilers show it: variant, recurrence in letters, L."""
+        letters = self.program.signature
+        letters = letters if len(letters) <= 12 else f"{letters[:12]}etc"
+        return f"step_{self.variant}_{letters}_L{self.flush}_{self.key}"
 
     @property
     def side_arguments(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvbuffer_compile.machine.numbers import Machine, Speed
+from kvbuffer_compile.process import progress
 from kvbuffer_compile.process.surroundings import neutral
 
 TRIES = 3  # at most, of measuring everything on a busy machine
@@ -30,6 +31,7 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 def measure(device: torch.device, name: str) -> Machine:
     """Measure a device; takes 0.5 s on a CPU, up to three times as long on a busy one. Compilers call this with fake
     tensors in force."""
+    progress.stage("measuring this machine")
     found = [_measured(device, name)]
     while found[-1].busy and len(found) < TRIES:
         found.append(_measured(device, name))

@@ -21,15 +21,33 @@ th { color: var(--soft); } td:first-child, th:first-child { text-align: left; }
 tr.chosen { background: #e6f3ec; font-weight: 600; } td.bar { width: 40%; text-align: left; }
 td.bar i { display: block; height: .7rem; background: #7f9db9; } tr.plain td.bar i { background: #c9ced4; }
 tr.chosen td.bar i { background: var(--good); }
+.wide { overflow-x: auto; } p { overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .8rem; color: var(--soft); font-size: .9rem; }
+dt { font-weight: 600; } dd { margin: 0; }
+@media (max-width: 40rem) {
+  body { margin: 1rem auto; padding: 0 .6rem; } section { padding: .6rem; } td, th { padding: .15rem .3rem; }
+  td.bar, th.bar { display: none; }
+}
 summary { cursor: pointer; color: var(--soft); margin-top: .5rem; }
 """
 
 
-def page(headline: str, notes: Sequence[str], groups: Sequence[tuple[dict[str, Any], list[str]]]) -> str:
-    """The page. groups: StateReports as dicts, each with the names of the states that it stands for."""
+def page(
+    headline: str,
+    calls: Sequence[str],
+    notes: Sequence[str],
+    groups: Sequence[tuple[dict[str, Any], list[str]]],
+    legend: Sequence[tuple[str, str]],
+) -> str:
+    """The page. calls: about whole graphs. groups: StateReports as dicts, each with the names of the states that it
+    stands for. legend: terms and what they mean."""
     body = [f"<h1>kvbuffer report</h1><p class=soft>{escape(headline)}</p>"]
+    body += [f"<p>{escape(call)}</p>" for call in calls]
     body += [f"<p>note: {escape(note)}</p>" for note in notes]
     body += [_section(state, names) for state, names in groups]
+    if any(state["prediction"] for state, _ in groups):
+        terms = "".join(f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>" for term, meaning in legend)
+        body.append(f"<dl>{terms}</dl>")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -67,10 +85,8 @@ def _candidates(prediction: dict[str, Any]) -> str:
         f"<td>{c['gain']:.2f}x</td><td class=bar><i style='width:{100 * c['seconds'] / longest:.1f}%'></i></td></tr>"
         for name, kind, c in rows
     ]
-    head = f"<tr><th>predicted</th><th>MB a step</th><th>{unit} a step</th><th>gain</th><th></th></tr>"
+    head = f"<tr><th>predicted</th><th>MB a step</th><th>{unit} a step</th><th>gain</th><th class=bar></th></tr>"
     machine = prediction["machine"]
     speed = f"{escape(machine['name'])}, {machine['speeds'][-1]['copy'] / 1e9:.3g} GB/s"
-    return (
-        f"<table>{head}{''.join(lines)}</table><p class=soft>{escape(prediction['formula'])} &middot; target "
-        f"{escape(prediction['target'])} &middot; {speed}</p>"
-    )
+    facts = f"{escape(prediction['formula'])} &middot; target {escape(prediction['target'])} &middot; {speed}"
+    return f"<div class=wide><table>{head}{''.join(lines)}</table></div><p class=soft>{facts}</p>"

@@ -9,10 +9,11 @@ from typing import Any
 from kvbuffer_compile.passes.choice.predict import Prediction
 
 MOST = 4  # kinds of state in one plot
+LABEL = 44  # characters of a label
 BUFFERED, PLAIN = "#0b6e99", "#8a5a00"
 
 
-def draw(curves: Sequence[tuple[str, Prediction]], path: str | Path) -> None:
+def draw(curves: Sequence[tuple[str, Prediction]], path: str | Path, title: str) -> None:
     """Draw a row of two panels for each of the first (label, prediction) pairs. See Report.plot for the errors."""
     if not curves:
         raise ValueError("there is nothing to plot: no state of this report has a prediction")
@@ -25,8 +26,15 @@ def draw(curves: Sequence[tuple[str, Prediction]], path: str | Path) -> None:
     for (label, prediction), (left, right) in zip(shown, figure.subplots(len(shown), 2, squeeze=False), strict=True):
         _panel(left, prediction, "bytes", "MB moved per step", 1e-6)
         _panel(right, prediction, "seconds", *_time_unit(prediction.plain.seconds))
-        left.set_title(f"{label} ({prediction.target})", loc="left", fontsize=10)
+        for panel, what in ((left, "bytes"), (right, "time")):
+            panel.set_title(f"{what} a step: {_short(label)} ({prediction.target})", loc="left", fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, wrap=True)
     figure.savefig(path, dpi=150)
+
+
+def _short(label: str) -> str:
+    """A label that leaves room for the title of the panel beside it."""
+    return label if len(label) <= LABEL else f"{label[: LABEL // 2]}...{label[-LABEL // 2 :]}"
 
 
 def _time_unit(seconds: float) -> tuple[str, float]:

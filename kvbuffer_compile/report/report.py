@@ -22,9 +22,10 @@ from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.passes.choice.choose import lane_sizes, state_tensor
 from kvbuffer_compile.passes.choice.predict import Prediction
-from kvbuffer_compile.passes.lifted import Call, Lifted
+from kvbuffer_compile.passes.lifted import Lifted
 from kvbuffer_compile.report import html
 from kvbuffer_compile.report import plot as report_plot
+from kvbuffer_compile.report.whole import WholeCall, in_bytes
 
 Status = Literal["buffered", "recurrent", "declined"]
 STATUSES: tuple[Status, ...] = ("buffered", "recurrent", "declined")
@@ -108,19 +109,6 @@ def _planned(lifted: Lifted, plan: Plan, prediction: Prediction | None) -> State
     )
 
 
-def whole_call(states: Iterable[StateReport], call: Call) -> str:
-    """What one call of a graph moves, and what it gains as a whole; "" where nothing is predicted."""
-    seen = [state.prediction for state in states if state.prediction is not None]
-    if not seen or not call.bytes:
-        return ""
-    own = sum(p.state_bytes for p in seen)
-    rest = max(call.bytes - own, 0) / seen[0].machine.speed("read", call.bytes)
-    plain = rest + sum(p.plain.seconds for p in seen)
-    ours = rest + sum((p.choice or p.plain).seconds for p in seen)
-    share = min(own / call.bytes, 1.0)
-    return f"one call touches {_bytes(call.bytes)}, {share:.0%} of it states; as a whole {plain / ours:.2f}x predicted"
-
-
 def _declined(node: Node, why: Declined) -> StateReport:
     return StateReport(node.name, _shape(node), _dtype(node), "declined", why.reason, why.rule, why.source)
 
@@ -138,13 +126,15 @@ def _dtype(node: Node) -> str:
 @dataclass(frozen=True)
 class Report:
     """Every state that was found in a function. hidden: candidates that could never be states. graphs: how many were
-    captured. options: what was asked for. notes: what concerns a whole graph, e.g. that it needs gradients."""
+    captured. options: what was asked for. notes: what concerns a whole graph, e.g. that it needs gradients. calls: what
+    a call of each graph moves and gains as a whole, of equal ones the first."""
 
     states: tuple[StateReport, ...]
     hidden: int = 0
     graphs: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    calls: tuple[WholeCall, ...] = ()
 
     def count(self, status: Status) -> int:
         """How many states have this status."""
@@ -178,13 +168,16 @@ class Report:
             "hidden": self.hidden,
             "options": {name: _plain(value) for name, value in self.options.items()},
             "notes": list(self.notes),
+            "calls": [{**asdict(call), "share": call.share} for call in self.calls],
             "states": [_plain(asdict(state)) for state in self.states],
         }
 
     def to_html(self, path: str | Path) -> None:
         """Write one page that needs no other file."""
         groups = [(_plain(asdict(first)), names) for first, names in self.groups()]
-        Path(path).write_text(html.page(self.headline, self.notes, groups), encoding="utf-8")
+        Path(path).write_text(
+            html.page(self.headline, [*map(str, self.calls)], self.notes, groups, LEGEND), encoding="utf-8"
+        )
 
     def plot(self, path: str | Path) -> None:
         """Draw bytes and predicted time per step against the flush length; the ending of `path` picks the format.
@@ -192,7 +185,7 @@ class Report:
         ImportError without matplotlib; ValueError when no state has a prediction.
         """
         curves = [(_label(first, names), first.prediction) for first, names in self.groups() if first.prediction]
-        report_plot.draw(curves, path)
+        report_plot.draw(curves, path, " \N{MIDDLE DOT} ".join([self.headline, *map(str, self.calls)]))
 
 
 def _plain(value: Any) -> Any:
@@ -208,6 +201,13 @@ def _plain(value: Any) -> Any:
 
 # --------------------------------------------------------------------------------------------------- text
 
+LEGEND = (
+    ("L", "flush length, the tokens between two writes of a state; 1 writes it at every token"),
+    ("L*", "the flush length that moves the fewest bytes; the choice is by predicted time"),
+    ("s", "bytes of one element of the state"),
+    ("slot", "bytes of what one token adds to the rows of a head: keys, values, gates"),
+    ("gain", "predicted time of Inductor's step of this state, divided by ours"),
+)
 RULED = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the header
 
 
@@ -215,6 +215,8 @@ def _text(report: Report) -> str:
     out = io.StringIO()
     console = Console(file=out, width=WIDTH, color_system=None, legacy_windows=False, emoji=False)
     console.print(Text(f"kvbuffer: {report.headline}"))
+    for call in report.calls:
+        console.print(Text(f"whole: {call}"))
     for note in report.notes:
         console.print(Text(f"note: {note}"))
     groups = report.groups()
@@ -222,6 +224,8 @@ def _text(report: Report) -> str:
         console.print(_table(groups))
         for number, (state, _) in enumerate(groups, 1):
             console.print(Padding(_details(number, state), (0, 0, 0, 1)))
+        if any(state.prediction for state, _ in groups):
+            console.print(Text("\n".join(f"{term}: {meaning}" for term, meaning in LEGEND)))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).rstrip()
 
 
@@ -245,7 +249,7 @@ def _cells(state: StateReport) -> Iterable[str]:
     yield state.status
     yield state.signature or "-"
     yield str(choice.flush) if choice else "-"
-    yield _bytes(state.row_bytes) if state.row_bytes else "-"
+    yield in_bytes(state.row_bytes) if state.row_bytes else "-"
     yield f"{choice.gain:.1f}x" if choice else "-"
 
 
@@ -254,7 +258,7 @@ def _details(number: int, state: StateReport) -> Text:
     rule = f"{state.rule}: " if state.rule else ""
     fresh = ""
     if state.fresh_tokens:
-        fresh = f"; from zero the first {state.fresh_tokens} tokens read no state, {_bytes(state.unread_bytes)} less"
+        fresh = f"; from zero the first {state.fresh_tokens} tokens read no state, {in_bytes(state.unread_bytes)} less"
     return Text(f"{number}  {rule}{state.reason}{fresh}{where}")
 
 
@@ -264,11 +268,3 @@ def _label(state: StateReport, names: list[str]) -> str:
 
 def _plural(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"

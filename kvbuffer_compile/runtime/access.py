@@ -112,7 +112,7 @@ def _check_geometry(state: Tensor) -> None:
     known = known_alias(state)
     if known is not None and geometry(known) != geometry(state):
         for account in [a for key, a in list(LEDGER.accounts.items()) if key[0] == id(state)]:
-            LEDGER.close(account)
+            LEDGER.close(account, "its shape or memory was changed")
         forget(id(state))
 
 

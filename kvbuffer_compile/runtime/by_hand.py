@@ -19,15 +19,15 @@ from torch import Tensor
 from kvbuffer_compile.accounts.account import Account
 from kvbuffer_compile.accounts.fresh import declare_zero, zero_state
 from kvbuffer_compile.accounts.ledger import LEDGER
-from kvbuffer_compile.accounts.rollback import Counts, take_back
+from kvbuffer_compile.accounts.rollback import Counts, note, take_back
 from kvbuffer_compile.guard.guarded import plain_calls
 from kvbuffer_compile.guard.overlap import covers, storage_of
 from kvbuffer_compile.process.locks import under_locks
 from kvbuffer_compile.runtime.access import touch
 
 __all__ = [
-    "accounts_of", "declare_zero", "mark_rowless", "materialize", "rollback", "tensors_in", "touch", "whole_accounts",
-    "zero_state",
+    "accounts_of", "declare_zero", "mark_rowless", "materialize", "rollback", "rowless_in", "tensors_in", "touch",
+    "whole_accounts", "zero_state",
 ]  # fmt: skip
 
 
@@ -81,6 +81,7 @@ def rollback(obj: Any, n: Counts) -> None:
     with plain_calls():
         accounts = whole_accounts(list(tensors_in(obj)), "rollback(obj, n)")
         under_locks(accounts, lambda: _reconciled(accounts, lambda: take_back(accounts, n)))
+        note(accounts, n)
 
 
 def _reconciled(accounts: Sequence[Account], call: Callable[[], None]) -> None:
@@ -108,6 +109,13 @@ def _covers(tensor: Tensor, account: Account) -> bool:
 
 
 _rowless: dict[int, weakref.ref[Tensor]] = {}  # states that recurrent steps write: no token of theirs can be taken back
+
+
+def rowless_in(obj: Any) -> int:
+    """How many states of obj are stepped without rows; None asks for all there are."""
+    if obj is None:
+        return len(_rowless)
+    return sum(id(t) in _rowless for t in tensors_in(obj))
 
 
 def mark_rowless(owner: Tensor) -> None:

@@ -165,8 +165,10 @@ def _accept(accounts: list[Account], paths: Tensor) -> None:
     for account in accounts:
         account.reconcile()
         _check(account, paths)
+    rejected = [0 if a.drafts is None else a.drafts.shape[1] - paths.shape[1] for a in accounts]
     _keep(accounts, paths)
-    for account in accounts:
+    for account, tokens in zip(accounts, rejected, strict=True):
+        account.history.rejected(tokens)
         account.finished()
 
 

@@ -12,6 +12,7 @@ import torch
 
 from kvbuffer_compile.errors import EmitError, OptionError
 from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.process import progress
 from kvbuffer_compile.steps import ops
 
 log = logging.getLogger("kvbuffer_compile")
@@ -56,6 +57,7 @@ def build(plan: Plan) -> str:
 @functools.cache
 def _built(plan: Plan) -> bool:
     ops.step_op(plan)
+    progress.stage(f"building the {plan.target} kernel of {plan.program.signature} {plan.variant} steps")
     try:
         if plan.target == "triton":
             ops.use_triton(plan, interpret=os.environ.get("TRITON_INTERPRET") == "1")
@@ -84,8 +86,8 @@ def source(plan: Plan) -> tuple[str, str] | None:
 def _warn_once(message: str) -> None:
     """Warn of the first of all problems that begin with the same line: what follows is of one kernel of many."""
     line = message.splitlines()[0]
+    log.info("composite steps: %s", message)
     if line in _said:
-        log.info("composite steps: %s", message)
         return
     _said.add(line)
     warnings.warn(f"kvbuffer runs its slower composite steps: {message}", stacklevel=2)

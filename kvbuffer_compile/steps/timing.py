@@ -23,6 +23,7 @@ from kvbuffer_compile.ir.text import parse
 from kvbuffer_compile.machine import Machine, keep, machine_for
 from kvbuffer_compile.machine.measure import one_thread, seconds
 from kvbuffer_compile.machine.numbers import Kernels, Speed
+from kvbuffer_compile.process import progress
 from kvbuffer_compile.process.surroundings import neutral
 from kvbuffer_compile.steps import ops
 
@@ -66,6 +67,7 @@ def calibrated(device: torch.device, target: str) -> Machine:
 
 @neutral
 def _timed(machine: Machine) -> tuple[Kernels, tuple[Speed, ...]]:
+    progress.stage("timing kernels on this machine")
     changing = {s: _plan(PROGRAM, "recurrent", s) for s in (SMALL, LARGE)}
     reading = {s: _plan(PROGRAM, "buffered", s) for s in (SMALL, LARGE)}
     twice = _plan(TWICE, "recurrent", LARGE)

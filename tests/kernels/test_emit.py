@@ -14,7 +14,7 @@ from kvbuffer_compile.codegen.standalone import check as standalone_check
 from kvbuffer_compile.codegen.standalone.check import Subject, check
 from kvbuffer_compile.codegen.standalone.reference import emit_reference
 from kvbuffer_compile.commands import cli
-from kvbuffer_compile.commands.emit import DTYPES, VARIANTS
+from kvbuffer_compile.commands.arguments import DTYPES, VARIANTS
 from kvbuffer_compile.commands.recurrences import RECURRENCES
 from tests.support.programs import NAMED
 

@@ -21,7 +21,7 @@ MAPPED = ("passes", "codegen")  # folders at the top that are sub-packages to Py
 
 # Folders, and modules that stand in none, from the lowest; those of one layer do not know each other.
 LAYERS = [
-    ["errors", "process", "passes", "passes.reading", "integrations", "integrations.functions"],
+    ["errors", "limits", "process", "passes", "passes.reading", "integrations", "integrations.functions"],
     ["options", "machine", "ir", "capture", "codegen", "codegen.source"],
     ["passes.lifted", "passes.algebra", "codegen.calls", "codegen.schedule", "codegen.example"],
     ["passes.walk", "passes.storage", "passes.choice", "codegen.cut"],
@@ -32,8 +32,10 @@ LAYERS = [
     ["accounts", "report", "planning"],
     ["runtime"],
     ["backend", "integrations.transformers"],
-    ["explain"],
-    ["commands", "__init__"],
+    ["explanation"],
+    ["public"],
+    ["__init__"],
+    ["commands"],
     ["__main__"],
 ]
 LEVELS = {name: level for level, layer in enumerate(LAYERS) for name in layer}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from kvbuffer_compile.commands import cli, doctor, workload
+import kvbuffer_compile
+from kvbuffer_compile.commands import arguments, cli, doctor, workload
 from kvbuffer_compile.commands.bench import WAYS, Timing, _agree, deviation, table
 from kvbuffer_compile.commands.doctor import Finding
+from kvbuffer_compile.commands.recurrences import RECURRENCES
 
 STEP = """
 import torch
@@ -70,7 +75,7 @@ def test_doctor_says_what_there_is(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_doctor_measures_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(doctor, "measured_again", asked.append)
+    monkeypatch.setattr("kvbuffer_compile.machine.measured_again", asked.append)
     run("doctor")
     assert not asked
     _, out, _ = run("doctor", "--remeasure")
@@ -87,7 +92,21 @@ def test_doctor_without_the_package_installed(run: Run, monkeypatch: pytest.Monk
 def test_doctor_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     found = {f.what: f for f in doctor.findings()}["C++ compiler"]
-    assert found.level == "note" and "apt install g++" in found.found
+    assert found.level == ("note" if torch.cuda.is_available() else "bad")
+    assert "Inductor itself" in found.found and "apt install g++" in found.found
+
+
+def test_doctor_without_torch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it could not be imported
+    code, out, _ = run("doctor")
+    assert code == 1 and "bad   import torch" in out and "GB/s" not in out
+
+
+@pytest.mark.parametrize(("version", "level"), [((3, 10), "note"), ((3, 11), "ok"), ((3, 13), "ok"), ((3, 14), "note")])
+def test_doctor_knows_the_pythons(monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], level: str) -> None:
+    monkeypatch.setattr(doctor.sys, "version_info", (*version, 0))
+    found = doctor._python()
+    assert found.level == level and ("3.11 to 3.13" in found.found) == (level == "note")
 
 
 @pytest.mark.parametrize(
@@ -112,6 +131,8 @@ def test_doctor_misses_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     ("spec", "says"),
     [
         ("nonsense", "it must be file.py:function"),
+        ("/no/such", "there is no such folder"),
+        ("{dir}/my_step.py", "names no function of the file"),
         ("{dir}/missing.py:make", "there is no file"),
         ("{dir}/my_step.py:missing", "has no function 'missing'"),
         ("{dir}/my_step.py:number", "has no function 'number'"),
@@ -145,6 +166,58 @@ def test_bad_specs(run: Run, file: Path, command: str, spec: str, says: str) -> 
 def test_bad_options(run: Run, file: Path, arguments: list[str], says: str) -> None:
     code, out, err = run("explain", f"{file}:make", *arguments)
     assert code == 2 and not out and says in err
+
+
+def commands() -> Iterator[argparse.ArgumentParser]:
+    """The parser, and those of its commands."""
+    whole = arguments.parser(*[lambda _: 0] * 4)
+    yield whole
+    for action in whole._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.values()
+
+
+def test_every_option_is_explained() -> None:
+    told = {(p.prog, a.dest): a.help for p in commands() for a in p._actions if a.dest != "command"}
+    assert len(told) > 25 and all(told.values()), told
+
+
+def test_names_are_known_without_torch() -> None:
+    assert tuple(RECURRENCES) == arguments.RECURRENCES
+
+
+def test_help_needs_no_torch() -> None:
+    script = "import sys; from kvbuffer_compile.commands import cli; cli.main(sys.argv[1:])"
+    for argv in (["--help"], ["--version"], ["explain", "--help"], ["emit", "--help"]):
+        held = f"import atexit; atexit.register(lambda: print('torch' in sys.modules)); {script}"
+        done = subprocess.run([sys.executable, "-c", f"import sys; {held}", *argv], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.endswith("False\n"), done.stderr
+
+
+def test_the_version_is_the_one_that_is_installed(run: Run) -> None:
+    code, out, _ = run("--version")
+    assert (code, out) == (0, f"kvbuffer_compile {kvbuffer_compile.__version__}\n")
+    assert metadata.version("kvbuffer_compile") == kvbuffer_compile.__version__
+
+
+def test_public_names_come_when_asked_for() -> None:
+    script = (
+        "import kvbuffer_compile.explanation, kvbuffer_compile; from kvbuffer_compile import *;"
+        "assert callable(kvbuffer_compile.explain) and explain is kvbuffer_compile.explain;"
+        "assert set(kvbuffer_compile.__all__) <= set(dir(kvbuffer_compile));"
+        "assert not hasattr(kvbuffer_compile, 'nothing')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_emit_says_what_it_wrote(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "gla.py"
+    code, out, err = run(
+        "emit", "--recurrence", "gla", "--variant", "buffered", "--target", "cpp", "--k", 8, "--v", 8, "--out", path
+    )
+    lines = len(path.read_text().splitlines())
+    assert code == 0 and not out and f"wrote {path}, {lines} lines" in err and f"python {path}" in err
 
 
 def test_a_command_is_needed(run: Run) -> None:
@@ -188,12 +261,15 @@ def test_a_checkpoint_is_a_decode_step(tmp_path: Path) -> None:
     assert not torch.equal(first, second)  # the cache has moved on
 
 
-def test_bench(run: Run, file: Path) -> None:
+def test_bench(run: Run, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(cli, "_tell", told.append)
     path = file.parent / "times.json"
     code, out, err = run(
         "bench", f"{file}:make", "--flush", 2, "--target", "aten", "--steps", 4, "--warmup", 2, "--json", path
     )
     assert code == 0, err
+    assert [line.split(":")[0] for line in told] == [way for way in WAYS for _ in range(2)]
     timings = {t["way"]: t for t in json.loads(path.read_text())}
     assert tuple(timings) == WAYS
     assert [timings[w]["states"] for w in WAYS] == [0, 0, 1]
@@ -233,5 +309,21 @@ def test_deviation() -> None:
 
 def test_table() -> None:
     text = table([timing(way, 0.0) for way in WAYS])
-    assert [line.split()[0] for line in text.splitlines()[1:]] == list(WAYS)
-    assert "1.00x" in text
+    assert [line.split()[0] for line in text.splitlines()[1:4]] == list(WAYS)
+    assert "1.00x" in text and "speed: against Inductor" in text
+
+
+def test_columns_never_touch() -> None:
+    """ "0.032" and "3410.94x" once stood there as one number."""
+    fast = Timing("kvbuffer", 12345.678, 1e-9, 1e-12, 1.0, 123456)
+    slow = Timing("inductor", 1.0, 98765.4, 98765.4, 0.0, 0)
+    lines = table([slow, fast]).splitlines()
+    assert [len(line.split()) for line in lines[1:3]] == [7, 7]
+    assert len({len(line) for line in lines[:3]}) == 1
+
+
+def test_bench_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        cli._tell("eager: running 3 steps")
+        assert capsys.readouterr().err == "eager: running 3 steps\n" * terminal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -119,3 +120,45 @@ def test_wheel_holds_the_packages_and_nothing_else(tmp_path: Path, links: bool) 
         if path.is_file()
     }
     assert names == expected
+
+
+def test_the_version_is_in_one_place() -> None:
+    tree = ast.parse((ROOT / "kvbuffer_compile" / "__init__.py").read_text(encoding="utf-8"))
+    (version,) = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
+    ]
+    assert "version" in PROJECT["dynamic"] and "version" not in PROJECT
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## [{version}]" in changes and "\n## [Unreleased]" in changes
+
+
+def test_everybody_names_the_same_pythons() -> None:
+    """pyproject.toml, the Makefile, doctor and the release check."""
+    from kvbuffer_compile.commands.doctor import PYTHON
+
+    (first, last) = ((major, minor) for major, minor in PYTHON)
+    wanted = Requirement(f"x{PROJECT['requires-python']}").specifier
+    supported = {n for n in range(8, 20) if wanted.contains(f"3.{n}")}
+    assert supported == set(range(first[1], last[1] + 1))
+    classified = {c.rpartition("3.")[2] for c in PROJECT["classifiers"] if "Python :: 3." in c}
+    assert classified == {str(n) for n in supported}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"not {first} <= sys.version_info[:2] <= {last}" in makefile
+    for n in supported:
+        assert f"python3.{n}" in makefile and f"python3.{n}" in (ROOT / ".ci" / "release_check").read_text()
+
+
+def test_importing_the_integration_without_transformers_says_what_to_install() -> None:
+    script = "import sys; sys.modules['transformers'] = None; import kvbuffer_compile.integrations.transformers"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "pip install 'kvbuffer_compile[transformers]'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.nightly
+def test_a_release_installs_and_runs() -> None:
+    venv = {"VENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(Path.home())}
+    done = subprocess.run([ROOT / ".ci" / "release_check"], capture_output=True, text=True, env=os.environ | venv)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the README's decode loop" in done.stdout

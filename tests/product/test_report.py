@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
-import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.choose import explain_choice
 from kvbuffer_compile.passes.lifted import Call, Lifted
-from kvbuffer_compile.report.report import Report, StateReport, state_report, whole_call
+from kvbuffer_compile.report.report import LEGEND, Report, StateReport, state_report
+from kvbuffer_compile.report.whole import WholeCall, whole_call
 from tests.program.test_choose import GDN, GLA, lifted
 from tests.support.machines import CPU
 
@@ -57,12 +58,25 @@ def test_state_report_of_a_plan() -> None:
 def test_a_whole_call_gains_less_than_its_states() -> None:
     found = lifted()
     state = state_report(found, *explain_choice(found, Options(), CPU, "cpp"))
-    alone, among = (whole_call([state], Call(size, 1)) for size in (1 << 26, 1 << 30))
-    assert "100% of it states" in alone and "6% of it states" in among
-    gains = [float(re.search(r"([0-9.]+)x predicted", text)[1]) for text in (alone, among)]  # type: ignore[index]
+    alone, among = (whole_call([state.prediction], Call(size, 1)) for size in (1 << 26, 1 << 30))
+    assert alone is not None and among is not None
+    assert "100% of it states" in str(alone) and "6% of it states" in str(among) and among.share < 0.07
     assert state.prediction is not None and state.prediction.choice is not None
-    assert gains[0] == pytest.approx(state.prediction.choice.gain, abs=0.01) and 1 < gains[1] < gains[0]
-    assert whole_call([], Call(1 << 20, 0)) == ""
+    assert alone.gain == pytest.approx(state.prediction.choice.gain, abs=0.01) and 1 < among.gain < alone.gain
+    assert whole_call([], Call(1 << 20, 0)) is None
+
+
+def test_a_report_says_what_the_whole_gains_and_what_its_words_mean(tmp_path: Path) -> None:
+    report = replace(full_report(), calls=(WholeCall(1000, 400, 1.5),))
+    report.to_html(tmp_path / "page.html")
+    for text in (str(report), (tmp_path / "page.html").read_text()):
+        assert "40% of it states; as a whole 1.50x predicted" in text
+        for term, _ in LEGEND:
+            assert f"{term}:" in text or f"<dt>{term}</dt>" in text
+    assert json.loads(json.dumps(report.to_dict()))["calls"] == [
+        {"bytes": 1000, "state_bytes": 400, "gain": 1.5, "share": 0.4}
+    ]
+    assert "slot:" not in str(Report((), notes=("nothing",)))
 
 
 def test_state_report_of_declines() -> None:
@@ -169,6 +183,17 @@ def test_plot(tmp_path: Path, ending: str) -> None:
     full_report().plot(path)
     content = path.read_bytes()
     assert len(content) > 10_000 and content.startswith(b"\x89PNG" if ending == "png" else b"<?xml")
+
+
+def test_every_panel_has_a_title(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    seen: list[Any] = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: (seen.append(self), save(self, *a, **k)))
+    full_report().plot(tmp_path / "plot.png")
+    titles = [panel.get_title(loc="left") for panel in seen[0].axes]
+    assert len(titles) == 6 and all("a step: " in title and len(title) < 75 for title in titles)
+    assert "6 states in 2 graphs" in seen[0].get_suptitle()
 
 
 def test_plot_without_predictions() -> None:

@@ -14,7 +14,8 @@ from kvbuffer_compile.codegen import build
 from kvbuffer_compile.codegen.cpp import cpp
 from kvbuffer_compile.codegen.triton import triton
 from kvbuffer_compile.errors import EmitError, StateError
-from kvbuffer_compile.options import LONGEST, Options
+from kvbuffer_compile.limits import LONGEST
+from kvbuffer_compile.options import Options
 from kvbuffer_compile.steps import targets
 from tests.kernels.test_cpp import play
 from tests.runtime.test_runtime import Pair

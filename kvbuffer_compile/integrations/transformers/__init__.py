@@ -9,6 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+try:
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"{__name__} needs transformers 5.17 or later ({error}): pip install 'kvbuffer_compile[transformers]', or "
+        "pip install '.[transformers]' in a checkout"
+    ) from error
+
 from kvbuffer_compile.integrations.transformers.speculation import (
     disable_speculation,
     enable_speculation,

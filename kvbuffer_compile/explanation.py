@@ -20,7 +20,8 @@ from kvbuffer_compile.accounts.opening import reached_by
 from kvbuffer_compile.backend import GraphRecord, kvbuffer, observers
 from kvbuffer_compile.options import Options, split
 from kvbuffer_compile.process.afresh import afresh
-from kvbuffer_compile.report.report import Report, StateReport, state_report, whole_call
+from kvbuffer_compile.report.report import Report, StateReport, state_report
+from kvbuffer_compile.report.whole import WholeCall, whole_call
 from kvbuffer_compile.runtime.by_hand import tensors_in
 
 
@@ -66,6 +67,7 @@ class Findings:
         self.hidden = 0
         self.graphs = 0
         self.notes: list[str] = []
+        self.calls: list[WholeCall] = []
 
     def add(self, record: GraphRecord) -> None:
         self.graphs += 1
@@ -74,8 +76,8 @@ class Findings:
         refused = [(r.state, state_report(r.state, r.why)) for r in record.refused if not r.hopeless]
         self.states += [self._named(report, record.name(state)) for state, report in lifted + refused]
         self.hidden += sum(r.hopeless for r in record.refused)
-        whole = whole_call((report for _, report in lifted), record.call)
-        self.notes += [whole] if whole and whole not in self.notes else []
+        whole = whole_call((report.prediction for _, report in lifted), record.call)
+        self.calls += [whole] if whole and whole not in self.calls else []
         if record.why_not is not None and not record.states and record.why_not.reason not in self.notes:
             self.notes.append(record.why_not.reason)
 
@@ -89,7 +91,7 @@ class Findings:
 
     def report(self, options: dict[str, Any]) -> Report:
         """Everything so far; options as the user gave them."""
-        return Report(tuple(self.states), self.hidden, self.graphs, options, tuple(self.notes))
+        return Report(tuple(self.states), self.hidden, self.graphs, options, tuple(self.notes), tuple(self.calls))
 
 
 def _scope(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
