@@ -72,15 +72,13 @@ def fused_recurrent_retention(q, k, v, scale=None, initial_state=None, **_):
 
 
 def fused_recurrent_gated_delta_rule(
-    q, k, v, g=None, gk=None, gv=None, beta=None, scale=None, initial_state=None, read_key=None, **_
+    q, k, v, g=None, gk=None, gv=None, beta=None, scale=None, initial_state=None, **_
 ):
-    p = k if read_key is None else read_key
-
     def token(S, t):
         S = S * g[:, t].exp()[..., None, None] if g is not None else S
         S = S * gk[:, t].exp()[..., None] if gk is not None else S
         rate = beta[:, t] if beta.dim() == 4 else beta[:, t, :, None]
-        S = S + _outer(k[:, t], (v[:, t] - _read(S, p[:, t])) * rate)
+        S = S + _outer(k[:, t], (v[:, t] - _read(S, k[:, t])) * rate)
         return S, _read(S, q[:, t] * K**-0.5)
 
     return _tokens(q, v, initial_state, token)
@@ -99,7 +97,12 @@ def fused_recurrent_delta_rule(q, k, v, beta=None, scale=None, initial_state=Non
 
 
 def fused_recurrent_comba(q, k, p, v, g, beta=None, scale=None, initial_state=None, **_):
-    return fused_recurrent_gated_delta_rule(q, k, v, g, beta=beta, initial_state=initial_state, read_key=p)
+    def token(S, t):
+        error = (v[:, t] - _read(S, p[:, t])) * beta[:, t, :, None]
+        S = S * g[:, t].exp()[..., None, None] + _outer(k[:, t], error)
+        return S, _read(S, q[:, t] * K**-0.5)
+
+    return _tokens(q, v, initial_state, token)
 
 
 def fused_recurrent_rwkv7(r, w, k, v, a, b, scale=None, initial_state=None, output_final_state=True, **_):
@@ -182,7 +185,7 @@ CASES: dict[str, tuple[str, str, dict[str, str], str]] = {  # name -> function, 
     "gated delta rule in chunks": ("chunk_gated_delta_rule", "k unit-k v gate-s s", {}, "DRUR"),
     "kda": ("fused_recurrent_kda", "k unit-k v gate-k s", {}, "DRUR"),
     "delta rule": ("fused_recurrent_delta_rule", "k unit-k v s", {}, "RUR"),
-    "comba": ("fused_recurrent_comba", "k unit-k unit-k v gate-s s", {}, "DRUR"),
+    "comba": ("fused_recurrent_comba", "k unit-k unit-k v gate-s s", {}, "RDUR"),
     "rwkv7": ("fused_recurrent_rwkv7", "k gate-k k v unit-k unit-k", {}, "RDUUR"),
 }  # fmt: skip
 

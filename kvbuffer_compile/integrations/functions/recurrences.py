@@ -1,0 +1,316 @@
+"""The recurrences that functions of flash-linear-attention hide, from their arguments by our names.
+
+Each takes the arguments of a call as a dict and returns what the function would: (outputs, next state). Shapes as the
+library documents: q, k [B, T, H, K]; v [B, T, HV, V]; gates are log-decays, g [B, T, HV], g_gamma [HV],
+gk [B, T, HV, K], gv [B, T, HV, V]; states [B, HV, K, V]. An argument that a function does not have is not in the dict.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvbuffer_compile.integrations.functions import adapters
+from kvbuffer_compile.integrations.functions.adapters import (
+    BONUS,
+    DIAGONAL_AND_LOW_RANK,
+    IDENTITY_AND_LOW_RANK,
+    SUMMED,
+    heads_first,
+    normalised,
+)
+from kvbuffer_compile.integrations.functions.arguments import Unserved
+
+Given = dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------- arguments
+
+
+def scaled(c: Given, x: Tensor) -> Tensor:
+    """Queries with their factor, 1 / sqrt(K) unless the call says another."""
+    return x * (x.shape[-1] ** -0.5 if c.get("scale") is None else c["scale"])
+
+
+def unit(c: Given, x: Tensor) -> Tensor:
+    """A query or key, made a unit vector where the kernel does that."""
+    return normalised(x) if c.get("use_qk_l2norm_in_kernel") else x
+
+
+def gates(c: Given, heads: int) -> tuple[str, list[Tensor]] | Unserved:
+    """The decays of a call, in the order in which they are applied: their kinds, and factors [B, HV, T(, K or V)]."""
+    made = in_kernel(c) if c.get("use_gate_in_kernel") else c
+    if isinstance(made, Unserved):
+        return made
+    found = [(kind, made[name]) for name, kind in (("g", "s"), ("gk", "k"), ("gv", "v")) if made.get(name) is not None]
+    if c.get("g_gamma") is not None:
+        found.insert(0, ("s", c["g_gamma"].expand(*c["v"].shape[:2], heads)))
+    return "".join(kind for kind, _ in found), [heads_first(gate, heads).exp() for _, gate in found]
+
+
+def in_kernel(c: Given) -> Given | Unserved:
+    """Gates from what the kernel would make them of: -exp(A_log) softplus(x + dt_bias), with A_log a number a head;
+    with a lower bound, bound * sigmoid(exp(A_log) (x + dt_bias))."""
+    name = "gk" if c.get("gk") is not None else "g"
+    x, rate, bound = c.get(name), c.get("A_log"), c.get("lower_bound")
+    if x is None or (rate is None and bound is None):
+        return Unserved("use_gate_in_kernel without g and A_log")
+    x = x.float()
+    shape = [x.shape[2], *[1] * (x.dim() - 3)]
+    if c.get("dt_bias") is not None:
+        x = x + c["dt_bias"].float().reshape(x.shape[2:])
+    factor = 1.0 if rate is None else rate.float().reshape(shape).exp()
+    return {**c, name: -factor * F.softplus(x) if bound is None else bound * torch.sigmoid(factor * x)}
+
+
+def rate_of(c: Given) -> Tensor | Unserved | None:
+    """Beta of a delta rule, [B, T, HV] or [B, T, HV, V]; None is 1."""
+    beta = c.get("beta")
+    if c.get("allow_neg_eigval") and not c.get("use_beta_sigmoid_in_kernel"):
+        return Unserved("allow_neg_eigval without use_beta_sigmoid_in_kernel")
+    if beta is not None and c.get("use_beta_sigmoid_in_kernel"):
+        beta = torch.sigmoid(beta.float()) * (2.0 if c.get("allow_neg_eigval") else 1.0)
+    return beta
+
+
+def state_of(c: Given, state: Tensor | None, heads: int, rows: int, columns: int) -> Tensor:
+    """The state of a call [B, heads, rows, columns], or as it lies; zeros where there is none."""
+    if state is not None:
+        return state
+    sizes = (columns, rows) if c.get("state_v_first") else (rows, columns)
+    return c["v"].new_zeros(c["v"].shape[0], heads, *sizes, dtype=torch.float32)
+
+
+def run(c: Given, program: str, operands: list[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """(outputs [B, T, HV, V], next state or None) of a call with one query."""
+    v = c["v"]
+    state = state_of(c, c["initial_state"], v.shape[2], c["k"].shape[-1], v.shape[-1])
+    new, (out,) = adapters.sequence(program, state, operands, bool(c.get("state_v_first")))
+    return out.to(dtype or v.dtype), new if c["output_final_state"] else None
+
+
+# ------------------------------------------------------------------------------------------- recurrences
+
+
+def gated(c: Given) -> Any:
+    """S <- gates S + k v', o = S' q: linear attention with any gates. Queries may have more heads than states."""
+    k, v = c["k"], c["v"]
+    heads = v.shape[2]
+    decays = gates(c, heads)
+    if isinstance(decays, Unserved):
+        return decays
+    kinds, factors = decays
+    queries = max(1, c["q"].shape[2] // heads)
+    asked = scaled(c, c["q"]).unflatten(2, (-1, queries)).unbind(3) if queries > 1 else [scaled(c, c["q"])]
+    operands = [*factors, *(heads_first(x, heads) for x in (k, v, *asked))]
+    state = state_of(c, c["initial_state"], heads, k.shape[-1], v.shape[-1])
+    new, outs = adapters.sequence(adapters.linear(kinds, queries), state, operands, bool(c.get("state_v_first")))
+    out = torch.stack(outs, 3).flatten(2, 3) if queries > 1 else outs[0]
+    return out.to(c.get("dtype", v.dtype)), new if c["output_final_state"] else None
+
+
+def retention(c: Given) -> Any:
+    """A constant decay of 1 - 2^(-5 - head)."""
+    heads = torch.arange(c["q"].shape[2], dtype=torch.float32, device=c["q"].device)
+    return gated({**c, "g_gamma": (1 - 2.0 ** (-5.0 - heads)).log()})
+
+
+def lightning(c: Given) -> Any:
+    """A constant decay of exp(-8 head / H (1 - layer / layers))."""
+    heads = c["q"].shape[2]
+    slope = -(8 / heads * (1 - c["layer_idx"] / c["num_layers"]))
+    return gated({**c, "g_gamma": slope * torch.arange(heads, dtype=torch.float32, device=c["q"].device)})
+
+
+def delta(c: Given) -> Any:
+    """S <- gates S; S <- S + w (beta (v - S' p))', o = S' q. p, w: the keys to read and to write with, k unless given."""
+    v = c["v"]
+    heads = v.shape[2]
+    decays, beta = gates(c, heads), rate_of(c)
+    if isinstance(decays, Unserved):
+        return decays
+    if isinstance(beta, Unserved):
+        return beta
+    kinds, factors = decays
+    read, write = c.get("p"), c.get("w")
+    used = [unit(c, c["k"]), v, *([] if beta is None else [beta]), scaled(c, unit(c, c["q"]))]
+    used += [] if read is None else [unit(c, read)]
+    used += [] if write is None else [write]
+    keys = ("" if read is None else "p") + ("" if write is None else "w")
+    program = adapters.delta(kinds, _kind_of(beta), keys, bool(c.get("before")))
+    return run(c, program, [*factors, *(heads_first(x, heads) for x in used)], c.get("dtype"))
+
+
+def _kind_of(beta: Tensor | None) -> str:
+    return "" if beta is None else "v" if beta.dim() == 4 else "s"
+
+
+def comba(c: Given) -> Any:
+    """p reads the state before its decay: so do both kernels, though not the library's naive reference."""
+    return delta({**c, "before": True})
+
+
+def gdn2(c: Given) -> Any:
+    """Gated DeltaNet 2: erases what is read with b k, writes w v. b: [B, T, HV, K]; w: [B, T, HV, V]."""
+    heads = c["v"].shape[2]
+    given = {n: x for n, x in c.items() if n not in ("b", "write_gate", "use_qk_l2norm_in_kernel")}
+    k, q = (unit(c, x) for x in (c["k"], c["q"]))
+    k, q = (x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2) for x in (k, q))
+    value = c["v"].float() * c["write_gate"].float()
+    return delta({**given, "q": q, "k": k, "v": value, "p": c["b"].float() * k.float(), "dtype": c["v"].dtype})
+
+
+def delta_product(c: Given) -> Any:
+    """n delta rules a token: k, v, beta [B, T n, H(, K or V)], one decay and one query a token."""
+    steps, heads = c["num_householder"], c["v"].shape[2]
+    decays = gates(c, heads)
+    if isinstance(decays, Unserved):
+        return decays
+    kinds, factors = decays
+    each = (heads_first(x, heads).unflatten(2, (-1, steps)).unbind(3) for x in (unit(c, c["k"]), c["v"], c["beta"]))
+    operands = [x for step in zip(*each, strict=True) for x in step]
+    query = heads_first(scaled(c, unit(c, c["q"])), heads)
+    return run(c, adapters.delta_product(steps, kinds), [*factors, *operands, query], c["q"].dtype)
+
+
+def low_rank(c: Given) -> Any:
+    """S <- diag(gk) S + b (a' S) + k v', o = S' q: a reads the state as it was. Without gk nothing decays."""
+    heads = c["v"].shape[2]
+    if c.get("gk") is None:
+        operands, program = (c["a"], c["k"], c["v"], c["b"], scaled(c, c["q"])), IDENTITY_AND_LOW_RANK
+    else:
+        operands = (c["a"], c["gk"].float().exp(), c["k"], c["v"], c["b"], scaled(c, c["q"]))
+        program = DIAGONAL_AND_LOW_RANK
+    return run(c, program, [heads_first(x, heads) for x in operands])
+
+
+def rwkv7(c: Given) -> Any:
+    """RWKV-7 in its own parts: kk [B, T, H, K], a unit vector that is erased at the rate a [B, T, H, K]."""
+    kk = c["kk"].float()
+    return low_rank({**c, "a": -kk, "b": kk * c["a"].float()})
+
+
+def rwkv6(c: Given) -> Any:
+    """Reads the old state, with a bonus u [H, K] for the token itself."""
+    heads = c["v"].shape[2]
+    q, gate, key, value = (heads_first(x, heads) for x in (scaled(c, c["q"]), c["gk"].float().exp(), c["k"], c["v"]))
+    out, state = run(c, BONUS, [q, gate, key, value], torch.float32)
+    bonus = (q * c["u"].float()[:, None] * key).sum(-1, keepdim=True) * value
+    return (out + bonus.transpose(1, 2)).to(c["v"].dtype), state
+
+
+def oja(c: Given) -> Any:
+    """Gated Oja rule: S <- S diag(gv); S <- S + (k - S v) (beta v)', o = S' q."""
+    heads = c["v"].shape[2]
+    decays = gates(c, heads)
+    if isinstance(decays, Unserved):
+        return decays
+    kinds, factors = decays
+    q, k = (normalised(c[name]) if c[flag] else c[name] for name, flag in (("q", "use_q_l2norm"), ("k", "use_k_l2norm")))
+    beta, v = c.get("beta"), c["v"].float()
+    write = v if beta is None else v * (beta if beta.dim() == 4 else beta[..., None]).float()
+    operands = [*factors, *(heads_first(x, heads) for x in (k, v, write, scaled(c, q)))]
+    return run(c, adapters.oja(kinds), operands)
+
+
+# ------------------------------------------------------------------------- recurrences with more than one state
+
+
+def additive_gate(x: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(exp(x - z'), z - z', z' of the last token) with z' = log(exp(z) + exp(x)), token by token: weights that sum to 1.
+    x: [B, T, H, K]; z: [B, 1, H, K] or None, and then the first token forgets nothing."""
+    x = x.float()
+    before = x[:, :0] if z is None else z
+    sums = torch.logcumsumexp(torch.cat([before, x], 1), 1)
+    now = sums[:, before.shape[1] :]
+    earlier = sums[:, :-1] if z is not None else torch.cat([now[:, :1], now[:, :-1]], 1)
+    return (x - now).exp(), earlier - now, now[:, -1:]
+
+
+def slots(c: Given) -> Any:
+    """Gated slot attention, two states: keys by slot [B, H, K, M], slots by value [B, H, M, V]; s [B, T, H, M] writes to
+    slots, which a softmax over what the first state says then reads. Without g the slots' weights sum to 1."""
+    s, g = c["s"], c.get("g")
+    if g is None:
+        s, g, _ = additive_gate(s, None)
+    rows, columns = c["initial_state"] or (None, None)
+    plain = {"output_final_state": c["output_final_state"]}
+    first = {**plain, "q": c["q"], "k": c["k"], "v": s, "gv": g, "initial_state": rows, "scale": c.get("scale")}
+    read, keys = gated({**first, "dtype": torch.float32})
+    second = {**plain, "q": read.softmax(-1), "k": s, "v": c["v"], "gk": g, "initial_state": columns, "scale": 1.0}
+    out, values = gated(second)
+    return out.to(c["v"].dtype), (keys, values)
+
+
+def gated_slots(c: Given) -> Any:
+    """The same where the library returns its states in a list."""
+    out, states = slots(c)
+    return out, list(states)
+
+
+def lightnet(c: Given) -> Any:
+    """Linear attention whose keys are weights that sum to 1; beside the state their logarithmic sums [B, 1, H, K]."""
+    state, sums = c["initial_state"] or (None, None)
+    k, gk, sums = additive_gate(c["k"], sums)
+    out, state = gated({**c, "k": k, "gk": gk, "initial_state": state})
+    return out, (state, sums)
+
+
+def normalised_linear(c: Given) -> Any:
+    """Linear attention, if `normalize` over the sum of keys [B, 1, H, K] that is kept beside the state."""
+    state = c["initial_state"]
+    if not c["normalize"]:
+        return gated(c)
+    state, before = state if isinstance(state, tuple) else (state, None)
+    out, state = gated({**c, "initial_state": state})
+    sums = c["k"].float().cumsum(1).to(c["k"].dtype)
+    sums = sums if before is None else sums + before
+    out = out / ((scaled(c, c["q"]) * sums).sum(-1, keepdim=True) + 1e-10)
+    return out, (state, sums[:, -1:].contiguous())
+
+
+def preconditioned(c: Given) -> Any:
+    """A delta rule that writes with keys over what a running sum A [B, H, K] of their squares has seen:
+    A <- exp(g_atk) A + beta_atk k^2; w = k x^(-r / (1 + |r|)), r = log(A + eps) - log_atk_scale."""
+    if c["g_atk"] is None or c["beta_atk"] is None:
+        return Unserved("no g_atk and beta_atk")
+    if c["x"] <= 0:
+        return Unserved("x is not positive")
+    center: Any = -0.2 if c["log_atk_scale"] is None else c["log_atk_scale"].float()[:, None]
+    heads = c["g_atk"].shape[2]  # of the sums: those of keys, or of values
+    k = unit(c, c["k"]).float()
+    own = k if k.shape[2] == heads else k.repeat_interleave(heads // k.shape[2], 2)
+    before = c["initial_A_state"]
+    before = k.new_zeros(k.shape[0], heads, k.shape[-1]) if before is None else before
+    sums, after = _summed(before, c["g_atk"].float().exp(), own * own, c["beta_atk"].float())
+    r = (sums + c["eps"]).log() - center
+    write = own * c["x"] ** (-r / (1.0 + r.abs()))
+    result = delta({**c, "w": write})
+    return result if isinstance(result, Unserved) else (*result, after if c["output_final_state"] else None)
+
+
+def preconditioned_in_chunks(c: Given) -> Any:
+    """The same, with sums handed back in the dtype of the keys."""
+    result = preconditioned(c)
+    if isinstance(result, Unserved) or not c["output_final_state"]:
+        return result
+    out, state, sums = result
+    return out, state, sums.to(c["k"].dtype)
+
+
+def preconditioned_kda_in_chunks(c: Given) -> Any:
+    """The same, queries and keys made unit vectors whatever the call says."""
+    return preconditioned_in_chunks({**c, "use_qk_l2norm_in_kernel": True})
+
+
+def _summed(state: Tensor, decay: Tensor, squares: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+    """A running sum [B, H, K] after every token [B, T, H, K], and after the last. decay, rate: [B, T, H]."""
+    if squares.shape[1] == 1:
+        after = state * decay[:, 0, :, None] + squares[:, 0] * rate[:, 0, :, None]
+        return after[:, None], after
+    column = [x.transpose(1, 2) for x in (decay, squares, rate[..., None], torch.ones_like(rate)[..., None])]
+    after, (sums,) = adapters.sequence(SUMMED, state[..., None], column)
+    return sums, after[..., 0]
