@@ -71,9 +71,7 @@ def fused_recurrent_retention(q, k, v, scale=None, initial_state=None, **_):
     return fused_recurrent_simple_gla(q, k, v, None, gamma, scale, initial_state)
 
 
-def fused_recurrent_gated_delta_rule(
-    q, k, v, g=None, gk=None, gv=None, beta=None, scale=None, initial_state=None, **_
-):
+def fused_recurrent_gated_delta_rule(q, k, v, g=None, gk=None, gv=None, beta=None, scale=None, initial_state=None, **_):
     def token(S, t):
         S = S * g[:, t].exp()[..., None, None] if g is not None else S
         S = S * gk[:, t].exp()[..., None] if gk is not None else S

@@ -19,8 +19,8 @@ constant = torch._dynamo.assume_constant_result  # for what a trace need not loo
 
 
 def text(inputs: str, body: str, decays: str = "") -> str:
-    """A program of one token. inputs: name:kind, a kind being s, k or v (a head, a key, a value channel); body: its ops.
-    decays: the kinds of the gates among its operands, which are its first inputs, a, a1, a2."""
+    """A program of one token. inputs: name:kind, a kind being s, k or v (a head, a key, a value channel); body: its
+    ops. decays: the kinds of the gates among its operands, which are its first inputs, a, a1, a2."""
     gates = [f"a{i or ''}:{kind}" for i, kind in enumerate(decays)]
     words = (word.split(":") for word in [*gates, *inputs.split()])
     lines = [f"  input {name}: {KINDS[kind]}(b h)" for name, kind in words]
@@ -58,7 +58,9 @@ def delta(decays: str = "", beta: str = "", keys: str = "", before: bool = False
 def delta_product(steps: int, decays: str = "") -> str:
     """The program of `steps` delta rules a token, each with k, v and beta of its own, and one q."""
     inputs = " ".join(f"k{i}:k v{i}:v beta{i}:s" for i in range(steps))
-    one = "y{i} = read k{i}; e{i} = aten.sub.Tensor(v{i}, y{i}); u{i} = aten.mul.Tensor(e{i}, beta{i}); update k{i}, u{i}"
+    one = (
+        "y{i} = read k{i}; e{i} = aten.sub.Tensor(v{i}, y{i}); u{i} = aten.mul.Tensor(e{i}, beta{i}); update k{i}, u{i}"
+    )
     body = "; ".join(one.format(i=i) for i in range(steps))
     return text(f"{inputs} q:k", _after(decays, f"{body}; o = read q; return o"), decays)
 
@@ -104,7 +106,9 @@ def normalised(x: Tensor) -> Tensor:
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
-def sequence(program: str, state: Tensor, operands: Sequence[Tensor], flipped: bool = False) -> tuple[Tensor, list[Tensor]]:
+def sequence(
+    program: str, state: Tensor, operands: Sequence[Tensor], flipped: bool = False
+) -> tuple[Tensor, list[Tensor]]:
     """(the next state, outputs [B, T, H, V] in float32). flipped: the state is [B, H, V, K]."""
     given = state.transpose(-1, -2) if flipped else state
     new, *outs = torch.ops.kvbuffer.sequence(given, list(operands), program)

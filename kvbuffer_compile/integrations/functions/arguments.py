@@ -3,8 +3,9 @@
     q k v g>gk beta scale=None chunk_size=64 ** A_log=None
 
 Names in the order of the function, with their defaults; `g>gk`: what the library calls g is gk to the recurrences.
-Behind `**` stand names that the function takes out of its keyword arguments, and `*` if it ignores all others. Defaults that the function itself states
-go before those written here, so that a call of another version of the library means what it means there.
+Behind `**` stand names that the function takes out of its keyword arguments, and `*` if it ignores all others. Defaults
+that the function itself states go before those written here, so that a call of another version of the library means
+what it means there.
 """
 
 from __future__ import annotations
@@ -34,8 +35,6 @@ AT_DEFAULT = {
     "return_intermediate_states": "the states between chunks",
     "state_batch_indices": "a pool of states",
     "state_dtype": "a state of another dtype",
-    "residual": "a residual besides",
-    "prenorm": "a residual besides",
 }
 CONSTANTS = {"(0,inf)": (0.0, float("inf")), "float32": torch.float32}  # defaults that are no literals
 

@@ -7,6 +7,7 @@ tests/lift/test_fla_functions.py.
 from __future__ import annotations
 
 from kvbuffer_compile.integrations.functions import recurrences as r
+from kvbuffer_compile.integrations.functions import several
 from kvbuffer_compile.integrations.functions.known import Known, known
 
 STATE = "scale=None initial_state=None output_final_state=False"
@@ -23,43 +24,55 @@ CONJUGATE = "reads its state some 30 times a token (conjugate gradients): nothin
 NO_STATE = "takes no state: it computes whole sequences at once"
 VECTOR = "its state is a vector: a token's update would be as large as the state"
 NO_RECURRENCE = "a sum over tokens, which keeps no state"
-MOMENTUM = "two matrices feed each other: every token adds the whole of one to the other, which no few rows can stand for"
+MOMENTUM = (
+    "two matrices feed each other: every token adds the whole of one to the other, which no few rows can stand for"
+)
 LEVELS = "a state for each power of two tokens, merged as a counter says: no recurrence of one matrix"
 NONLINEAR = "the update is no linear function of the state: a layer norm lies between what is read and what is written"
 TURNING = "reads slots through a table that turns with a sum of angles beside the state: not written down here"
 GDN_CHUNK = f"q k v g beta {STATE} {NORM} {SIGMOID} state_v_first=False {PACKED} chunk_indices=None cp_context=None"
-GDN_STEP = f"q k v {GATES} {STATE} {NORM} {IN_KERNEL} A_log=None dt_bias=None {SIGMOID} state_v_first=False cu_seqlens=None **"
+GDN_STEP = (
+    f"q k v {GATES} {STATE} {NORM} {IN_KERNEL} A_log=None dt_bias=None {SIGMOID} state_v_first=False cu_seqlens=None **"
+)
 
 SERVED: dict[str, Known] = {
     # linear attention, with gates
-    "fused_recurrent_gla": known(r.gated, f"q k v gk=None gv=None {STATE} reverse=False state_v_first=False cu_seqlens=None **"),
+    "fused_recurrent_gla": known(
+        r.gated, f"q k v gk=None gv=None {STATE} reverse=False state_v_first=False cu_seqlens=None **"
+    ),
     "chunk_gla": known(r.gated, f"q k v g>gk {STATE} state_v_first=False {PACKED}"),
     "fused_recurrent_simple_gla": known(
         r.gated, f"q k v g=None g_gamma=None {STATE} reverse=False state_v_first=False cu_seqlens=None **"
     ),
-    "chunk_simple_gla": known(r.gated, f"q k v g=None g_gamma=None {STATE} state_v_first=False {PACKED} ** chunk_size=None"),
+    "chunk_simple_gla": known(
+        r.gated, f"q k v g=None g_gamma=None {STATE} state_v_first=False {PACKED} ** chunk_size=None"
+    ),
     "fused_chunk_simple_gla": known(r.gated, f"q k v g=None g_gamma=None {STATE} cu_seqlens=None"),
-    "fused_recurrent_retention": known(r.retention, f"q k v {STATE} reverse=False state_v_first=False cu_seqlens=None **"),
+    "fused_recurrent_retention": known(
+        r.retention, f"q k v {STATE} reverse=False state_v_first=False cu_seqlens=None **"
+    ),
     "chunk_retention": known(r.retention, f"q k v {STATE} cu_seqlens=None ** chunk_size=None"),
     "fused_chunk_retention": known(r.retention, f"q k v {STATE} cu_seqlens=None"),
     "fused_recurrent_lightning_attn": known(
         r.lightning, f"q k v layer_idx num_layers {STATE} reverse=False cu_seqlens=None"
     ),
-    "chunk_lightning_attn": known(r.lightning, f"q k v layer_idx num_layers {STATE} cu_seqlens=None ** chunk_size=None"),
+    "chunk_lightning_attn": known(
+        r.lightning, f"q k v layer_idx num_layers {STATE} cu_seqlens=None ** chunk_size=None"
+    ),
     "fused_recurrent_linear_attn": known(
-        r.normalised_linear, f"q k v {STATE} reverse=False normalize=False cu_seqlens=None"
+        several.normalised_linear, f"q k v {STATE} reverse=False normalize=False cu_seqlens=None"
     ),
-    "chunk_linear_attn": known(r.normalised_linear, f"q k v {STATE} normalize=True cu_seqlens=None"),
-    "fused_chunk_linear_attn": known(r.normalised_linear, f"q k v {STATE} normalize=True cu_seqlens=None"),
-    "fused_recurrent_lightnet": known(r.lightnet, f"q k v {STATE} state_v_first=False cu_seqlens=None"),
-    "chunk_lightnet": known(r.lightnet, f"q k v {STATE} state_v_first=False cu_seqlens=None"),
+    "chunk_linear_attn": known(several.normalised_linear, f"q k v {STATE} normalize=True cu_seqlens=None"),
+    "fused_chunk_linear_attn": known(several.normalised_linear, f"q k v {STATE} normalize=True cu_seqlens=None"),
+    "fused_recurrent_lightnet": known(several.lightnet, f"q k v {STATE} state_v_first=False cu_seqlens=None"),
+    "chunk_lightnet": known(several.lightnet, f"q k v {STATE} state_v_first=False cu_seqlens=None"),
     # slots
-    "fused_recurrent_gsa": known(r.gated_slots, f"q k v s g=None {STATE} reverse=False cu_seqlens=None"),
+    "fused_recurrent_gsa": known(several.gated_slots, f"q k v s g=None {STATE} reverse=False cu_seqlens=None"),
     "fused_recurrent_gsa_inference": known(
-        r.slots, "q k v s g initial_state=None output_final_state=False scale=1.0"
+        several.slots, "q k v s g initial_state=None output_final_state=False scale=1.0"
     ),
-    "chunk_gsa": known(r.gated_slots, f"q k v s g=None {STATE} checkpoint_level=2 {PACKED} ** chunk_size=None"),
-    "chunk_abc": known(r.slots, "q k v s initial_state=None output_final_state=False"),
+    "chunk_gsa": known(several.gated_slots, f"q k v s g=None {STATE} checkpoint_level=2 {PACKED} ** chunk_size=None"),
+    "chunk_abc": known(several.slots, "q k v s initial_state=None output_final_state=False"),
     # delta rules
     "fused_recurrent_delta_rule": known(r.delta, f"q k v beta=None {STATE} {NORM} cu_seqlens=None"),
     "chunk_delta_rule": known(r.delta, f"q k v beta {STATE} {NORM} {PACKED} ** chunk_size=64"),
@@ -100,23 +113,23 @@ SERVED: dict[str, Known] = {
         r.oja, f"q k v gv beta {STATE} use_q_l2norm=False use_k_l2norm=False {PACKED} ** chunk_size=64"
     ),
     "fused_recurrent_precond_gated_delta_rule": known(
-        r.preconditioned,
+        several.preconditioned,
         f"q k v {GATES} g_atk=None beta_atk=None scale=None initial_state=None {SUMS} output_final_state=False "
         f"use_qk_l2norm_in_kernel=True cu_seqlens=None {FLIPPED} {SQUASH}",
     ),
     "chunk_precond_gated_delta_rule": known(
-        r.preconditioned_in_chunks,
+        several.preconditioned_in_chunks,
         f"q k v g_atk g beta_atk beta scale=None initial_state=None {SUMS} output_final_state=False "
         f"use_qk_l2norm_in_kernel=True {PACKED} cp_context=None {FLIPPED} {SQUASH}",
     ),
     "fused_recurrent_precond_kda": known(
-        r.preconditioned,
+        several.preconditioned,
         f"q k v g>gk g_atk beta_atk beta A_log=None dt_bias=None scale=None initial_state=None {SUMS} "
         f"output_final_state=False use_qk_l2norm_in_kernel=True {IN_KERNEL} lower_bound=None cu_seqlens=None {FLIPPED} "
         f"{SQUASH} **",
     ),
     "chunk_precond_kda": known(
-        r.preconditioned_kda_in_chunks,
+        several.preconditioned_kda_in_chunks,
         f"q k v g>gk g_atk beta_atk beta scale=None initial_state=None {SUMS} output_final_state=False {IN_KERNEL} "
         f"safe_gate=False lower_bound=None {PACKED} chunk_indices=None cp_context=None {FLIPPED} {SQUASH} "
         "solve_tril_precision=None disable_recompute=False return_intermediate_states=False ** A_log=None dt_bias=None "

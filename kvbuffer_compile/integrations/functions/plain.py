@@ -1,7 +1,7 @@
 """Norms, convolutions and activations of flash-linear-attention in plain torch ops, for tensors on a CPU.
 
-Its layers call Triton kernels around their recurrence, which have nothing to run on there. Sums are taken in float32 and
-results rounded to the dtype of the input, as the kernels do.
+Its layers call Triton kernels around their recurrence, which have nothing to run on there. Sums are taken in float32
+and results rounded to the dtype of the input, as the kernels do.
 """
 
 from __future__ import annotations
@@ -13,17 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbuffer_compile.integrations.functions import recurrences
+from kvbuffer_compile.integrations.functions import recurrences, several
 from kvbuffer_compile.integrations.functions.arguments import Unserved
 from kvbuffer_compile.integrations.functions.known import Known, known
 from kvbuffer_compile.integrations.functions.recurrences import Given
-
-ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda x: x,
-    "silu": F.silu,
-    "swish": F.silu,
-    "sigmoid": torch.sigmoid,
-}
 
 
 def on_a_cpu(given: Given) -> Unserved | None:
@@ -43,43 +36,24 @@ def _norm(c: Given, rms: bool, groups: int = 1) -> Tensor:
     return x if c["bias"] is None else x + c["bias"].float()
 
 
-def layer_norm(c: Given) -> Tensor:
-    return _norm(c, c["is_rms_norm"], c.get("num_groups", 1)).to(c["x"].dtype)
+def _normed(rms: bool | None) -> Callable[[Given], Any]:
+    """A norm of x and what is left beside it, with a gate g if there is one and a linear layer behind if that has
+    weights. With prenorm the sum that was normed is handed back too. rms: None if the call says."""
 
+    def compute(c: Given) -> Any:
+        x, beside = c["x"], c["residual"]
+        total = x.float() if beside is None else x.float() + beside.float()
+        y = _norm({**c, "x": total}, c["is_rms_norm"] if rms is None else rms, c.get("num_groups", 1))
+        if c.get("g") is not None:
+            y = y * (torch.sigmoid if c.get("activation") == "sigmoid" else F.silu)(c["g"].float())
+        y = y.to(x.dtype)
+        if c.get("linear_weight") is not None:
+            y = F.linear(y.to(c["linear_weight"].dtype), c["linear_weight"], c["linear_bias"])
+        wide = torch.float32 if c["residual_in_fp32"] else x.dtype
+        kept = wide if beside is None else beside.dtype
+        return (y, total.to(kept)) if c["prenorm"] else y
 
-def rms_norm(c: Given) -> Tensor:
-    return _norm(c, True).to(c["x"].dtype)
-
-
-def layer_norm_linear(c: Given) -> Tensor:
-    return F.linear(layer_norm(c).to(c["linear_weight"].dtype), c["linear_weight"], c["linear_bias"])
-
-
-def rms_norm_linear(c: Given) -> Tensor:
-    return F.linear(rms_norm(c).to(c["linear_weight"].dtype), c["linear_weight"], c["linear_bias"])
-
-
-def _gated(c: Given, rms: bool) -> Tensor:
-    return (_norm(c, rms) * ACTIVATIONS_OF_GATES[c.get("activation", "swish")](c["g"].float())).to(c["x"].dtype)
-
-
-ACTIVATIONS_OF_GATES = {name: act for name, act in ACTIVATIONS.items() if name is not None}
-
-
-def layer_norm_gated(c: Given) -> Tensor:
-    return _gated(c, False)
-
-
-def rms_norm_gated(c: Given) -> Tensor:
-    return _gated(c, True)
-
-
-def layer_norm_gate_linear(c: Given) -> Tensor:
-    return F.linear(_gated(c, False).to(c["linear_weight"].dtype), c["linear_weight"], c["linear_bias"])
-
-
-def rms_norm_gate_linear(c: Given) -> Tensor:
-    return F.linear(_gated(c, True).to(c["linear_weight"].dtype), c["linear_weight"], c["linear_bias"])
+    return compute
 
 
 def grouped_norm(c: Given) -> Tensor:
@@ -110,14 +84,17 @@ def convolution(c: Given) -> tuple[Tensor, Tensor | None]:
     seen = torch.cat([state.to(x.dtype), x.transpose(1, 2)], -1)
     bias = None if c["bias"] is None else c["bias"].float()
     y = F.conv1d(seen[..., 1:].float(), weight.float()[:, None], bias, groups=x.shape[2])
-    y = ACTIVATIONS[c["activation"]](y).transpose(1, 2).to(x.dtype)
+    y = (y if c["activation"] is None else F.silu(y)).transpose(1, 2)
+    y = (y if c["residual"] is None else y + c["residual"].float()).to(x.dtype)
     return y, seen[..., -width:].contiguous() if c["output_final_state"] else None
 
 
 def convolution_step(c: Given) -> tuple[Tensor, Tensor]:
     """One token each, the state in place. x: [B, 1, D], or [1, B, D] where B sequences are packed."""
-    x, cache = c["x"], c["cache"]
-    y, new = convolution({**c, "x": x.reshape(cache.shape[0], 1, -1), "initial_state": cache, "output_final_state": True})
+    x, cache, residual = c["x"], c["cache"], c["residual"]
+    sizes = (cache.shape[0], 1, -1)
+    given = {**c, "x": x.reshape(sizes), "residual": None if residual is None else residual.reshape(sizes)}
+    y, new = convolution({**given, "initial_state": cache, "output_final_state": True})
     assert new is not None
     cache.copy_(new)
     return y.reshape(x.shape), cache
@@ -183,13 +160,15 @@ def kda_gate(c: Given) -> Tensor | Unserved:
 
 
 def additive_gate(c: Given) -> tuple[Tensor, Tensor, Tensor]:
-    k, g, z = recurrences.additive_gate(c["x"], c["initial_state"])
+    k, g, z = several.additive_gate(c["x"], c["initial_state"])
     return k.to(c["output_dtype"] or c["x"].dtype), g.to(c["gate_dtype"] or c["x"].dtype), z
 
 
 def mixed_tokens(c: Given) -> tuple[Tensor | None, ...]:
     """RWKV-7: x + delta * weight for each of its weights."""
-    return tuple(None if c[n] is None else torch.addcmul(c["x"], c["delta"], c[n]) for n in ("xr", "xw", "xk", "xv", "xa", "xg"))
+    return tuple(
+        None if c[n] is None else torch.addcmul(c["x"], c["delta"], c[n]) for n in ("xr", "xw", "xk", "xv", "xa", "xg")
+    )
 
 
 def key_of_rwkv7(c: Given) -> Tensor:
@@ -214,16 +193,16 @@ def _plain(compute: Callable[[Given], Any], text: str) -> Known:
 
 
 SERVED: dict[str, Known] = {
-    "layer_norm": _plain(layer_norm, f"x weight bias {NORM.format(eps='1e-05')} is_rms_norm=False"),
-    "group_norm": _plain(layer_norm, f"x weight bias {NORM.format(eps='1e-05')} is_rms_norm=False num_groups=1"),
-    "rms_norm": _plain(rms_norm, f"x weight bias {NORM.format(eps='1e-05')}"),
-    "layer_norm_linear": _plain(layer_norm_linear, f"x {LINEAR} {NORM.format(eps='1e-05')} is_rms_norm=False num_groups=1"),
-    "group_norm_linear": _plain(layer_norm_linear, f"x {LINEAR} {NORM.format(eps='1e-05')} is_rms_norm=False num_groups=1"),
-    "rms_norm_linear": _plain(rms_norm_linear, f"x {LINEAR} {NORM.format(eps='1e-05')}"),
-    "layer_norm_gated": _plain(layer_norm_gated, f"x g weight bias activation='swish' {BEFORE}"),
-    "rms_norm_gated": _plain(rms_norm_gated, f"x g weight bias activation='swish' {BEFORE}"),
-    "layer_norm_swish_gate_linear": _plain(layer_norm_gate_linear, f"x g {LINEAR} {BEFORE}"),
-    "rms_norm_swish_gate_linear": _plain(rms_norm_gate_linear, f"x g {LINEAR} {BEFORE}"),
+    "layer_norm": _plain(_normed(None), f"x weight bias {NORM.format(eps='1e-05')} is_rms_norm=False"),
+    "group_norm": _plain(_normed(None), f"x weight bias {NORM.format(eps='1e-05')} is_rms_norm=False num_groups=1"),
+    "rms_norm": _plain(_normed(True), f"x weight bias {NORM.format(eps='1e-05')}"),
+    "layer_norm_linear": _plain(_normed(None), f"x {LINEAR} {NORM.format(eps='1e-05')} is_rms_norm=False num_groups=1"),
+    "group_norm_linear": _plain(_normed(None), f"x {LINEAR} {NORM.format(eps='1e-05')} is_rms_norm=False num_groups=1"),
+    "rms_norm_linear": _plain(_normed(True), f"x {LINEAR} {NORM.format(eps='1e-05')}"),
+    "layer_norm_gated": _plain(_normed(False), f"x g weight bias activation='swish' {BEFORE}"),
+    "rms_norm_gated": _plain(_normed(True), f"x g weight bias activation='swish' {BEFORE}"),
+    "layer_norm_swish_gate_linear": _plain(_normed(False), f"x g {LINEAR} {BEFORE}"),
+    "rms_norm_swish_gate_linear": _plain(_normed(True), f"x g {LINEAR} {BEFORE}"),
     "layernorm_fn": _plain(grouped_norm, f"x weight bias z=None {GROUPS} is_rms_norm=False"),
     "rmsnorm_fn": _plain(grouped_norm, f"x weight bias z=None {GROUPS}"),
     "l2norm": _plain(l2_norm, "x eps=1e-06 output_dtype=None"),
@@ -243,7 +222,9 @@ SERVED: dict[str, Known] = {
     "swiglu_fwd": _plain(swiglu, "x y output_contiguous>said=False"),
     "swiglu_linear": _plain(swiglu_linear, "x y weight bias"),
     "fused_kda_gate": _plain(kda_gate, "g>x A_log=None dt_bias=None lower_bound=None output_dtype=float32"),
-    "fused_additive_gate": _plain(additive_gate, "x initial_state=None cu_seqlens=None output_dtype=None gate_dtype=None"),
+    "fused_additive_gate": _plain(
+        additive_gate, "x initial_state=None cu_seqlens=None output_dtype=None gate_dtype=None"
+    ),
     "fused_addcmul_rwkv7": _plain(mixed_tokens, f"hidden_states>x delta {WEIGHTS}"),
     "fused_k_rwkv7": _plain(key_of_rwkv7, "k>x a ka cu_seqlens=None cu_seqlens_cpu=None"),
     "gate_output_correction": _plain(corrected_output, "o>x r k r_k v g"),

@@ -66,7 +66,8 @@ def one_token(given: dict[str, Any]) -> Unserved | None:
 
 
 def selective_state_update(c: dict[str, Any]) -> Tensor:
-    """mamba_ssm's step, in place: state [B, H, P, N]; x, dt [B, H, P]; A [H, P, N]; B, C [B, G, N]; D, dt_bias [H, P]."""
+    """mamba_ssm's step, in place: state [B, H, P, N]; x, z, dt [B, H, P]; A [H, P, N]; B, C [B, G, N];
+    D, dt_bias [H, P]."""
     state, x = c["state"], c["x"]
     heads = state.shape[1]
     b, read = (y.float().repeat_interleave(heads // y.shape[1], dim=1) for y in (c["B"], c["C"]))

@@ -31,6 +31,14 @@ CHUNKED = (
     "query>q key>k value>v g beta chunk_size=64 initial_state=None output_final_state=False "
     "use_qk_l2norm_in_kernel=False ** cu_seqlens=None *"
 )
+
+
+def _left_alone(reason: str) -> Adapter:
+    """An adapter that serves no call."""
+    why = Unserved(reason)
+    return lambda *_, **__: why
+
+
 # By the library that a module belongs to: the functions that modules of it hold under these names.
 LIBRARIES: dict[str, dict[str, Adapter | Known]] = {
     "transformers": {
@@ -40,7 +48,7 @@ LIBRARIES: dict[str, dict[str, Adapter | Known]] = {
     },
     "fla": {
         **fla.SERVED,
-        **{name: lambda *_, why=Unserved(why), **__: why for name, why in fla.UNSERVED.items()},
+        **{name: _left_alone(why) for name, why in fla.UNSERVED.items()},
         **plain.SERVED,
     },
     "mamba_ssm": dict(state_space.MAMBA),
@@ -105,7 +113,7 @@ def _substitute_in(module: types.ModuleType, known: dict[str, Adapter | Known]) 
 
 
 def substitute(original: types.FunctionType, adapter: Adapter) -> None:
-    """Trace `adapter` instead of `original` under our backends, where it gives a result; Unserved leaves the original."""
+    """Trace `adapter` instead of `original` under our backends; what it does not serve is left to the original."""
     untouched, name = _twin(original), original.__name__
 
     def traced(*args: Any, **kwargs: Any) -> Any:
