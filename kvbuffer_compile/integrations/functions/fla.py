@@ -87,9 +87,9 @@ SERVED: dict[str, Known] = {
     ),
     "chunk_kda": known(
         r.delta,
-        f"q k v g>gk beta {STATE} {NORM} {IN_KERNEL} {SIGMOID} safe_gate=False lower_bound=None disable_recompute=False "
-        f"return_intermediate_states=False state_v_first=False {PACKED} cp_context=None use_graph=False "
-        f"max_num_seqs=None ** {BEHIND}",
+        f"q k v g>gk beta {STATE} {NORM} {IN_KERNEL} {SIGMOID} safe_gate=False lower_bound=None "
+        f"disable_recompute=False return_intermediate_states=False state_v_first=False {PACKED} cp_context=None "
+        f"use_graph=False max_num_seqs=None ** {BEHIND}",
     ),
     "fused_recurrent_gdn2": known(
         r.gdn2,
@@ -161,12 +161,14 @@ SERVED: dict[str, Known] = {
 
 UNSERVED: dict[str, str] = {
     **dict.fromkeys(("fused_recurrent_momentum_delta_rule", "chunk_momentum_delta_rule"), MOMENTUM),
+    "chunk_momentum_delta_rule_ref": MOMENTUM,
     **dict.fromkeys(("chunk_mesa_net", "mesa_net_decoding_one_step"), CONJUGATE),
     **dict.fromkeys(("fused_recurrent_hgrn", "chunk_hgrn", "fused_recurrent_rwkv4"), VECTOR),
     **dict.fromkeys(("fused_recurrent_cyfa", "chunk_cyfa"), TURNING),
     **dict.fromkeys(("chunk_ttt_linear", "fused_chunk_ttt_linear", "chunk_titans_linear"), NONLINEAR),
     "chunk_log_linear_attn": LEVELS,
     "fused_chunk_based": NO_STATE,
-    **dict.fromkeys(("chunk_local_cumsum", "chunk_global_cumsum"), NO_RECURRENCE),
+    **{f"chunk_local_cumsum{of}": NO_RECURRENCE for of in ("", "_scalar", "_vector")},
+    **{f"chunk_global_cumsum{of}": NO_RECURRENCE for of in ("", "_scalar", "_vector")},
     **dict.fromkeys(("fused_chunk_gla", "fused_chunk_delta_rule"), "the library itself raises: it was removed"),
 }  # fmt: skip

@@ -127,7 +127,7 @@ def lightning(c: Given) -> Any:
 
 
 def delta(c: Given) -> Any:
-    """S <- gates S; S <- S + w (beta (v - S' p))', o = S' q. p, w: the keys to read and to write with, k unless given."""
+    """S <- gates S; S <- S + w (beta (v - S' p))', o = S' q. p, w: the keys to read and to write with, or k."""
     v = c["v"]
     heads = v.shape[2]
     decays, beta = gates(c, heads), rate_of(c)

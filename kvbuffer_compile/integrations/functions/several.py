@@ -14,8 +14,8 @@ from kvbuffer_compile.integrations.functions.recurrences import Given, delta, ga
 
 
 def additive_gate(x: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(exp(x - z'), z - z', z' of the last token) with z' = log(exp(z) + exp(x)), token by token: weights that sum to 1.
-    x: [B, T, H, K]; z: [B, 1, H, K] or None, and then the first token forgets nothing."""
+    """(exp(x - z'), z - z', z' of the last token) with z' = log(exp(z) + exp(x)), token by token: weights that sum to
+    1. x: [B, T, H, K]; z: [B, 1, H, K] or None, and then the first token forgets nothing."""
     x = x.float()
     if x.shape[1] == 1:  # without a sum over tokens, whose operands could not be told apart
         now = x if z is None else torch.logaddexp(z, x)
@@ -28,8 +28,8 @@ def additive_gate(x: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def slots(c: Given) -> Any:
-    """Gated slot attention, two states: keys by slot [B, H, K, M], slots by value [B, H, M, V]; s [B, T, H, M] writes to
-    slots, which a softmax over what the first state says then reads. Without g the slots' weights sum to 1."""
+    """Gated slot attention, two states: keys by slot [B, H, K, M], slots by value [B, H, M, V]; s [B, T, H, M] writes
+    to slots, which a softmax over what the first state says then reads. Without g the slots' weights sum to 1."""
     s, g = c["s"], c.get("g")
     if g is None:
         s, g, _ = additive_gate(s, None)
