@@ -98,9 +98,9 @@ def substitute_known(*_: Any) -> None:
     """Substitute the known functions of every module that was imported since the last time."""
     for name in [n for n in sys.modules if n not in _searched]:
         _searched.add(name)
-        root = name.partition(".")[0]
-        if root in LIBRARIES:
-            _substitute_in(sys.modules[name], LIBRARIES[root])
+        root, module = name.partition(".")[0], sys.modules[name]
+        if root in LIBRARIES and isinstance(module, types.ModuleType):  # None stands for one that must not be imported
+            _substitute_in(module, LIBRARIES[root])
 
 
 def _substitute_in(module: types.ModuleType, known: dict[str, Adapter | Known]) -> None:
