@@ -29,7 +29,7 @@ def on_a_cpu(given: Given) -> Unserved | None:
 
 def _norm(c: Given, rms: bool, groups: int = 1) -> Tensor:
     """The last dim of x, in groups, with mean 0 (unless rms) and mean square 1; then weight and bias. float32."""
-    x = c["x"].float().unflatten(-1, (groups, -1))
+    x: Tensor = c["x"].float().unflatten(-1, (groups, -1))
     x = x if rms else x - x.mean(-1, keepdim=True)
     x = (x * torch.rsqrt((x * x).mean(-1, keepdim=True) + c["eps"])).flatten(-2)
     x = x if c["weight"] is None else x * c["weight"].float()
@@ -68,7 +68,7 @@ def grouped_norm(c: Given) -> Tensor:
     return out.to(c["x"].dtype)
 
 
-def l2_norm(c: Given) -> Tensor:
+def l2_norm(c: Given) -> Any:
     x = c["x"].float()
     return (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + c["eps"])).to(c["output_dtype"] or c["x"].dtype)
 
@@ -138,11 +138,11 @@ def sigmoid(c: Given) -> Tensor:
     return torch.sigmoid(c["x"].float()).to(c["x"].dtype)
 
 
-def log_sigmoid(c: Given) -> Tensor:
+def log_sigmoid(c: Given) -> Any:
     return (F.logsigmoid(c["x"].float()) / c["temperature"]).to(c["x"].dtype)
 
 
-def swiglu(c: Given) -> Tensor:
+def swiglu(c: Given) -> Any:
     return (F.silu(c["x"].float()) * c["y"].float()).to(c["x"].dtype)
 
 
@@ -171,11 +171,11 @@ def mixed_tokens(c: Given) -> tuple[Tensor | None, ...]:
     )
 
 
-def key_of_rwkv7(c: Given) -> Tensor:
+def key_of_rwkv7(c: Given) -> Any:
     return c["x"].addcmul(c["x"] * (c["a"] - 1), c["ka"])
 
 
-def corrected_output(c: Given) -> Tensor:
+def corrected_output(c: Given) -> Any:
     """RWKV-7's bonus of the token itself, and its gate. x, g: [B, T, H V]; r, k: [B, T, H, K]; v: [B, T, H, V]."""
     own = ((c["r"] * c["k"] * c["r_k"]).sum(-1, keepdim=True) * c["v"]).reshape(c["x"].shape)
     return (c["x"] + own) * c["g"]

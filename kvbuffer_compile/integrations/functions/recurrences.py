@@ -31,7 +31,8 @@ Given = dict[str, Any]
 
 def scaled(c: Given, x: Tensor) -> Tensor:
     """Queries with their factor, 1 / sqrt(K) unless the call says another."""
-    return x * (x.shape[-1] ** -0.5 if c.get("scale") is None else c["scale"])
+    factor: float = x.shape[-1] ** -0.5 if c.get("scale") is None else c["scale"]
+    return x * factor
 
 
 def unit(c: Given, x: Tensor) -> Tensor:
@@ -80,7 +81,8 @@ def state_of(c: Given, state: Tensor | None, heads: int, rows: int, columns: int
     if state is not None:
         return state
     sizes = (columns, rows) if c.get("state_v_first") else (rows, columns)
-    return c["v"].new_zeros(c["v"].shape[0], heads, *sizes, dtype=torch.float32)
+    v: Tensor = c["v"]
+    return v.new_zeros(v.shape[0], heads, *sizes, dtype=torch.float32)
 
 
 def run(
@@ -181,9 +183,9 @@ def low_rank(c: Given) -> Any:
     """S <- diag(gk) S + b (a' S) + k v', o = S' q: a reads the state as it was. Without gk nothing decays."""
     heads = c["v"].shape[2]
     if c.get("gk") is None:
-        operands, program = (c["a"], c["k"], c["v"], c["b"], scaled(c, c["q"])), IDENTITY_AND_LOW_RANK
+        operands, program = [c["a"], c["k"], c["v"], c["b"], scaled(c, c["q"])], IDENTITY_AND_LOW_RANK
     else:
-        operands = (c["a"], c["gk"].float().exp(), c["k"], c["v"], c["b"], scaled(c, c["q"]))
+        operands = [c["a"], c["gk"].float().exp(), c["k"], c["v"], c["b"], scaled(c, c["q"])]
         program = DIAGONAL_AND_LOW_RANK
     return run(c, program, [heads_first(x, heads) for x in operands])
 

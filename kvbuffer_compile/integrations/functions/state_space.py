@@ -65,7 +65,7 @@ def one_token(given: dict[str, Any]) -> Unserved | None:
     return None if given["state"].dim() == 4 else Unserved("a state without heads: Mamba-1")
 
 
-def selective_state_update(c: dict[str, Any]) -> Tensor:
+def selective_state_update(c: dict[str, Any]) -> Any:
     """mamba_ssm's step, in place: state [B, H, P, N]; x, z, dt [B, H, P]; A [H, P, N]; B, C [B, G, N];
     D, dt_bias [H, P]."""
     state, x = c["state"], c["x"]
