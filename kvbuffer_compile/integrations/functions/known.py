@@ -51,10 +51,11 @@ def few_on_a_state(given: dict[str, Any]) -> Unserved | None:
 
 
 def few_or_on_a_cpu(given: dict[str, Any]) -> Unserved | None:
-    """The same for Triton kernels; on a CPU any call, which they cannot serve."""
-    if given["k"].device.type == "cpu" and not torch.is_grad_enabled():
-        return None
-    return few_on_a_state(given)
+    """The same for Triton kernels; on a CPU any call, which they cannot serve. The number of tokens is asked first: it
+    is what bounds the rows of a buffer."""
+    why_not = few_on_a_state(given)
+    served = given["k"].device.type == "cpu" and not torch.is_grad_enabled()
+    return None if served else why_not
 
 
 def known(
