@@ -169,8 +169,8 @@ def main(asked: list[str]) -> None:
         rows[name] = row_of(name)
         print(json.dumps(rows[name]), flush=True)
     if stored or not asked:
-        functions = [rows[name] for name in names if name not in calls.LAYERS]
-        PAGE.write_text(page(functions, [rows[name] for name in calls.LAYERS]), encoding="utf-8")
+        found = [rows.get(name, {"name": name, "status": "not run"}) for name in names]
+        PAGE.write_text(page(found[len(calls.LAYERS) :], found[: len(calls.LAYERS)]), encoding="utf-8")
 
 
 if __name__ == "__main__":
