@@ -152,7 +152,9 @@ def test_a_function_that_is_left_alone_says_why() -> None:
         substitution.substitute_known()
         with torch.no_grad(), substitution.left_alone(told.__setitem__):
             x = torch.ones(3)
-            got = torch.compile(lambda x: chunk_mesa_net(x), backend="kvbuffer", options={"inner": "eager"})(x)
+            got = torch.compile(
+                lambda x: chunk_mesa_net(x), backend="kvbuffer", fullgraph=True, options={"inner": "eager"}
+            )(x)
     finally:
         del sys.modules[module.__name__]
         substitution._searched.discard(module.__name__)

@@ -34,9 +34,8 @@ CHUNKED = (
 
 
 def _left_alone(reason: str) -> Adapter:
-    """An adapter that serves no call."""
-    why = Unserved(reason)
-    return lambda *_, **__: why
+    """An adapter that serves no call. The reason is made while it is traced: a closure over one cannot be."""
+    return lambda *_, **__: Unserved(reason)
 
 
 # By the library that a module belongs to: the functions that modules of it hold under these names.
