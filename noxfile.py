@@ -15,6 +15,14 @@ nox.options.default_venv_backend = "venv"
 
 
 @nox.session
+def fla(session: nox.Session) -> None:
+    """The tests of flash-linear-attention, which cannot share an environment with those of transformers."""
+    session.install(f"torch=={TORCH}")
+    session.install("-e", ".[test,fla]")
+    session.run("pytest", "tests/lift/test_fla.py", "tests/lift/test_fused.py", *session.posargs)
+
+
+@nox.session
 @nox.parametrize("transformers", ["5.17.0", "newest"])
 def tests(session: nox.Session, transformers: str) -> None:
     """The tests that touch models. With the newest transformers, all tests."""

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from kvbuffer_compile.accounts.opening import reached_by
 from kvbuffer_compile.backend import GraphRecord, kvbuffer, observers
+from kvbuffer_compile.integrations.functions.substitution import left_alone
 from kvbuffer_compile.options import Options, split
 from kvbuffer_compile.process.afresh import afresh
 from kvbuffer_compile.report.report import Report, StateReport, state_report
@@ -52,7 +53,8 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
             return gm.forward
 
     backend.rewrites_recurrences = True  # type: ignore[attr-defined]
-    with observers.also(findings.add), _restored((fn, call_args, call_kwargs)):
+    told = left_alone(findings.hear)
+    with observers.also(findings.add), told, _restored((fn, call_args, call_kwargs)):
         torch.compile(afresh(fn), backend=backend)(*call_args, **call_kwargs)
     return findings.report(dict(options or {}))
 
@@ -80,6 +82,11 @@ class Findings:
         self.calls += [whole] if whole and whole not in self.calls else []
         if record.why_not is not None and not record.states and record.why_not.reason not in self.notes:
             self.notes.append(record.why_not.reason)
+
+    def hear(self, function: str, reason: str) -> None:
+        """A function of a library hides a recurrence and is left as it is."""
+        note = f"{function} is left as it is: {reason}"
+        self.notes += [note] if note not in self.notes else []
 
     def _named(self, report: StateReport, name: str) -> StateReport:
         """By the user's name, and with what is to be said of the tensor that has it."""

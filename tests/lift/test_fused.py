@@ -71,16 +71,12 @@ def fused_recurrent_retention(q, k, v, scale=None, initial_state=None, **_):
     return fused_recurrent_simple_gla(q, k, v, None, gamma, scale, initial_state)
 
 
-def fused_recurrent_gated_delta_rule(
-    q, k, v, g=None, gk=None, gv=None, beta=None, scale=None, initial_state=None, read_key=None, **_
-):
-    p = k if read_key is None else read_key
-
+def fused_recurrent_gated_delta_rule(q, k, v, g=None, gk=None, gv=None, beta=None, scale=None, initial_state=None, **_):
     def token(S, t):
         S = S * g[:, t].exp()[..., None, None] if g is not None else S
         S = S * gk[:, t].exp()[..., None] if gk is not None else S
         rate = beta[:, t] if beta.dim() == 4 else beta[:, t, :, None]
-        S = S + _outer(k[:, t], (v[:, t] - _read(S, p[:, t])) * rate)
+        S = S + _outer(k[:, t], (v[:, t] - _read(S, k[:, t])) * rate)
         return S, _read(S, q[:, t] * K**-0.5)
 
     return _tokens(q, v, initial_state, token)
@@ -99,7 +95,12 @@ def fused_recurrent_delta_rule(q, k, v, beta=None, scale=None, initial_state=Non
 
 
 def fused_recurrent_comba(q, k, p, v, g, beta=None, scale=None, initial_state=None, **_):
-    return fused_recurrent_gated_delta_rule(q, k, v, g, beta=beta, initial_state=initial_state, read_key=p)
+    def token(S, t):
+        error = (v[:, t] - _read(S, p[:, t])) * (1 if beta is None else beta[:, t, :, None])
+        S = S * g[:, t].exp()[..., None, None] + _outer(k[:, t], error)
+        return S, _read(S, q[:, t] * K**-0.5)
+
+    return _tokens(q, v, initial_state, token)
 
 
 def fused_recurrent_rwkv7(r, w, k, v, a, b, scale=None, initial_state=None, output_final_state=True, **_):
@@ -138,11 +139,33 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     return ((state * C[:, :, None]).sum(-1) + x * D) * silu(z)
 
 
+def mamba_chunk_scan_combined(
+    x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, dt_softplus=False,
+    dt_limit=(0.0, float("inf")), return_final_states=False
+):  # fmt: skip
+    """Outputs in the dtype of x, states in float32; D: [H] or [H, P]."""
+    wide = _wide(x)
+    step = softplus(dt.to(wide) + dt_bias)
+    groups = x.shape[2] // B.shape[2]
+    B, C = (y.to(wide).repeat_interleave(groups, 2) for y in (B, C))
+
+    def token(S, t):
+        S = S * (step[:, t] * A)[..., None, None].exp() + _outer((step[..., None] * x.to(wide))[:, t], B[:, t])
+        return S, (S * C[:, t, :, None]).sum(-1)
+
+    out, S = _tokens(x.to(wide), x.to(wide), initial_states, token)
+    out = (out + x.to(wide) * (D if D.dim() == 2 else D[:, None])) * silu(z.to(wide))
+    return out.to(x.dtype), S
+
+
+MAMBA = {f.__name__: f for f in (selective_state_update, mamba_chunk_scan_combined)}
+
+
 @pytest.fixture
 def libraries() -> Iterator[dict[str, Any]]:
     """Functions by name, from modules of the libraries' names."""
     held: dict[str, Any] = {}
-    for module, known in (("fla.ops", FLA), ("mamba_ssm.ops", {"selective_state_update": selective_state_update})):
+    for module, known in (("fla.ops", FLA), ("mamba_ssm.ops", MAMBA)):
         sys.modules[module] = types.ModuleType(module)
         for name, function in known.items():
             held[name] = torch.compiler.disable(function)
@@ -182,7 +205,8 @@ CASES: dict[str, tuple[str, str, dict[str, str], str]] = {  # name -> function, 
     "gated delta rule in chunks": ("chunk_gated_delta_rule", "k unit-k v gate-s s", {}, "DRUR"),
     "kda": ("fused_recurrent_kda", "k unit-k v gate-k s", {}, "DRUR"),
     "delta rule": ("fused_recurrent_delta_rule", "k unit-k v s", {}, "RUR"),
-    "comba": ("fused_recurrent_comba", "k unit-k unit-k v gate-s s", {}, "DRUR"),
+    "comba": ("fused_recurrent_comba", "k unit-k unit-k v gate-s s", {}, "RDUR"),
+    "comba without beta": ("fused_recurrent_comba", "k unit-k unit-k v gate-s", {}, "RDUR"),
     "rwkv7": ("fused_recurrent_rwkv7", "k gate-k k v unit-k unit-k", {}, "RDUUR"),
 }  # fmt: skip
 
@@ -255,6 +279,37 @@ def test_selective_state_update(libraries: dict[str, Any], records: list[GraphRe
         return [torch.randn(shape, generator=g) for shape in shapes]
 
     compare(step, torch.randn(B, H, V, K, generator=g), draw)
+    assert records and all(r.rewritten[0][1].program.signature == "DUR" for r in records)
+
+
+@pytest.mark.parametrize("skip", ["a number a head", "a number a channel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mamba_chunk_scan_combined(
+    skip: str, dtype: torch.dtype, libraries: dict[str, Any], records: list[GraphRecord]
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    A, bias = -torch.rand(H, generator=g), torch.randn(H, generator=g)
+    D = torch.randn((H,) if "head" in skip else (H, V), generator=g)
+    scan = libraries["mamba_chunk_scan_combined"]
+
+    def step(S: Tensor, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, z: Tensor) -> Tensor:
+        a, d, by = (y.to(S.dtype) for y in (A, D, bias))
+        out, new = scan(
+            x, dt, a, b, c, 64, d, z, dt_bias=by, initial_states=S, dt_softplus=True, return_final_states=True
+        )
+        S.copy_(new)
+        return out
+
+    shapes = ((B, 3, H, V), (B, 3, H), (B, 3, 1, K), (B, 3, 1, K), (B, 3, H, V))
+    if dtype == torch.float32:
+        compare(step, torch.randn(B, H, V, K, generator=g), lambda: [torch.randn(s, generator=g) for s in shapes])
+    else:
+        state, given = torch.randn(B, H, V, K, generator=g), [torch.randn(s, generator=g).to(dtype) for s in shapes]
+        with torch.no_grad():
+            got = torch.compile(step, backend="kvbuffer", fullgraph=True, options=FAST)(state.clone(), *given)
+            want = step(state.clone(), *given)
+        assert got.dtype == want.dtype == dtype
+        torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
     assert records and all(r.rewritten[0][1].program.signature == "DUR" for r in records)
 
 

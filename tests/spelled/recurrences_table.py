@@ -196,7 +196,7 @@ def page() -> str:
         f"Made by `python -m tests.spelled.recurrences_table` with {versions()}. Every row was captured, lifted and, "
         "where it is buffered, proved on numbers. In the token's equations S' is S transposed, x0, x1, ... are "
         "operands, y1, y2, ... reads; ops: D decay, R read, U update. Vectors that a form keeps besides stay as they "
-        "are.",
+        "are. Functions and layers of flash-linear-attention: [flash-linear-attention.md](flash-linear-attention.md).",
     ]
     for title, rows in sections().items():
         parts += [f"## {title}", table(rows()).rstrip()]
