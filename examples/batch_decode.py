@@ -2,9 +2,10 @@
 
 python examples/batch_decode.py [--requests N] [--slots N] [--batch N] [--layers N] [--heads N] [--size N]
 
-A decoder of random weights (its text means nothing, its sizes are real) keeps the states of all requests in one tensor a
-layer, [slots, heads, size, size]. Each call steps the slots of the requests that are running. A new request begins with a copy of the
-states behind a shared prefix. In the end each request's tokens are compared with decoding it alone, without the backend.
+A decoder of random weights (its text means nothing, its sizes are real) keeps the states of all requests in one tensor
+a layer, [slots, heads, size, size]. Each call steps the slots of the requests that are running. A new request begins
+with a copy of the states behind a shared prefix. In the end each request's tokens are compared with decoding it alone,
+without the backend.
 """
 
 from __future__ import annotations
@@ -179,7 +180,9 @@ def parse_arguments() -> argparse.Namespace:
         ("size", 128, "keys and values of a head"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} ({default})")
-    parser.add_argument("--flush", type=lambda x: x if x == "auto" else int(x), default="auto", help='"auto" or a number')
+    parser.add_argument(
+        "--flush", type=lambda x: x if x == "auto" else int(x), default="auto", help='"auto" or a number'
+    )
     args = parser.parse_args()
     if min(args.requests, args.batch, args.layers, args.heads, args.size) < 1 or args.slots < args.batch + 2:
         parser.error("all numbers must be at least 1, and --slots at least two more than --batch")

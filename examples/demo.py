@@ -2,8 +2,8 @@
 
 python examples/demo.py [--tokens N] [--prompt TEXT] [--batch N] [--layers N] [--steps N]
 
-The completion compares text and tokens a second of plain Inductor with kvbuffer and prompt lookup. The batch decodes with
-a model of random weights, because only sizes matter there: Gated DeltaNet layers with the heads of Qwen3.5.
+The completion compares text and tokens a second of plain Inductor with kvbuffer and prompt lookup. The batch decodes
+with a model of random weights, because only sizes matter there: Gated DeltaNet layers with the heads of Qwen3.5.
 """
 
 from __future__ import annotations
@@ -111,9 +111,7 @@ def compiled_by_generate(backend: str) -> dict[str, Any]:
 
 def generate(model: Any, prompt: torch.Tensor, tokens: int, **how: Any) -> list[int]:
     """The greedy continuation."""
-    out = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False, **how
-    )
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False, **how)
     return out[0, prompt.shape[1] :].tolist()
 
 

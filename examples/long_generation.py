@@ -62,8 +62,10 @@ def main() -> int:
     steps = [b - a for a, b in zip(streamer.times, streamer.times[1:], strict=False)]
     steady = sorted(steps[2:]) or steps  # the first steps compile
     if steady:
-        print(f"\n{out.shape[1] - prompt.shape[1]} tokens; median {steady[len(steady) // 2] * 1e3:.2f} ms a token, ", end="")
-        print(f"99 % within {steady[int(0.99 * (len(steady) - 1))] * 1e3:.2f} ms; compiling took {max(steps):.1f} s")
+        median, most = steady[len(steady) // 2] * 1e3, steady[int(0.99 * (len(steady) - 1))] * 1e3
+        count = out.shape[1] - prompt.shape[1]
+        print(f"\n{count} tokens; median {median:.2f} ms a token, 99 % within {most:.2f} ms")
+        print(f"the slowest step, which compiles, took {max(steps):.1f} s")
     return 0
 
 

@@ -2,8 +2,8 @@
 
 python examples/own_recurrence.py [--batch N] [--heads N] [--size N] [--steps N]
 
-Two memories a head that share keys: a slow one, and a fast one that stores what the slow one got wrong. The gate of the fast
-memory is a vector, that of the slow one a number. Nothing is registered and no kernel is written.
+Two memories a head that share keys: a slow one, and a fast one that stores what the slow one got wrong. The gate of the
+fast memory is a vector, that of the slow one a number. Nothing is registered and no kernel is written.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def traffic() -> Any:
 
 
 def step_bytes(length: int, state: int, row: int, size: int = 128) -> float:
-    """Mean bytes a step of a delta rule: one read, one write in L steps, rows appended and read, half of L on average."""
+    """Mean bytes of a delta rule's step: one read, one write in L steps, a row appended, half of L read on average."""
     slot = 2 * size * row + 4  # key, value, gate
     return state * size * size * (1 + 1 / length) + slot * ((length - 1) / 2 + 1)
 

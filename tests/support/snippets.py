@@ -1,4 +1,4 @@
-"""The code that the manual shows: taken out of its pages and run, a page in one namespace and in a folder of its own."""
+"""The code that the manual shows, taken out of its pages and run: a page in one namespace, in the working folder."""
 
 from __future__ import annotations
 
