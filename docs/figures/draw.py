@@ -19,12 +19,12 @@ STATE, ROW, FRESH, FREE, INK = "#b2dfdb", "#ffe0b2", "#ffb74d", "#ffffff", "#263
 SLOTS = 6  # of the buffer that is drawn
 
 
-def main() -> None:
-    """Write step.svg, flush.svg, verify.svg and bytes.svg."""
+def main(folder: Path = FOLDER) -> None:
+    """Write step.svg, flush.svg, verify.svg and bytes.svg into the folder."""
     plt.rcParams.update({"svg.hashsalt": "kvbuffer", "font.family": "DejaVu Sans", "font.size": 11})
     for name, draw in {"step": step, "flush": flush, "verify": verify, "bytes": traffic}.items():
         figure = draw()
-        figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
         plt.close(figure)
 
 

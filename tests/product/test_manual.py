@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import runpy
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -49,6 +53,23 @@ def test_options_are_told_of() -> None:
     for page in (DOCS / "options.md", ROOT / "README.md"):
         told = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", page.read_text(), re.M))
         assert told == {f.name: repr(f.default).replace("'", '"') for f in fields(Options)}
+
+
+def test_the_figures_are_those_of_their_script(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures are drawn by matplotlib")
+    runpy.run_path(str(DOCS / "figures" / "draw.py"))["main"](tmp_path)
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert drawn == {path.name: path.read_text() for path in (DOCS / "figures").glob("*.svg")}
+
+
+def test_it_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the manual is built by mkdocs: pip install '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rollback" in (tmp_path / "api.html").read_text()
 
 
 def test_the_contents_list_every_page() -> None:
