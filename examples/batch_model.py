@@ -14,7 +14,10 @@ LONGEST = 256  # positions of the attention caches
 
 
 def build(layers: int) -> Any:
-    """The model, with the same weights at every call: 32 states of 128 x 128 a layer; every fourth layer attention."""
+    """The model, with the same weights at every call: 32 states of 128 x 128 a layer; every fourth layer attention.
+
+    layers: 4 or more. transformers asks an attention layer for the length of the cache.
+    """
     torch.manual_seed(0)
     config = Qwen3_5TextConfig(
         vocab_size=VOCABULARY,

@@ -57,11 +57,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=160, help="bytes to generate (default 160)")
     parser.add_argument("--prompt", default=PROMPT, help="text to complete")
     parser.add_argument("--batch", type=int, default=16, help="sequences of the second part (default 16)")
-    parser.add_argument("--layers", type=int, default=3, help="layers of its model, every fourth attention (default 3)")
+    parser.add_argument("--layers", type=int, default=4, help="layers of its model, every fourth attention (default 4)")
     parser.add_argument("--steps", type=int, default=32, help="timed tokens of each sequence (default 32)")
     args = parser.parse_args()
-    if min(args.tokens, args.batch, args.layers, args.steps) < 1 or not args.prompt:
-        parser.error("--tokens, --batch, --layers and --steps must be at least 1, --prompt must not be empty")
+    if min(args.tokens, args.batch, args.steps) < 1 or args.layers < 4 or not args.prompt:
+        parser.error("--tokens, --batch and --steps must be at least 1, --layers 4, --prompt must not be empty")
     return args
 
 
