@@ -3,6 +3,7 @@
 #   make demo       complete a prompt with the stored model: eager, Inductor, kvbuffer
 #   make test       the tests                    make test ARGS="-k packaging"   some of them
 #   make nightly    the slow sweeps              make lint      ruff and mypy
+#   make docs       the manual, into build/manual (make docs ARGS=serve shows it while it is written)
 #   make sanitize   generated C++ kernels under AddressSanitizer and UBSan
 #   make release-check   build the package, install it on each Python here, try it
 #   make clean      remove the environment and everything built
@@ -28,8 +29,9 @@ BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 DEVELOP   := $(VENV)/.installed-dev
+MANUAL    := $(VENV)/.installed-docs
 
-.PHONY: demo test nightly sanitize lint release-check install clean
+.PHONY: demo test nightly docs sanitize lint release-check install clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -40,6 +42,10 @@ test: $(INSTALLED)
 
 nightly: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) -m nightly $(ARGS)
+
+docs: $(MANUAL)
+	$(BIN)/python docs/figures/draw.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(or $(ARGS),build)
 
 sanitize: $(INSTALLED)
 	$(BIN)/python -m pytest -m nightly -k sanitizers $(ARGS)
@@ -76,6 +82,10 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DEVELOP): $(INSTALLED)
 	$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(MANUAL): $(INSTALLED)
+	$(PIP) install -c constraints.txt -e ".[docs]"
 	@touch $@
 
 clean:

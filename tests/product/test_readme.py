@@ -1,23 +1,36 @@
-"""Every Python snippet of the README runs, in order, in one namespace."""
+"""Every Python snippet of the README runs, in order, in one namespace; at night with Inductor."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+import shutil
 
-import torch
+import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.snippets import ROOT, blocks, quick, run_page
+
+README = ROOT / "README.md"
 
 
-def test_every_snippet_runs(monkeypatch, capsys, records):
-    monkeypatch.chdir(ROOT)
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(snippets) >= 3
-    namespace: dict[str, object] = {}
-    with torch.no_grad():
-        for snippet in snippets:
-            exec(compile(snippet, "README.md", "exec"), namespace)
-    printed = capsys.readouterr().out
-    assert "def fibonacci" in printed and "DUR" in printed
-    assert any(record.rewritten for record in records)
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+
+
+def check(printed: str, records) -> None:
+    assert "class Point" in printed and "DRUR" in printed and "ms a step" in printed
+    plain, ours = (float(x) for x in re.findall(r"norm of the state ([\d.]+)", printed))
+    assert plain > 1 and abs(plain - ours) <= 0.002  # printed with three decimals
+    assert any(plan.variant != "recurrent" for record in records for _, plan in record.rewritten)
+
+
+def test_every_snippet_runs(folder, monkeypatch, records):
+    assert len(blocks(README)) >= 4
+    with quick(monkeypatch):
+        check(run_page(README), records)
+
+
+@pytest.mark.nightly
+def test_every_snippet_runs_with_inductor(folder, records):
+    check(run_page(README), records)
