@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvbuffer_compile.accounts.attempt import Attempt
-from kvbuffer_compile.accounts.buffers import allocate
+from kvbuffer_compile.accounts.buffers import allocate, allocate_shadow
 from kvbuffer_compile.guard.aliases import Place, alias, known_alias, plain
 from kvbuffer_compile.guard.overlap import has_memory, provide
 from kvbuffer_compile.guard.sharing import Storage
@@ -77,8 +77,9 @@ class Account:
         self.most = 0
         with torch.inference_mode(False):
             self.cursor, self.rows = allocate(self.state, plan)
+            self.shadow = allocate_shadow(self.state, plan)
         self.cursor[1].fill_(phase)
-        self.arguments = (self.cursor, *self.rows)  # of a step op, behind the state
+        self.arguments = (self.cursor, *self.rows, *self.shadow)  # of a step op, behind the state
 
     @property
     def row_bytes(self) -> int:
@@ -167,6 +168,7 @@ class Account:
     def fold(self) -> None:
         """Fold in every row there is, those of a call that is not done among them."""
         self.provide()
+        self.forget_shadow()
         with one_thread_in_a_fork():
             composite.flush(self.plan, self.state, self.cursor, self.rows, self.unsettled)
         self.cursor[1].fill_(self.phase)
@@ -181,6 +183,7 @@ class Account:
         """
         with self.lock:
             self.reconcile()
+            self.forget_shadow()
             self.drafts = self.held = None
             self.bare, self.dirty = self.bare or zero, self.dirty or dirty
             limit = self.fresh_rows - (self.plan.flush - self.phase) if zero else self.phase
@@ -195,6 +198,11 @@ class Account:
     def begin(self) -> None:
         """From now on the state is zero, whatever its memory holds."""
         self.drop(zero=True, dirty=True)
+
+    def forget_shadow(self) -> None:
+        """Whoever comes next may write the state. None is made for memory that others can write at any time."""
+        for scale in self.shadow[1:]:
+            scale.fill_(torch.nan if self.shared is not None or self.allocation.aliased else 0)
 
     @functools.cached_property
     def fresh_rows(self) -> int:
@@ -223,7 +231,8 @@ class Account:
     def provide(self) -> None:
         """Let the state have memory; what that then holds is not read."""
         if self.without_memory:
-            provide(self.state)
+            for tensor in (self.state, *self.shadow):
+                provide(tensor)
             owner = self.owner()
             self.seen = self.seen if owner is None else geometry(owner)
             self.without_memory = False
