@@ -16,6 +16,7 @@ from kvbuffer_compile.ir.program import Decay
 VARIANTS = ("recurrent", "buffered", "verify")
 TARGETS = ("triton", "cpp")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NARROW = ("float16", "bfloat16")
 LAYOUTS = {"kv": (0, 1, 2, 3), "vk": (0, 1, 3, 2)}
 
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) 
     parser.add_argument("--drafts", type=count, default=4, help="tokens that fit in a verify step beside them (4)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the state (float32)")
     parser.add_argument("--row-dtype", choices=DTYPES, default="bfloat16", help="of keys and values in rows (bfloat16)")
+    parser.add_argument("--read-dtype", choices=NARROW, help="of a shadow that steps read in a float32 state's place")
     parser.add_argument(
         "--layout", choices=LAYOUTS, default="kv", help="the state is [b, h, K, V] (kv) or [b, h, V, K]"
     )
@@ -54,4 +56,7 @@ def _plan(wanted: argparse.Namespace) -> Plan:
     rows = tuple(torch.float32 if v.kind == "scalar" or v in gates else row for v in program.logged)
     flush = 1 if variant == "recurrent" else wanted.flush
     capacity = flush + (wanted.drafts if variant == "verify" else 0)
-    return Plan(program, layout, variant, sizes, flush, capacity, DTYPES[wanted.dtype], rows, target=wanted.target)
+    state, read = DTYPES[wanted.dtype], DTYPES.get(wanted.read_dtype)
+    if read is not None and (variant == "recurrent" or state != torch.float32):
+        raise ValueError("--read-dtype is for the variants buffered and verify of a float32 state (--dtype float32)")
+    return Plan(program, layout, variant, sizes, flush, capacity, state, rows, target=wanted.target, read_dtype=read)

@@ -220,6 +220,12 @@ class Plan:
         """Shape of the scale of a shadow, for a state whose lanes have these sizes."""
         return (*lanes, self.sizes[0] if scale_kind(self.program) == "key" else self.sizes[1])
 
+    def shadow_bytes(self, lanes: tuple[int, ...]) -> int:
+        """Memory that a shadow takes, its scale included."""
+        if self.read_dtype is None:
+            return 0
+        return math.prod((*lanes, *self.sizes)) * self.read_dtype.itemsize + 4 * math.prod(self.scale_shape(lanes))
+
     def fresh_rows(self, lanes: tuple[int, ...]) -> int:
         """How many rows a state that is known to be zero owes before its first flush.
 
