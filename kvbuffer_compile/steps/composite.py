@@ -225,8 +225,7 @@ def flushed_base(plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tenso
 def flush(plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tensor], which: Tensor) -> None:
     """Fold the rows of the sequences in `which` (bool [N]) into the state; their cursors become 0, their limits L.
 
-    rows: and the shadow, if it is to be made anew. On a CPU nothing happens when `which` is empty; elsewhere asking
-    would stall the queue, so it is computed anyway.
+    rows: and the shadow, if it is to be made anew. On a CPU nothing happens for none; elsewhere asking would stall.
     """
     if which.device.type == "cpu" and not bool(which.any()):
         return
