@@ -7,11 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from kvbuffer_compile.codegen import build
+from kvbuffer_compile.ir.plan import Layout
 from kvbuffer_compile.ir.program import Read
+from kvbuffer_compile.ir.shadow import scale_kind
 from kvbuffer_compile.steps import ops
-from tests.support.programs import NAMED
+from tests.kernels.test_cpp import inners, lenient, shapes
+from tests.kernels.test_cut import CUT
+from tests.support.programs import NAMED, random_programs
 from tests.support.sessions import LANES, Session, make_plan
 
 SHADOWED = ("gdn", "kda", "gla", "mamba2", "rwkv7", "deltaproduct2")
@@ -140,3 +146,40 @@ def test_what_is_not_finite_is_read_from_the_state(target):
 
 def test_every_recurrence_here_has_reads():
     assert all(any(isinstance(op, Read) for op in NAMED[name].ops) for name in SHADOWED)
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("variant", ["buffered", "verify"])
+def test_steps_that_are_cut(variant):
+    plan = make_plan(CUT["error"], variant, sizes=(5, 18), capacity=7, read=torch.float16)
+    session = played(plan, "cpp", limits=(2, 3, 3))
+    assert session.steps > 1 and read_something(session)
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("inner", ["value", "key"])
+def test_tiles_have_scales_of_their_own(inner):
+    """More threads than lanes: each tile of a lane makes and reads its part of the shadow."""
+    plan = make_plan(NAMED["gdn"], sizes=(128, 132), inner=inner, read=torch.float16)
+    lanes, order = (1, 1), plan.layout.order
+    plan = replace(plan, layout=Layout(((None,),) * 4, order))
+    state, cursor, *sides = memory(plan, 1)
+    sides[-2:] = [sides[-2][:, :1].permute(order).contiguous(), sides[-1][:, :1].contiguous()]
+    rows = [torch.full(plan.row_shape(v, lanes), torch.nan) for v in plan.program.logged]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        beside(plan, [state[:, :1].permute(order).contiguous(), cursor, *rows, *sides[-2:]], list, lanes, 7)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
+@settings(max_examples=100, **lenient)
+@given(random_programs(), st.sampled_from(["buffered", "verify"]), inners, shapes, st.sampled_from(TARGETS))
+def test_many_random_programs(program, variant, inner, sizes, target):
+    assume(scale_kind(program) is not None)
+    plan = make_plan(program, variant, sizes=sizes, inner=inner, capacity=6, read=torch.float16)
+    played(plan, target, limits=(4, 1, 3))
+    played(plan, target, limits=(2, 3, 1), padded=(1,), strided=True)

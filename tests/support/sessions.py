@@ -79,7 +79,11 @@ class Session:
         self.state = self.physical(start.to(plan.state_dtype))
         start = plan.layout.canonical(self.state).to(torch.float64, copy=True)
         self.dense = Dense(start)
-        stored = (plan.state_dtype, *plan.row_dtypes, *([plan.read_dtype] if plan.read_dtype else []))
+        stored = (
+            plan.state_dtype,
+            *plan.row_dtypes,
+            *([plan.read_dtype] if plan.read_dtype and not self.exact else []),
+        )
         self.working = min((*stored, self.operands), key=lambda d: d.itemsize)
         self.eager = Dense(start.to(self.working))
         count = plan.sequences(self.lanes)
