@@ -3,7 +3,8 @@
     python -m benchmarks.half_reads [--out FILE.json] [--only gdn mamba2 gla] [--batch 128] [--rounds 5] [--threads 2]
 
 States come from memory: each side has its own, of at least 8 times the last cache by default, and the sides take turns
-step by step, so that a busy machine slows all of them alike. Operands are bfloat16, rows of keys and values too. A
+step by step, so that a busy machine slows all of them alike; with --threads 1 the clock is the thread's own processor
+time, which leaves out the time that others had the processor. Operands are bfloat16, rows of keys and values too. A
 number is the mean over the steps of a flush period, of the best or the median of all rounds; a ratio is that of two
 sides in one round, the median over the rounds. Before anything is timed, all outputs of two flush periods are compared.
 """
@@ -135,12 +136,13 @@ def compare(case: Recurrence, batch: int, sides: dict[str, Steps]) -> dict[str, 
 def timed(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[list[float]]]:
     """Milliseconds of every step of every round, the sides in turn at each step."""
     times: dict[str, list[list[float]]] = {name: [[] for _ in range(rounds)] for name in sides}
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for n in range(rounds):
         for _ in range(L):
             for name, step in sides.items():
-                begin = time.perf_counter()
+                begin = clock()
                 step()
-                times[name][n].append((time.perf_counter() - begin) * 1e3)
+                times[name][n].append((clock() - begin) * 1e3)
     return times
 
 

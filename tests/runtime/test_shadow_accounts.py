@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +14,17 @@ from kvbuffer_compile.accounts.account import Account
 from kvbuffer_compile.accounts.ledger import LEDGER
 from kvbuffer_compile.codegen import build
 from kvbuffer_compile.errors import OptionError
+from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.shadow import Shadow
+from kvbuffer_compile.passes.choice import choose
 from kvbuffer_compile.runtime import by_hand
 from kvbuffer_compile.steps import composite, shadows
-from tests.runtime.test_runtime import B, H, K, L, Pair, V, step
+from tests.program.test_choose import TIMED, lifted
+from tests.runtime.test_runtime import LAZY, B, H, K, L, Pair, V, step
 
 targets = ["aten", pytest.param("cpp", marks=pytest.mark.skipif(build.compiler() is None, reason="no compiler"))]
 HALF = {"read_dtype": torch.float16}
+FAST = replace(TIMED, threads=8)  # bound by memory where that is far
 
 
 def draw(batch: int = B) -> tuple[torch.Tensor, ...]:
@@ -211,3 +216,50 @@ def test_what_is_asked_for_is_checked_and_told() -> None:
     (state,) = report.states
     assert (state.reads, state.shadow_bytes) == ("float16", 2 * B * H * K * V + 4 * B * H * V)
     assert "float16" in str(report)
+
+
+# ------------------------------------------------------------------------------------- what "auto" takes
+
+
+def in_bfloat16(S, q, k, v, g, beta):
+    """As models have it: computed in float32, from and to bfloat16."""
+    k = torch.nn.functional.normalize(k.float(), dim=-1)
+    return step(S, q.float() * K**-0.5, k, v.float(), -g.float().exp(), beta.float().sigmoid()).bfloat16()
+
+
+def keeps_float32(S, *inputs):
+    return step(S, *(x.float() for x in inputs))
+
+
+@pytest.mark.parametrize(
+    ("fn", "dtype", "taken"),
+    [
+        (in_bfloat16, torch.bfloat16, True),
+        (in_bfloat16, torch.float32, False),
+        (keeps_float32, torch.bfloat16, False),
+    ],
+    ids=["bfloat16", "float32 operands", "float32 outputs"],
+)
+def test_auto_is_for_16_bit_values(fn, dtype: torch.dtype, taken: bool, monkeypatch) -> None:
+    monkeypatch.setattr(choose, "EQUAL", 0.0)  # a state as small gains nothing
+    state = torch.zeros(B, H, K, V)
+    compiled = torch.compile(fn, backend="kvbuffer", options={**LAZY, "read_dtype": "auto"})
+    with torch.no_grad():
+        compiled(state, *(x.to(dtype) for x in draw()))
+    (account,) = by_hand.accounts_of(state)
+    assert bool(account.shadow) == taken
+
+
+def test_auto_is_for_what_gains(monkeypatch) -> None:
+    """As predicted for a state that comes from memory, and for one that is near."""
+
+    monkeypatch.setattr(choose, "possible_read", lambda found, options: torch.float16)
+
+    def read_dtype(batch: int) -> torch.dtype | None:
+        plan = choose.choose(lifted(lanes=(batch, 32)), Options(read_dtype="auto", flush=16), FAST, "cpp")
+        assert isinstance(plan, Plan)
+        return plan.read_dtype
+
+    assert [read_dtype(n) for n in (1, 128)] == [None, torch.float16]
+    asked = choose.choose(lifted(lanes=(1, 32)), Options(read_dtype=torch.float16, flush=16), FAST, "cpp")
+    assert isinstance(asked, Plan) and asked.read_dtype == torch.float16
