@@ -118,6 +118,8 @@ def _head(out: Source, plan: Plan) -> None:
         out.line(f"#include <{name}>")
     if plan.compute == torch.float32 and any(d.itemsize == 2 for d in _stored(plan)):
         out.lines("#define SIXTEEN_BIT\n#ifdef __AVX2__\n#include <immintrin.h>\n#endif")
+    if plan.read_dtype == torch.float16:
+        out.lines("#ifndef __FLT16_MAX__\n#error this compiler has no float16\n#endif")
     out.line(f'#define OP_NAME "{plan.op_name}"')
     out.line()
 

@@ -263,3 +263,13 @@ def test_auto_is_for_what_gains(monkeypatch) -> None:
     assert [read_dtype(n) for n in (1, 128)] == [None, torch.float16]
     asked = choose.choose(lifted(lanes=(1, 32)), Options(read_dtype=torch.float16, flush=16), FAST, "cpp")
     assert isinstance(asked, Plan) and asked.read_dtype == torch.float16
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
+def test_a_compiler_without_float16_makes_kernels_that_read_the_state(monkeypatch, records) -> None:
+    monkeypatch.setenv("CXX", "g++ -U__FLT16_MAX__")
+    run = Exact("cpp", capacity=11)  # a plan that no other test has built
+    with pytest.warns(UserWarning, match="no float16|composite steps"):
+        assert run.run(1)
+    assert run.run(2 * L) and run.account.shadow == ()
+    assert {plan.target for r in records for _, plan in r.rewritten} == {"cpp"}
