@@ -12,8 +12,8 @@ from kvbuffer_compile.ir.program import Var
 
 
 def example(plan: Plan, lanes: tuple[int, ...], tokens: int, device: str | torch.device) -> tuple[Any, ...]:
-    """(state, cursor, tickets, rows, operands) for a state whose lanes have these sizes: contiguous zeros, and a
-    cursor that flushes every plan.flush tokens. tokens: of a verify step."""
+    """(state, cursor, tickets, rows and shadow, operands) for a state whose lanes have these sizes: contiguous zeros,
+    and a cursor that flushes every plan.flush tokens. tokens: of a verify step."""
 
     def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -26,12 +26,15 @@ def example(plan: Plan, lanes: tuple[int, ...], tokens: int, device: str | torch
     sequences = plan.sequences(lanes)
     cursor = zeros((4, sequences), torch.int32)
     cursor[1] = plan.flush
+    shadow = []
+    if plan.read_dtype is not None:
+        shadow = [zeros(state_shape(plan, lanes), plan.read_dtype), zeros(plan.scale_shape(lanes), torch.float32)]
     logged = zip(plan.program.logged, plan.row_dtypes, strict=True)
     return (
         zeros(state_shape(plan, lanes), plan.state_dtype),
         cursor,
         zeros((sequences, (1 + len(plan.program.logged)) * prod(lanes[1:]) * -(-max(plan.sizes) // 16)), torch.int32),
-        [zeros(plan.row_shape(v, lanes), dtype) for v, dtype in logged],
+        [*(zeros(plan.row_shape(v, lanes), dtype) for v, dtype in logged), *shadow],
         [operand(v) for v in plan.program.inputs],
     )
 

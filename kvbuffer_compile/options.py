@@ -14,6 +14,7 @@ from kvbuffer_compile.errors import OptionError
 from kvbuffer_compile.limits import COUNT, TARGETS, is_count
 
 ON_DECLINE = ("ignore", "warn", "raise")
+READ_DTYPES = ("auto", None, torch.float16, torch.bfloat16)
 INNER = ("inductor", "eager")
 
 
@@ -26,6 +27,9 @@ class Options:
     inner: who compiles the rewritten graph: "inductor", "eager" (run it as it is) or a callable(gm, inputs).
     donate: states passed in and returned by the function may be overwritten, the caller will not look at the old ones.
     row_dtype: dtype of buffered keys and values; None takes that of the operands.
+    read_dtype: float16 or bfloat16: steps read a float32 state from a copy of it in that dtype, made anew at every
+        flush; the state itself stays exact. None: they read the state. "auto": float16 where all that goes in and out
+        of the recurrence are 16-bit values, and where it pays.
     on_decline: what to do with a state that looks like a recurrence but cannot be served.
     dump: folder that receives programs, plans, graphs and generated source; None keeps nothing, unless the environment
         variable KVBUFFER_DUMP names one.
@@ -40,6 +44,7 @@ class Options:
     inner: str | Callable[..., Any] = "inductor"
     donate: bool = False
     row_dtype: torch.dtype | None = None
+    read_dtype: str | torch.dtype | None = None
     on_decline: str = "ignore"
     dump: str | Path | None = None
     check: bool = False
@@ -55,6 +60,7 @@ class Options:
             self.row_dtype is None or (isinstance(self.row_dtype, torch.dtype) and self.row_dtype.is_floating_point),
             "row_dtype", self.row_dtype, "None or a floating point torch.dtype",
         )  # fmt: skip
+        _check(self.read_dtype in READ_DTYPES, "read_dtype", self.read_dtype, f"one of {READ_DTYPES}")
         _check(self.on_decline in ON_DECLINE, "on_decline", self.on_decline, f"one of {ON_DECLINE}")
         _check(self.dump is None or isinstance(self.dump, str | Path), "dump", self.dump, "None or a path")
         _check(isinstance(self.check, bool), "check", self.check, "True or False")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Plan
@@ -54,6 +55,8 @@ def plan_for(graph: LiftedGraph, found: Lifted, ours: Options, call: Call) -> Ou
     built = targets.build(chosen)
     if built == chosen.target:
         return chosen, prediction
+    if chosen.shadowed:
+        return plan_for(graph, found, replace(ours, read_dtype=None), call)
     return explain_choice(found, ours, machine, built, call)
 
 

@@ -117,7 +117,7 @@ def _write_last(graph: Graph) -> None:
 
 
 def _side_inputs(graph: Graph, lifted: Lifted, plan: Plan, last: Node) -> tuple[list[Node], Node]:
-    """Placeholders for the cursor and the rows of a buffered state."""
+    """Placeholders for the cursor, the rows and the shadow of a buffered state."""
     if plan.variant == "recurrent":
         return [], last
     state = lifted.state.meta["val"]
@@ -125,6 +125,9 @@ def _side_inputs(graph: Graph, lifted: Lifted, plan: Plan, last: Node) -> tuple[
     shapes: list[tuple[str, tuple[Any, ...], torch.dtype]] = [("cursor", (4, plan.sequences(lanes)), torch.int32)]
     for v, dtype in zip(plan.program.logged, plan.row_dtypes, strict=True):
         shapes.append((f"row_{v}", plan.row_shape(v, lanes), dtype))
+    if plan.read_dtype is not None:
+        shapes.append(("shadow", tuple(state.shape), plan.read_dtype))
+        shapes.append(("scale", plan.scale_shape(lanes), torch.float32))
     nodes = []
     for name, dims, dtype in shapes:
         with graph.inserting_after(last):

@@ -5,6 +5,7 @@ The text is one translation unit without dependencies but the C++ library and Op
     numbers.h       types, conversions, pointwise functions            (the same for every plan, like all headers)
     rows.h          vectors along an axis, what owed rows add to reads
     state.h         passes over the state
+    shadow.h        the state in 16 bits, which is read in its place (only where the plan has it)
     abi.h           tensors through PyTorch's stable C ABI
     slots.h         which sequences of a pool a step works on       (only for pools)
     Call            the arguments of one call as pointers and strides
@@ -25,6 +26,7 @@ import torch
 from kvbuffer_compile.codegen.cpp import entry
 from kvbuffer_compile.codegen.cpp.item import Item
 from kvbuffer_compile.codegen.cpp.log import axes, row_types, updates
+from kvbuffer_compile.codegen.cpp.shadow import check_shadow
 from kvbuffer_compile.codegen.cpp.tree import TreeItem
 from kvbuffer_compile.codegen.cpp.values import FULL
 from kvbuffer_compile.codegen.cpp.verify import VerifyItem
@@ -52,7 +54,7 @@ def emit(plan: Plan) -> str:
     _head(out, plan)
     with out.block("namespace"):
         _constants(out, plan)
-        for name in (*HEADERS, *(["slots.h"] if plan.slots else [])):
+        for name in (*HEADERS, *(["shadow.h"] if plan.shadowed else []), *(["slots.h"] if plan.slots else [])):
             out.line()
             out.lines(resources.files("kvbuffer_compile.codegen.cpp").joinpath(name).read_text(encoding="utf-8"))
         out.line()
@@ -86,6 +88,7 @@ def _check(plan: Plan) -> None:
         if dtype not in SCALARS or (what == "compute" and dtype.itemsize < 4):
             raise EmitError(f"no C++ kernel for {what} of {dtype}\n{plan.program}")
     _check_sizes(plan)
+    check_shadow(plan)
     for op in plan.program.ops:
         if isinstance(op, Read) and set(op.out.lanes) != set(plan.program.lanes):
             raise EmitError(f"{op.out} is a read of the state and runs along other lanes\n{plan.program}")
@@ -113,10 +116,16 @@ def _head(out: Source, plan: Plan) -> None:
     out.comment(f"\nstate {plan.state_dtype}, {plan.layout}")
     for name in (*INCLUDES, *(["list", "vector"] if plan.slots else [])):
         out.line(f"#include <{name}>")
-    if plan.compute == torch.float32 and any(d.itemsize == 2 for d in (plan.state_dtype, *plan.row_dtypes)):
+    if plan.compute == torch.float32 and any(d.itemsize == 2 for d in _stored(plan)):
         out.lines("#define SIXTEEN_BIT\n#ifdef __AVX2__\n#include <immintrin.h>\n#endif")
+    if plan.read_dtype == torch.float16:
+        out.lines("#ifndef __FLT16_MAX__\n#error this compiler has no float16\n#endif")
     out.line(f'#define OP_NAME "{plan.op_name}"')
     out.line()
+
+
+def _stored(plan: Plan) -> list[torch.dtype]:
+    return [plan.state_dtype, *plan.row_dtypes, *([plan.read_dtype] if plan.read_dtype else [])]
 
 
 def _constants(out: Source, plan: Plan) -> None:
@@ -136,6 +145,8 @@ def _types(out: Source, plan: Plan, piece: Piece) -> None:
         )
         for v, dtype in zip(plan.program.logged, plan.row_dtypes, strict=True):
             out.line(f"using Row_{v} = {SCALARS[dtype]};")
+        if plan.read_dtype is not None:
+            out.line(f"using Half = {SCALARS[plan.read_dtype]};")
         left, right = row_types(plan)
         out.line(f"using Left = {left}; using Right = {right};")
         _room(out, plan, piece)
@@ -151,6 +162,10 @@ def _call(out: Source, plan: Plan, piece: Piece) -> None:
         if buffered:
             out.line("int32_t* cursor;")
             out.line("int64_t cursor_row, cursor_sequence, sequences, tokens = 1;")
+        if plan.shadowed:
+            out.line("Half* shadow;")
+            out.line("int64_t shadow_lane[AXES] = {}, shadow_key, shadow_value;")
+            out.line("View scale;")
         for v in logged:
             out.line(f"View row_{v};")
         for v in piece.inputs:
@@ -158,11 +173,10 @@ def _call(out: Source, plan: Plan, piece: Piece) -> None:
         for v in piece.outputs:
             out.line(f"Real* out_{v};")
         if plan.slots:
-            out.comment("Where the sequences of a pool begin.")
-            out.line("const int64_t* state_begin;" + (" const int64_t* cursor_begin;" if buffered else ""))
-            for v in logged:
-                out.line(f"const int64_t* row_begin_{v};")
-        out.lines(LANE_METHODS % ("state_begin[at[0]]" if plan.slots else "0"))
+            _begins(out, plan)
+        out.lines(LANE_METHODS)
+        for name in ("state", *(["shadow"] if plan.shadowed else [])):
+            out.lines(OFFSET % (name, f"{name}_begin[at[0]]" if plan.slots else "0", name))
         if plan.variant == "tree":
             out.line("const int32_t* parents;")
             out.line("int64_t parents_sequence, parents_token;")
@@ -173,13 +187,23 @@ def _call(out: Source, plan: Plan, piece: Piece) -> None:
             out.lines(CURSOR_METHODS % ("cursor_begin[b]" if plan.slots else "b * cursor_sequence"))
 
 
+def _begins(out: Source, plan: Plan) -> None:
+    names = ["state"]
+    if plan.variant != "recurrent":
+        names += ["cursor", *(f"row_begin_{v}" for v in plan.program.logged), *["shadow", "scale"] * plan.shadowed]
+    out.comment("Where the sequences of a pool begin.")
+    for name in names:
+        out.line(f"const int64_t* {name if name.startswith('row_') else f'{name}_begin'};")
+
+
 LANE_METHODS = """\
 void split_lane(int64_t lane, int64_t* at) const {
-  for (int i = LANES - 1; i >= 0; --i) at[i] = lane %% lanes[i], lane /= lanes[i];
-}
-int64_t state_at(const int64_t* at) const {
+  for (int i = LANES - 1; i >= 0; --i) at[i] = lane % lanes[i], lane /= lanes[i];
+}"""
+OFFSET = """\
+int64_t %s_at(const int64_t* at) const {
   int64_t offset = %s;
-  for (int i = 0; i < LANES; ++i) offset += at[i] * state_lane[i];
+  for (int i = 0; i < LANES; ++i) offset += at[i] * %s_lane[i];
   return offset;
 }"""
 CURSOR_METHODS = """\

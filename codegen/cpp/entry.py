@@ -8,10 +8,12 @@ from math import prod
 import torch
 
 from kvbuffer_compile.codegen.cpp.log import axes, owned
+from kvbuffer_compile.codegen.cpp.values import FULL
 from kvbuffer_compile.codegen.cut import Piece
 from kvbuffer_compile.codegen.source import Source
-from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.ir.plan import SHADOW, Plan
 from kvbuffer_compile.ir.program import Var
+from kvbuffer_compile.ir.shadow import scale_kind
 
 DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -28,13 +30,16 @@ def emit_step(out: Source, plan: Plan, piece: Piece) -> None:
     program, buffered = plan.program, plan.variant != "recurrent"
     with out.block("void step(uint64_t* stack, uint64_t, uint64_t)"):
         names = ["state", *(["cursor", *(f"row_{v}" for v in program.logged)] if buffered else [])]
+        names += [*SHADOW] * plan.shadowed
         names += ["parents"] * (plan.variant == "tree") + ["slots"] * plan.slots + [f"in_{v}" for v in piece.inputs]
         for n, name in enumerate(names):
             out.line(f"const Argument arg_{name}(stack[{n}]);")
         out.line("Call call;")
-        _state(out, plan)
+        _state(out, plan, "state", plan.state_dtype)
         if buffered:
             _cursor_and_rows(out, plan)
+        if plan.read_dtype is not None:
+            _shadow(out, plan, plan.read_dtype)
         if plan.slots:
             _slots(out, plan)
         _operands(out, plan, piece)
@@ -82,26 +87,38 @@ def _size(v: Var) -> str:
     return {"scalar": "-1", "key": "K", "value": "V"}[v.kind]
 
 
-def _state(out: Source, plan: Plan) -> None:
-    """The state tensor as [*lanes, K, V], as Layout.canonical sees it."""
-    out.line("const int64_t *sizes = arg_state.sizes(), *strides = arg_state.strides();")
-    dtype = DTYPES[plan.state_dtype]
-    out.line(f'check(dtype_of(arg_state, "state") == Dtype::{dtype}, "state", "must be {dtype}");')
-    out.line(f'check(arg_state.dims() == {len(plan.layout.dims)}, "state", "has the wrong number of dims");')
+def _state(out: Source, plan: Plan, name: str, dtype: torch.dtype) -> None:
+    """The tensor of the state, or of its shadow, as [*lanes, K, V], as Layout.canonical sees it."""
+    out.line(f"const int64_t *sizes = arg_{name}.sizes(), *strides = arg_{name}.strides();")
+    short = DTYPES[dtype]
+    out.line(f'check(dtype_of(arg_{name}, "{name}") == Dtype::{short}, "{name}", "must be {short}");')
+    out.line(f'check(arg_{name}.dims() == {len(plan.layout.dims)}, "{name}", "has the wrong number of dims");')
     parts: list[tuple[str, str]] = []
     for d, sizes in enumerate(plan.layout.dims):
         known = prod(s for s in sizes if s is not None)
         if known != 1 or None not in sizes:
             exact = f"sizes[{d}] % {known} == 0" if None in sizes else f"sizes[{d}] == {known}"
-            out.line(f'check({exact}, "state", "has the wrong size in dim {d}");')
+            out.line(f'check({exact}, "{name}", "has the wrong size in dim {d}");')
         for p, size in enumerate(sizes):
             parts.append((f"sizes[{d}] / {known}" if size is None else str(size), _stride(d, sizes[p + 1 :], known)))
     *lanes, key, value = plan.layout.order
     for n, part in enumerate(lanes):
-        out.line(f"call.lanes[{n}] = {parts[part][0]}, call.state_lane[{n}] = {parts[part][1]};")
-    out.line(f'check({parts[key][0]} == K && {parts[value][0]} == V, "state", "has other sizes than K x V");')
-    out.line(f"call.state_key = {parts[key][1]}, call.state_value = {parts[value][1]};")
-    out.line("call.state = arg_state.data<State>();")
+        if name == "state":
+            out.line(f"call.lanes[{n}] = {parts[part][0]};")
+        else:
+            out.line(f'check(call.lanes[{n}] == {parts[part][0]}, "{name}", "has other lanes than the state");')
+        out.line(f"call.{name}_lane[{n}] = {parts[part][1]};")
+    out.line(f'check({parts[key][0]} == K && {parts[value][0]} == V, "{name}", "has other sizes than K x V");')
+    out.line(f"call.{name}_key = {parts[key][1]}, call.{name}_value = {parts[value][1]};")
+    out.line(f"call.{name} = arg_{name}.data<{'State' if name == 'state' else 'Half'}>();")
+
+
+def _shadow(out: Source, plan: Plan, dtype: torch.dtype) -> None:
+    with out.block():
+        _state(out, plan, "shadow", dtype)
+    size = FULL[scale_kind(plan.program) or "value"]
+    out.line(f'call.scale = view(arg_shadow_scale, "scale", call.lanes, 0, -1, {size});')
+    out.line('check(call.scale.dtype == Dtype::f32 && call.scale.last == 1, "scale", "must be contiguous float32");')
 
 
 def _stride(d: int, later: tuple[int | None, ...], known: int) -> str:
@@ -143,6 +160,13 @@ def _slots(out: Source, plan: Plan) -> None:
         last = [f"({_size(v)} - 1) * {row}.last"] if v.kind != "scalar" else []
         span = " + ".join(["1", *inner, f"(CAPACITY - 1) * {row}.slot", *last])
         _begin(out, f"row_begin_{v}", f"static_cast<Row_{v}*>({row}.data)", f"{row}.lane[0]", span)
+    if plan.shadowed:
+        inner = [f"(call.lanes[{i}] - 1) * call.shadow_lane[{i}]" for i in range(1, plan.layout.lanes)]
+        span = " + ".join(["1", *inner, "(K - 1) * call.shadow_key", "(V - 1) * call.shadow_value"])
+        _begin(out, "shadow_begin", "call.shadow", "call.shadow_lane[0]", span)
+        inner = [f"(call.lanes[{i}] - 1) * call.scale.lane[{i}]" for i in range(1, plan.layout.lanes)]
+        span = " + ".join([FULL[scale_kind(plan.program) or "value"], *inner])
+        _begin(out, "scale_begin", "static_cast<float*>(call.scale.data)", "call.scale.lane[0]", span)
 
 
 def _begin(out: Source, name: str, data: str, stride: str, span: str) -> None:

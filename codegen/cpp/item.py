@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from kvbuffer_compile.codegen.cpp.log import axes
 from kvbuffer_compile.codegen.cpp.rows import Rows
+from kvbuffer_compile.codegen.cpp.shadow import Shadow
 from kvbuffer_compile.codegen.cpp.values import FULL, Values
 from kvbuffer_compile.codegen.cut import Piece
 from kvbuffer_compile.codegen.schedule import Fold, Old
@@ -26,6 +27,7 @@ class Item:
         self.outer, self.inner = axes(plan)
         self.buffered = plan.variant != "recurrent"
         self.rows = Rows(out, plan, self.values)
+        self.shadow = Shadow(out, plan, self.values)
 
     def emit(self) -> None:
         tile = f", {self.schedule.split}s [first, first + size)" if self.schedule.split else ""
@@ -82,12 +84,14 @@ class Item:
             f"Block<State> block{{call.state + call.state_at(at){offset}, call.state_{self.outer}, "
             f"call.state_{self.inner}, {sizes}, {bare}}};"
         )
+        self.shadow.declare(self.piece.first)
 
     def _fold_alone(self) -> None:
         """A program without reads still has to flush."""
         if not self._reads_anything() and self.buffered:
             with self.out.block("if (flush)"):
                 self._run("fold_then_read", (), "fold")
+                self.shadow.make()
 
     # ------------------------------------------------------------------------------------------ passes
 
@@ -108,10 +112,16 @@ class Item:
             with self.out.block("if (flush)"):
                 self._run("fold_then_read", reads, "fold")
             with self.out.block("else"):
-                self._run("read", reads, None, queries)
+                self._read(reads, queries)
+            self.shadow.make()
         else:
-            self._run("read", reads, None, queries)
+            self._read(reads, queries)
         self.rows.add(reads)
+
+    def _read(self, reads: Sequence[Old], queries: dict[Var, str]) -> None:
+        """One Pass that only reads, over what stands for the base."""
+        results = [(self.values.name(r.out), "") for r in reads]
+        self.shadow.read(results, lambda t, block: self._run("read", reads, None, queries, at=(t, block)))
 
     def _written(self, number: int) -> None:
         """After the first pass a flush has made the base, if there was none."""
@@ -125,8 +135,10 @@ class Item:
         fold: str | None,
         queries: dict[Var, str] | None = None,
         rest: str = "ahead",
+        at: tuple[str, str] = ("State", "block"),
     ) -> None:
-        """One Pass over the block. rest: the last arguments of its template, from Ask on."""
+        """One Pass over a block, `at` its elements' type and its name. rest: the last arguments of the template, from
+        Ask on."""
 
         def names(vs: Iterable[Var]) -> str:
             return ", ".join((queries or {}).get(v, self.values.name(v)) for v in vs)
@@ -134,7 +146,7 @@ class Item:
         across = [r for r in reads if r.x.kind == self.outer]
         along = [r for r in reads if r.x.kind == self.inner]
         self.out.line(
-            f"Pass<State, Mode::{mode}, {len(across)}, {len(along)}, Ask::{rest}>{{block, {fold or '{}'}, "
+            f"Pass<{at[0]}, Mode::{mode}, {len(across)}, {len(along)}, Ask::{rest}>{{{at[1]}, {fold or '{}'}, "
             f"{{{names(r.x for r in across)}}}, {{{names(r.out for r in across)}}}, "
             f"{{{names(r.x for r in along)}}}, {{{names(r.out for r in along)}}}}}.run();"
         )

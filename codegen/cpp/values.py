@@ -23,7 +23,7 @@ TAKEN = frozenset(
     total sum mean largest smallest dots dot convert store fetch add_rows read_rows view load load_one fail check call
     std i at lane sequence count slot flush first size rows room weight left right fade fade_key fade_value fold
     later_key later_value t to m Reads Left Right read_many append_shared run_item step each_item
-    keep_row keep_column block above parent""".split()
+    keep_row keep_column block above parent Half Shadowed half scale shadow shade shade_row unit magnitude""".split()
 )
 FULL: dict[Kind, str] = {"key": "K", "value": "V"}
 

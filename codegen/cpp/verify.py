@@ -85,7 +85,12 @@ class VerifyItem(Item):
             self.values.each(v.kind, f"later_{v.kind}[i] *= {self.values.name(v)}[i];")
 
     def _one_pass(self) -> None:
-        self.out.line(f"read_many<State>(block, flush, fold, {self._reads(self.outer)}, {self._reads(self.inner)});")
+        counts = {r.out.kind: len(reads) for reads in self.early.values() for r in reads}
+        of: dict[Kind, Kind] = {"key": "value", "value": "key"}
+        results = [(f"room.y_{of[out]}", f"call.tokens * {count}") for out, count in counts.items()]
+        reads = f"{self._reads(self.outer)}, {self._reads(self.inner)}"
+        self.shadow.read(results, lambda t, block: self.out.line(f"read_many<{t}>({block}, flush, fold, {reads});"))
+        self.shadow.make()
 
     def _reads(self, kind: Kind) -> str:
         """The Reads of all queries along an axis."""
@@ -130,7 +135,7 @@ class VerifyItem(Item):
     def _late_pass(self, reads: Sequence[Old]) -> None:
         for r in reads:
             self.values.declare(r.out)
-        self._run("read", reads, None, self.rows.faded_queries(reads))
+        self._read(reads, self.rows.faded_queries(reads))
         self.rows.add(reads)
 
     def _push(self, event: Update) -> None:

@@ -17,7 +17,8 @@ class Subject:
     """What is checked. run: (state, cursor, rows, operands) -> outputs. reference: (S, *inputs) -> S, outputs.
 
     inputs: kind and draw() by name. rows: kind and dtype by name. state_order: (0, 1, 2, 3) for states
-    [batch, heads, K, V], (0, 1, 3, 2) for [batch, heads, V, K]. tokens: in one step.
+    [batch, heads, K, V], (0, 1, 3, 2) for [batch, heads, V, K]. tokens: in one step. read_dtype: of the shadow that
+    is read, with so many numbers of scale for each head.
     """
 
     run: Callable[..., Sequence[Tensor]]
@@ -31,6 +32,8 @@ class Subject:
     state_order: tuple[int, ...]
     inputs: dict[str, tuple[str, str]]
     rows: dict[str, tuple[str, torch.dtype]]
+    read_dtype: torch.dtype | None = None
+    scale: int = 0
 
     def tail(self, kind: str) -> tuple[int, ...]:
         return {"scalar": (), "key": self.sizes[:1], "value": self.sizes[1:]}[kind]
@@ -88,6 +91,9 @@ class _Session:
         for kind, dtype in subject.rows.values():
             shape = (*self.lanes, subject.capacity, *subject.tail(kind))
             self.rows.append(torch.full(shape, torch.nan, dtype=dtype, device=self.device))
+        if subject.read_dtype is not None:
+            shadow = torch.full_like(self.state, torch.nan, dtype=subject.read_dtype)
+            self.rows += [shadow, torch.zeros(*self.lanes, subject.scale, device=self.device)]
         self.cursor[1] = 1 + torch.arange(batch, dtype=torch.int32, device=self.device) % subject.flush
         self.cursor[3, 0] = 1
         self.view[0] = torch.nan
@@ -135,6 +141,7 @@ class _Session:
     def _compare(self, got: Tensor, exact: Tensor, eager: Tensor, what: str) -> None:
         scale = exact.abs().max()
         dtypes = [self.subject.state_dtype, *(dtype for _, dtype in self.subject.rows.values())]
+        dtypes += [self.subject.read_dtype] if self.subject.read_dtype else []
         ulp = max(torch.finfo(dtype).eps for dtype in dtypes)
         error = float((got.double() - exact).abs().max() / scale)
         allowed = FACTOR * float((eager.double() - exact).abs().max() / scale) + ULPS * ulp

@@ -28,11 +28,15 @@ CONTRACT = '''"""One {variant} step; the outputs {outputs}.
 state     {state}, contiguous, changed in place
 {log}operands  {operands}
 """'''
+SHADOW = """, and behind them
+          shadow {dtype}, of the state's shape: what is read in its place; shadow_scale float32 [{scale}], what
+          one in it stands for. The latter is zero at first, and whenever anything else has written the state: there is
+          no shadow then
+"""
 LOG = """cursor    int32 [4, b], zeros at first but for row 1. Row 0: how many tokens a sequence owes; subtract to take
           tokens back; -1 marks padding. Row 1: at how many the next step folds the rows into the state first;
           {flush} after that. Row 2: steps run. Row 3: 1 while the state holds nothing and is not read (buffer-only).
-rows      {rows}
-"""
+rows      {rows}"""
 
 
 def standalone(plan: Plan, drawn: Mapping[str, str], tokens: int, title: str) -> str:
@@ -111,9 +115,17 @@ def _contract(plan: Plan) -> str:
         variant=plan.variant,
         outputs=", ".join(shape(v, *tokens) for v in plan.program.outputs) or "-",
         state=f"{_short(plan.state_dtype)} [{', '.join(sizes)}]",
-        log="" if plan.variant == "recurrent" else LOG.format(rows=rows, flush=plan.flush),
+        log="" if plan.variant == "recurrent" else LOG.format(rows=rows, flush=plan.flush) + _shadow(plan),
         operands=", ".join(shape(v, *tokens) for v in plan.program.inputs) + ", any float dtype",
     )
+
+
+def _shadow(plan: Plan) -> str:
+    """The end of what is said about rows."""
+    if not plan.shadowed:
+        return "\n"
+    scale = ", ".join([*plan.program.lanes, *map(str, plan.scale_shape(()))])
+    return SHADOW.format(dtype=_short(plan.read_dtype), scale=scale)
 
 
 # --------------------------------------------------------------------------------------------------- C++
@@ -191,6 +203,9 @@ def _subject(out: Python, plan: Plan, drawn: Mapping[str, str], tokens: int) -> 
     inputs = {v.name: (v.kind, drawn[v.name]) for v in plan.program.inputs}
     logged = zip(plan.program.logged, plan.row_dtypes, strict=True) if plan.variant != "recurrent" else ()
     rows = ", ".join(f'"{v}": ("{v.kind}", {d})' for v, d in logged)
+    shadow = ""
+    if plan.shadowed:
+        shadow = f"\n    read_dtype={plan.read_dtype},\n    scale={plan.scale_shape(())[0]},"
     out.lines(f"""SUBJECT = Subject(
     run,
     reference,
@@ -202,7 +217,7 @@ def _subject(out: Python, plan: Plan, drawn: Mapping[str, str], tokens: int) -> 
     state_dtype={plan.state_dtype},
     state_order={plan.layout.order},
     inputs={str(inputs).replace("'", '"')},
-    rows={{{rows}}},
+    rows={{{rows}}},{shadow}
 )""")
 
 

@@ -68,6 +68,20 @@ def _log(plan: Plan) -> Iterator[Argument]:
         yield Argument(f"ROW_{v}_SLOT", f"rows[{n}].stride({slot})", True)
         if v.kind != "scalar":
             yield Argument(f"ROW_{v}_LAST", f"rows[{n}].stride({slot + 1})", True)
+    if plan.shadowed:
+        yield from _shadow(plan)
+
+
+def _shadow(plan: Plan) -> Iterator[Argument]:
+    """Behind the rows; the scale is contiguous."""
+    lanes, first = plan.program.lanes, len(plan.program.logged)
+    yield Argument("shadow", f"rows[{first}]")
+    yield Argument("shadow_scale", f"rows[{first + 1}]")
+    for n, lane in enumerate(lanes):
+        yield Argument(f"half_{lane}", f"half.stride({n})")
+        yield Argument(f"scale_{lane}", f"rows[{first + 1}].stride({n})")
+    yield Argument("SHADOW_KEY", f"half.stride({len(lanes)})", True)
+    yield Argument("SHADOW_VALUE", f"half.stride({len(lanes) + 1})", True)
 
 
 def _operand(plan: Plan, v: Var) -> Iterator[Argument]:
@@ -96,7 +110,7 @@ MATRIX = "matrix: whether reads are matrix products\n"
 REGISTERS = "registers: that a thread may have, on NVIDIA's GPUs\n"
 LOG = """cursor   int32 [4, sequences]: tokens owed (-1: padding), flush at, steps run, state known to be zero
 tickets  int32 [sequences, at least ticket_count(...)], zero; zero again when the launch is done
-rows     {rows}
+rows     {rows}{shadow}
 """
 
 
@@ -157,11 +171,13 @@ class Launcher:
 
         middle = ("T",) if plan.variant == "verify" else ()
         rows = ", ".join(shape(v, lanes, str(plan.capacity)) for v in plan.program.logged)
+        scale = ", ".join([*lanes, *map(str, plan.scale_shape(()))])
+        shadow = f"; {_short(plan.read_dtype)} shadow of the state, its scale [{scale}]" if plan.shadowed else ""
         text = CONTRACT.format(
             variant=plan.variant,
             outputs=", ".join(shape(v, lanes, *middle) for v in plan.program.outputs) or "none",
             state=f"{_short(plan.state_dtype)}, {plan.layout}",
-            log="" if plan.variant == "recurrent" else LOG.format(rows=rows),
+            log="" if plan.variant == "recurrent" else LOG.format(rows=rows, shadow=shadow),
             operands=", ".join(shape(v, lanes, *middle) for v in plan.program.inputs),
             matrix=(MATRIX if plan.variant == "verify" else "") + (REGISTERS if self.config.registers else ""),
         )
@@ -174,7 +190,10 @@ class Launcher:
             known = prod(p for p in parts if p is not None)
             rest = f"state.shape[{d}]" + (f" // {known}" if known != 1 else "")
             sizes += [rest if p is None else str(p) for p in parts]
-        self.out.line(f"view = state.view({', '.join(sizes)}).permute({', '.join(map(str, self.plan.layout.order))})")
+        seen = f".view({', '.join(sizes)}).permute({', '.join(map(str, self.plan.layout.order))})"
+        self.out.line(f"view = state{seen}")
+        if self.plan.shadowed:
+            self.out.line(f"half = rows[{len(self.plan.program.logged)}]{seen}")
         self.out.line(f"lanes = view.shape[:{self.plan.layout.lanes}]")
 
     def _outputs(self) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from kvbuffer_compile.codegen.triton.arguments import arguments
 from kvbuffer_compile.codegen.triton.rows import Rows
+from kvbuffer_compile.codegen.triton.shadow import Shadow
 from kvbuffer_compile.codegen.triton.values import Python, Values
-from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.ir.plan import SHADOW, Plan
 from kvbuffer_compile.ir.program import Decay, Kind, Var
 
-NEEDS = ("row_", "ROW_", "STATE_")
+NEEDS = ("row_", "ROW_", "STATE_", "SHADOW_")
 
 
 class Fold:
@@ -22,6 +23,8 @@ class Fold:
         self.out, self.plan, self.values, self.rows = out, plan, values, rows
         lanes = [f"at_{lane}" for lane in plan.program.lanes]
         self.arguments = ["state", *lanes, *(["sequence"] if "at_sequence" not in lanes else []), "owed", "live"]
+        self.shadow = Shadow(out, plan, values)
+        self.arguments += [*SHADOW] * plan.shadowed
         self.constants: list[str] = []
         for a in arguments(plan, values.split):
             if a.name.startswith(NEEDS):
@@ -40,6 +43,7 @@ class Fold:
             self._walk()
             self.out.line(f"s += {self.values.load_state('live')}{self._left()}")
             self.values.store_state()
+            self.shadow.make()
 
     def call(self) -> None:
         """Fold this program's tile, part by part."""
@@ -51,7 +55,8 @@ class Fold:
             self._call(part, "FOLD")
 
     def _call(self, tile: str, block: str) -> None:
-        self.out.line(f"fold({', '.join([*self.arguments, tile, *self.constants, block])})")
+        given = ["folded" if name == "owed" and self.shadow.there else name for name in self.arguments]
+        self.out.line(f"fold({', '.join([*given, tile, *self.constants, block])})")
 
     def _walk(self) -> None:
         """s = what the rows add up to; run_<kind> = the product of the decays so far. Each slot is loaded while the one

@@ -32,6 +32,7 @@ class Kernel:
         self.rows = Rows(out, plan, values)
         self.tickets = Tickets(plan, values)
         self.fold = Fold(out, plan, values, self.rows)
+        self.shadow = self.fold.shadow
         self.verify = plan.variant == "verify"
 
     def emit(self) -> None:
@@ -129,7 +130,8 @@ class Kernel:
         self._flush()
         fresh = self._before_state()
         with fresh.unless_matrix() if fresh else nullcontext():
-            self.out.line(f"s = {self.values.load_state('live', 'EVICT')}")
+            if (tile := self.shadow.load("s")) != "s":
+                self.out.line(f"s = {tile}")
         for group in self.tickets.fed_by(None):
             ticket = f"{self.tickets.ticket(group)}, {self.tickets.expected(group)}"
             self.out.line(f"last{_suffix(group)} = arrive({ticket})")
@@ -187,10 +189,14 @@ class Kernel:
 
     def _flush(self) -> None:
         self.out.line("kept = owed")
-        with self.out.block("if flush"):
+        if self.shadow.there:
+            self.shadow.find()
+        with self.out.block("if flush | lacks" if self.shadow.there else "if flush"):
+            if self.shadow.there:
+                self.out.line("folded = tl.where(flush, owed, 0)")
             self.fold.call()
             self.out.line("tl.debug_barrier()")
-            self.out.line("kept = 0")
+            self.out.line("kept = owed - folded" if self.shadow.there else "kept = 0")
             self.out.line("live = tl.full([1, 1], 1, tl.int1)")
 
     def _token(self) -> None:

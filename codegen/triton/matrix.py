@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from kvbuffer_compile.codegen import calls
 from kvbuffer_compile.codegen.schedule import Dot, Old, Schedule, Step, Widen, uses
 from kvbuffer_compile.codegen.triton.rows import Rows
+from kvbuffer_compile.codegen.triton.shadow import Shadow
 from kvbuffer_compile.codegen.triton.values import AXES, Python, Values, power_of_two
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import REDUCTIONS, Kind, Map, Var
@@ -57,6 +58,7 @@ class Matrix:
     def __init__(self, out: Python, plan: Plan, values: Values, rows: Rows, schedule: Schedule) -> None:
         assert schedule.fold is not None
         self.out, self.values, self.rows, self.fold = out, values, rows, schedule.fold
+        self.shadow = Shadow(out, plan, values)
         self.reads = schedule.stages[0].reads
         self.kind: Kind = self.reads[0].x.kind
         self.other: Kind = "value" if self.kind == "key" else "key"
@@ -107,7 +109,7 @@ class Matrix:
                 self._evaluate([self.met(n)], "token", "TOKENS")
                 self._product(f"gram_{n}", "queries", self._inside(self._name(self.met(n))))
             faded = f"queries * fade_{self.kind}[None, :]" if self.kind in self.rows.fades else "queries"
-            tile = self.values.load_state("live", "EVICT")
+            tile = self.shadow.load("tile_read")
             self._product("result", faded, tile if self.kind == "value" else f"tl.trans({tile})")
         self._add_rows()
 

@@ -15,6 +15,7 @@ from kvbuffer_compile.codegen.triton.arguments import Launcher
 from kvbuffer_compile.codegen.triton.kernel import Kernel
 from kvbuffer_compile.codegen.triton.launch import Config, configure
 from kvbuffer_compile.codegen.triton.matrix import queries
+from kvbuffer_compile.codegen.triton.shadow import check_shadow
 from kvbuffer_compile.codegen.triton.tickets import ARRIVE
 from kvbuffer_compile.codegen.triton.values import DTYPES, Python, Values
 from kvbuffer_compile.errors import EmitError
@@ -27,6 +28,7 @@ def emit(plan: Plan, config: Config | None = None) -> str:
     EmitError when the plan says something that has no Triton spelling.
     """
     _check(plan)
+    check_shadow(plan)
     order = schedule(plan.program, in_place=plan.variant != "buffered")
     body = Python()
     values = Values(body, plan, order.split)

@@ -34,11 +34,12 @@ STATE = "state + {key}[:, None] * STATE_KEY + {value}[None, :] * STATE_VALUE"
 TAKEN = frozenset(
     """tl torch triton libdevice step arrive state cursor tickets tile program lane sequence owed limit live flush kept
     t s T TOKENS BLOCK TILES EVICT FOLD QUERIES MATRIX PRECISION key value key_ok value_ok age used later dot token
-    query part ahead chunk n fold float range asked asked_token queries result""".split()
+    query part ahead chunk n fold float range asked asked_token queries result shadow shadow_scale scale exact lacks
+    folded largest exponent unit half""".split()
 )
 PREFIXES = tuple(
     """in_ row_ out_ at_ size_ state_ left_ right_ later_ after_ fade_ fresh_ carry_ now_ run_ next_ slot_ cursor_
-    tickets_ weight_ last_ met_ gram_ all_ key_ value_""".split()
+    tickets_ weight_ last_ met_ gram_ all_ key_ value_ half_ scale_""".split()
 )
 
 
@@ -116,16 +117,20 @@ class Values:
 
     def load_state(self, live: str | None = None, policy: str = "") -> str:
         """The tile of the state, zeros unless `live`."""
+        return self.load_tile(STATE, live, policy)
+
+    def load_tile(self, address: str, live: str | None, policy: str) -> str:
+        """A tile like the state's, at an address with the places {key} and {value}."""
         masks = self._tile_mask([live] if live else [])
         other = ", other=0.0" if masks else ""
         policy = f", eviction_policy={policy}" if policy else ""
-        state = STATE.format(**self.index)
-        return f"tl.load({state}{masks}{other}{policy}).to({self.real})"
+        return f"tl.load({address.format(**self.index)}{masks}{other}{policy}).to({self.real})"
 
     def store_state(self) -> None:
-        self.out.line(
-            f"tl.store({STATE.format(**self.index)}, s.to({DTYPES[self.plan.state_dtype]}){self._tile_mask([])})"
-        )
+        self.store_tile(STATE, f"s.to({DTYPES[self.plan.state_dtype]})")
+
+    def store_tile(self, address: str, tile: str) -> None:
+        self.out.line(f"tl.store({address.format(**self.index)}, {tile}{self._tile_mask([])})")
 
     def _tile_mask(self, parts: list[str]) -> str:
         parts = [*parts, *(f"{self.ok(k)}{self.across(k)}" for k in AXES if self.padded(k))]

@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvbuffer_compile.accounts.allocation import Allocation
 from kvbuffer_compile.accounts.attempt import Attempt
-from kvbuffer_compile.accounts.buffers import allocate
+from kvbuffer_compile.accounts.buffers import allocate, allocate_shadow
 from kvbuffer_compile.accounts.history import History, Rhythm, Tally, profiled
-from kvbuffer_compile.guard.aliases import Place, alias, known_alias, plain
+from kvbuffer_compile.guard.aliases import Place, alias, plain
 from kvbuffer_compile.guard.overlap import has_memory, provide
-from kvbuffer_compile.guard.sharing import Storage
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.process.forks import one_thread_in_a_fork
 from kvbuffer_compile.process.locks import RLock
@@ -78,9 +78,10 @@ class Account:
         self.most = 0
         with torch.inference_mode(False):
             self.cursor, self.rows = allocate(self.state, plan)
+            self.shadow = allocate_shadow(self.state, plan)
         self.cursor[1].fill_(phase)
         self.history = History(self.cursor, Rhythm(phase, plan.flush, plan.capacity), not plan.several)
-        self.arguments = (self.cursor, *self.rows)  # of a step op, behind the state
+        self.arguments = (self.cursor, *self.rows, *self.shadow)  # of a step op, behind the state
 
     @property
     def row_bytes(self) -> int:
@@ -173,6 +174,7 @@ class Account:
     def fold(self) -> None:
         """Fold in every row there is, those of a call that is not done among them."""
         self.provide()
+        self.forget_shadow()
         with one_thread_in_a_fork(), profiled("kvbuffer::flush of a state that someone looks at"):
             composite.flush(self.plan, self.state, self.cursor, self.rows, self.unsettled)
         self.cursor[1].fill_(self.phase)
@@ -187,6 +189,7 @@ class Account:
         """
         with self.lock:
             self.reconcile()
+            self.forget_shadow()
             self.drafts = self.held = None
             self.bare, self.dirty = self.bare or zero, self.dirty or dirty
             limit = self.fresh_rows - (self.plan.flush - self.phase) if zero else self.phase
@@ -202,6 +205,11 @@ class Account:
     def begin(self) -> None:
         """From now on the state is zero, whatever its memory holds."""
         self.drop(zero=True, dirty=True)
+
+    def forget_shadow(self) -> None:
+        """Whoever comes next may write the state. None is made for memory that others can write at any time."""
+        for scale in self.shadow[1:]:
+            scale.fill_(torch.nan if self.shared is not None or self.allocation.aliased else 0)
 
     @functools.cached_property
     def fresh_rows(self) -> int:
@@ -237,60 +245,11 @@ class Account:
     def provide(self) -> None:
         """Let the state have memory; what that then holds is not read."""
         if self.without_memory:
-            provide(self.state)
+            for tensor in (self.state, *self.shadow):
+                provide(tensor)
             owner = self.owner()
             self.seen = self.seen if owner is None else geometry(owner)
             self.without_memory = False
-
-
-class Allocation:
-    """One allocation, and the accounts of the states in it. aliased: somebody else holds it for now."""
-
-    def __init__(self, state: Tensor) -> None:
-        self.storage = Storage(state)
-        self._accounts: dict[int, Account] = {}  # by serial number
-        self.aliased = False
-        self._known = 0
-
-    @property
-    def accounts(self) -> list[Account]:
-        """Of the states in this memory."""
-        return list(self._accounts.values())
-
-    def add(self, account: Account) -> None:
-        """Another state lies here."""
-        self._accounts[account.serial] = account
-        self._known = -1  # as many tensors may be held by others
-
-    def remove(self, account: Account) -> None:
-        """A state is gone."""
-        self._accounts.pop(account.serial, None)
-        self._known = -1
-
-    def __contains__(self, account: Account) -> bool:
-        return account.serial in self._accounts
-
-    def check(self) -> bool:
-        """Whether someone else holds the storage now: a tensor made before the state was guarded, a NumPy array, a view
-        that another compiled graph returned, a storage object."""
-        users = self.storage.users
-        if users != self._known:
-            self._known = self._count()
-        self.aliased = users > self._known or self.storage.held
-        return self.aliased
-
-    def _count(self) -> int:
-        """The tensors on the storage that are guarded or ours."""
-        holders = self.accounts
-        owners = [owner for a in holders if (owner := a.owner()) is not None]
-        known = [*owners, *(a.state for a in holders), *(a.base for a in holders), *map(known_alias, owners)]
-        return len({id(t) for t in known if t is not None})
-
-    def outlives(self, dying: bool) -> bool:
-        """Whether the memory of states whose owners died lives on in tensors of others. dying: an owner is still one
-        of them."""
-        ours = {id(a.state) for a in self.accounts if a.owner() is None}
-        return self.storage.users > len(ours) + dying
 
 
 def geometry(t: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from kvbuffer_compile.accounts.account import Account, Allocation, Key
+from kvbuffer_compile.accounts.account import Account, Key
+from kvbuffer_compile.accounts.allocation import Allocation
 from kvbuffer_compile.accounts.history import Tally
 from kvbuffer_compile.guard.overlap import overlap, storage_of
 

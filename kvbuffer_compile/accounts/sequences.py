@@ -31,6 +31,8 @@ def settle_sequences(account: Account, which: Sequence[int]) -> None:
 def _fold(account: Account, which: Sequence[int]) -> None:
     """One sequence after the other: each is a write of its own."""
     unsettled = account.unsettled
+    account.forget_shadow()  # of all: whoever comes may write some of it
+    account.history.disturbed = True
     with one_thread_in_a_fork():
         for n in which:
             rows = [row.narrow(0, n, 1) for row in account.rows]

@@ -17,6 +17,7 @@ RECURRENCES = ("gdn", "kda", "mamba2", "gla", "rwkv7", "mlstm")
 VARIANTS = ("recurrent", "buffered", "verify")
 KERNELS = ("triton", "cpp")
 DTYPES = ("float32", "bfloat16", "float16")
+NARROW = ("float16", "bfloat16")
 LAYOUTS = {"kv": (0, 1, 2, 3), "vk": (0, 1, 3, 2)}
 
 EPILOG = """\
@@ -88,6 +89,7 @@ def _emit(parser: argparse.ArgumentParser, run: Run) -> None:
     add("--drafts", type=_count, default=4, metavar="N", help="tokens that fit in a verify step beside them (4)")
     add("--dtype", choices=DTYPES, default="float32", help="of the state (float32)")
     add("--row-dtype", choices=DTYPES, default="bfloat16", help="of keys and values in rows (bfloat16)")
+    add("--read-dtype", choices=NARROW, help="of a shadow that steps read in a float32 state's place")
     add("--layout", choices=LAYOUTS, default="kv", help="the state is [b, h, K, V] (kv) or [b, h, V, K] (vk); (kv)")
     add("--out", type=Path, metavar="FILE", help="write it there, not to the standard output")
     parser.set_defaults(run=run)

@@ -31,6 +31,8 @@ def _plan(wanted: argparse.Namespace) -> Plan:
     rows = tuple(torch.float32 if v.kind == "scalar" or v in gates else row for v in program.logged)
     flush = 1 if variant == "recurrent" else wanted.flush
     capacity = flush + (wanted.drafts if variant == "verify" else 0)
-    return Plan(
-        program, layout, variant, sizes, flush, capacity, getattr(torch, wanted.dtype), rows, target=wanted.target
-    )
+    state = getattr(torch, wanted.dtype)
+    read = getattr(torch, wanted.read_dtype) if wanted.read_dtype else None
+    if read is not None and (variant == "recurrent" or state != torch.float32):
+        raise ValueError("--read-dtype is for the variants buffered and verify of a float32 state (--dtype float32)")
+    return Plan(program, layout, variant, sizes, flush, capacity, state, rows, target=wanted.target, read_dtype=read)

@@ -4,6 +4,7 @@ The calling convention of every step op, whoever implements it (ATen, C++, Trito
 
     recurrent   step(state!, *operands)                         -> [outputs]
     buffered    step(state!, cursor!, *rows!, *operands)        -> [outputs]
+    shadowed    buffered, verify and tree with read_dtype: step(state!, cursor!, *rows!, shadow!, shadow_scale!, ...)
     verify      the same for T tokens in one call, T >= 1 known at run time from the operands
     tree        verify for a tree of T drafts: step(state!, cursor!, *rows!, parents, *operands) -> [outputs]
     slots       each but tree with one more operand in front of the others: step(..., slots, *operands)
@@ -16,6 +17,10 @@ The calling convention of every step op, whoever implements it (ATen, C++, Trito
                cursor[3, b] = 1 while the state is known to be zero and holds nothing: it is not read
     rows       one tensor for each of program.logged, [N, *other lanes, capacity(, K or V)];
                size 1 along the lanes where the value does not vary; slots >= cursor[0] hold garbage (NaN in tests)
+    shadow     of the state's shape in read_dtype: the state in units of `scale`, rounded (shadow.py). Read, where it is
+               there, in the state's place
+    scale      float32 [*lanes, V], or [*lanes, K] where reads contract V: what one in the shadow stands for; 0 where
+               there is no shadow; NaN where there is none and none is to be made before the next flush
     operands   one tensor for each of program.inputs, [*lanes(, K or V)], size 1 along lanes where it does not vary,
                any strides and float dtype; for verify [*lanes, T(, K or V)]
     outputs    one contiguous tensor for each of program.outputs, [*lanes(, K or V)], in the plan's compute dtype;
@@ -30,6 +35,10 @@ A buffered step, for every sequence with cursor[0] >= 0: if cursor[0] >= cursor[
 the rows into the state and set cursor[0] = 0, cursor[1] = L, cursor[3] = 0; run the program T times on (state, rows);
 store the program's logged values in slots cursor[0], cursor[0] + 1, ...; add T to cursor[0]. cursor[2] grows by 1 for
 every sequence, with slots for those of the step. Rolling back is subtracting from cursor[0].
+
+With a shadow, a step that flushes makes it anew from the state it has written, and one that finds none makes it from
+the state it reads, unless that holds nothing. Both read the state itself; every other step reads the shadow, never the
+state. Rows are always folded into the state itself. A kernel may read the state where the shadow would do.
 
 A tree step flushes in the same way. Each node sees the state, the rows owed and its ancestors, in order of the path.
 All T rows are stored in node order behind the owed ones, and cursor[0] stays: whatever comes next, be it a step, a
@@ -50,7 +59,9 @@ import torch
 from torch import Tensor
 
 from kvbuffer_compile.ir.program import Program, Var
+from kvbuffer_compile.ir.shadow import scale_kind
 
+SHADOW = ("shadow", "shadow_scale")  # the step op's arguments for one
 Variant = Literal["recurrent", "buffered", "verify", "tree"]
 
 
@@ -115,6 +126,7 @@ class Plan:
     sizes: (K, V). flush: the flush length L in tokens; capacity: slots a buffer has (>= L).
     row_dtypes: one for each of program.logged. compute: dtype of arithmetic and outputs (float32; float64 for
     float64 states). target: who implements the op. slots: the state is a pool, an operand says which slots.
+    read_dtype: of the shadow that steps read instead of the state; None for no shadow.
     why: one line of the cost model for people; does not take part in equality.
     """
 
@@ -129,19 +141,21 @@ class Plan:
     compute: torch.dtype = torch.float32
     target: str = "aten"
     slots: bool = False
+    read_dtype: torch.dtype | None = None
     why: str = field(default="", compare=False)
 
     @property
     def key(self) -> str:
         """A content hash that names the op and the kernels of this plan, equal in every process."""
         return _hash(self.program, self.layout, self.variant, self.sizes, self.flush, self.capacity,
-                     self.state_dtype, self.row_dtypes, self.compute, self.target, self.slots)  # fmt: skip
+                     self.state_dtype, self.row_dtypes, self.compute, self.target, self.slots,
+                     self.read_dtype)  # fmt: skip
 
     @functools.cached_property
     def rows_key(self) -> str:
         """A content hash of all that says what rows mean: asked at every step, for every state."""
         return _hash(self.program, self.layout, self.sizes, self.flush, self.capacity,
-                     self.state_dtype, self.row_dtypes, self.compute)  # fmt: skip
+                     self.state_dtype, self.row_dtypes, self.compute, self.read_dtype)  # fmt: skip
 
     @property
     def several(self) -> bool:
@@ -160,12 +174,26 @@ class Plan:
         return f"step_{self.variant}_{letters}_L{self.flush}_{self.key}"
 
     @property
+    def shadowed(self) -> bool:
+        """Whether steps read a shadow of the state."""
+        return self.read_dtype is not None
+
+    @property
+    def sides(self) -> int:
+        """How many of the step op's arguments lie between the cursor and what is not the state's own: rows, shadow."""
+        return len(self.program.logged) + 2 * self.shadowed
+
+    def parted(self, sides: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Rows, and the shadow with its scale; the latter may be missing."""
+        return sides[: len(self.program.logged)], sides[len(self.program.logged) :]
+
+    @property
     def side_arguments(self) -> tuple[str, ...]:
         """The step op's arguments in front of the operands. What it writes is marked, so that functionalisation and
         Inductor keep the order."""
         written = ["state"]
         if self.variant != "recurrent":
-            written += ["cursor", *(f"row_{v}" for v in self.program.logged)]
+            written += ["cursor", *(f"row_{v}" for v in self.program.logged), *SHADOW[: 2 * self.shadowed]]
         marked = [f"Tensor(a{i}!) {name}" for i, name in enumerate(written)]
         return (*marked, *["Tensor parents"] * (self.variant == "tree"), *["Tensor slots"] * self.slots)
 
@@ -190,6 +218,16 @@ class Plan:
         tail = {"scalar": (), "key": self.sizes[:1], "value": self.sizes[1:]}[v.kind]
         return (*sizes, self.capacity, *tail)
 
+    def scale_shape(self, lanes: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scale of a shadow, for a state whose lanes have these sizes."""
+        return (*lanes, self.sizes[0] if scale_kind(self.program) == "key" else self.sizes[1])
+
+    def shadow_bytes(self, lanes: tuple[int, ...]) -> int:
+        """Memory that a shadow takes, its scale included."""
+        if self.read_dtype is None:
+            return 0
+        return math.prod((*lanes, *self.sizes)) * self.read_dtype.itemsize + 4 * math.prod(self.scale_shape(lanes))
+
     def fresh_rows(self, lanes: tuple[int, ...]) -> int:
         """How many rows a state that is known to be zero owes before its first flush.
 
@@ -213,7 +251,8 @@ class Plan:
         rows = ", ".join(f"{v}:{d}" for v, d in zip(self.program.logged, dtypes, strict=True))
         sizes = f"K={self.sizes[0]} V={self.sizes[1]}"
         head = f"{self.variant} L={self.flush} capacity={self.capacity} {sizes} target={self.target}"
-        return f"{head}\n  rows {rows or '-'}"
+        shadow = f"\n  reads {str(self.read_dtype).removeprefix('torch.')}" if self.shadowed else ""
+        return f"{head}\n  rows {rows or '-'}{shadow}"
 
     def __str__(self) -> str:
         return f"{self.settings}\n  {self.why}".rstrip()

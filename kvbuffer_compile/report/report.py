@@ -39,6 +39,7 @@ class StateReport:
     name: its placeholder in the graph. shape: ints, and symbols as text. reason: why this was decided, one sentence.
     rule: identifier of a decline, "" otherwise. source: "file:line" of the model. program, plan: their text, "" when
     there is none. signature: one letter per op that touches the state. row_bytes: size of the rows it may owe.
+    reads: the dtype of a shadow that is read in its place, "" for none; shadow_bytes: its size, with its scales.
     fresh_tokens: how many tokens a state that begins at zero decodes before it is made; unread_bytes: what reading it
     once for each of them would have moved.
     """
@@ -55,6 +56,8 @@ class StateReport:
     plan: str = ""
     prediction: Prediction | None = None
     row_bytes: int = 0
+    reads: str = ""
+    shadow_bytes: int = 0
     fresh_tokens: int = 0
     unread_bytes: int = 0
 
@@ -104,6 +107,8 @@ def _planned(lifted: Lifted, plan: Plan, prediction: Prediction | None) -> State
         plan=str(plan),
         prediction=prediction,
         row_bytes=rows,
+        reads=str(plan.read_dtype).removeprefix("torch.") if plan.read_dtype else "",
+        shadow_bytes=plan.shadow_bytes(lanes),
         fresh_tokens=fresh * plan.program.tokens,
         unread_bytes=fresh * prod((*lanes, *plan.sizes)) * plan.state_dtype.itemsize,
     )
@@ -235,7 +240,7 @@ def _table(groups: list[tuple[StateReport, list[str]]]) -> Table:
     table.add_column("state", overflow="fold", ratio=1)
     for title in ("shape", "dtype", "status", "ops"):
         table.add_column(title, overflow="fold", max_width=22)
-    for title in ("L", "rows", "gain"):
+    for title in ("L", "rows", "reads", "gain"):
         table.add_column(title, justify="right", no_wrap=True)
     for number, (state, names) in enumerate(groups, 1):
         table.add_row(*map(Text, (str(number), _label(state, names), *_cells(state))))
@@ -250,6 +255,7 @@ def _cells(state: StateReport) -> Iterable[str]:
     yield state.signature or "-"
     yield str(choice.flush) if choice else "-"
     yield in_bytes(state.row_bytes) if state.row_bytes else "-"
+    yield state.reads or "-"
     yield f"{choice.gain:.1f}x" if choice else "-"
 
 
@@ -259,7 +265,8 @@ def _details(number: int, state: StateReport) -> Text:
     fresh = ""
     if state.fresh_tokens:
         fresh = f"; from zero the first {state.fresh_tokens} tokens read no state, {in_bytes(state.unread_bytes)} less"
-    return Text(f"{number}  {rule}{state.reason}{fresh}{where}")
+    shadow = f"; steps read it in {state.reads}, {in_bytes(state.shadow_bytes)} more memory" if state.reads else ""
+    return Text(f"{number}  {rule}{state.reason}{shadow}{fresh}{where}")
 
 
 def _label(state: StateReport, names: list[str]) -> str:

@@ -132,7 +132,7 @@ class _Redirected(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         op, plan = self.trees[func]
         given = [*args, *(kwargs or {}).values()]
-        before = 2 + len(plan.program.logged)  # state, cursor and rows
+        before = 2 + plan.sides  # state, cursor, rows and shadow
         self.done.add(given[1].data_ptr())
         return op(*given[:before], self.parents.to(given[1].device, torch.int32), *given[before:])
 

@@ -20,6 +20,7 @@ from kvbuffer_compile.ir.program import Decay, Kind, Update, Var, run
 from kvbuffer_compile.process.at_once import at_once
 from kvbuffer_compile.process.surroundings import product
 from kvbuffer_compile.steps.read_ahead import OTHER, common_lanes, run_ahead
+from kvbuffer_compile.steps.shadows import by_sequence, in_place_of, renewed, shadow_in
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,14 @@ def buffered_step(
 ) -> tuple[Tensor, ...]:
     """One buffered step of one token, or of T tokens for the verify variant, as defined in plan.py.
 
-    Rows go to free slots, where they are nobody's; the last thing that happens is that the cursor counts them.
+    rows: and the shadow, where the plan has one. Rows go to free slots, where they are nobody's; the last thing that
+    happens is that the cursor counts them.
     """
     count = token_count(plan, operands)
     owed = cursor[0]
-    if has_memory(state):  # else its owner knows that nothing overflows
-        flush(plan, state, cursor, rows, overflowing(plan, cursor, count))
+    base, rows = flushed_base(plan, state, cursor, rows, count), plan.parted(rows)[0]
     shape = plan.layout.sizes(state.shape)
-    stored = condense(plan, readable(plan, state, cursor), owed_slots(plan, owed), rows)
+    stored = condense(plan, base, owed_slots(plan, owed), rows)
     values = run_tokens(plan, stored, inputs_of_tokens(plan, operands), shape)
 
     active = owed >= 0
@@ -211,23 +212,34 @@ def overflowing(plan: Plan, cursor: Tensor, tokens: int) -> Tensor:
     return (owed >= 0) & ((owed >= limit) | (owed + tokens > plan.capacity))
 
 
+def flushed_base(plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tensor], tokens: int) -> Dense | Zero:
+    """What a step of so many tokens reads, [N, *lanes, K, V], once the sequences that must be are flushed."""
+    if not has_memory(state):  # its owner knows that nothing overflows
+        return Zero(plan.sizes)
+    which = overflowing(plan, cursor, tokens)
+    flush(plan, state, cursor, rows, which)
+    base, shadow = readable(plan, state, cursor), shadow_in(plan, plan.parted(rows)[1])
+    return base if shadow is None or isinstance(base, Zero) else Dense(in_place_of(base.state, shadow, cursor, which))
+
+
 def flush(plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tensor], which: Tensor) -> None:
     """Fold the rows of the sequences in `which` (bool [N]) into the state; their cursors become 0, their limits L.
 
-    On a CPU nothing happens when `which` is empty; elsewhere asking would stall the queue, so it is computed anyway.
+    rows: and the shadow, if it is to be made anew. On a CPU nothing happens for none; elsewhere asking would stall.
     """
     if which.device.type == "cpu" and not bool(which.any()):
         return
     view = plan.layout.canonical(state)
     base = view if plan.layout.sequence else view[None]
-    used = owed_slots(plan, cursor[0])
+    used, (rows, sides) = owed_slots(plan, cursor[0]), plan.parted(rows)
     dense = condense(plan, readable(plan, state, cursor), used, rows).dense()
-    folded = torch.where(which.view(-1, *[1] * (base.dim() - 1)), dense.to(base.dtype), base)
+    folded = torch.where(by_sequence(which, base), dense.to(base.dtype), base)
     next_cursor = cursor.clone()
     next_cursor[0].masked_fill_(which, 0)
     next_cursor[1].masked_fill_(which, plan.flush)
     next_cursor[3].masked_fill_(which, 0)
-    at_once(partial(base.copy_, folded), partial(cursor.copy_, next_cursor))
+    renewal = renewed(shadow_in(plan, sides), folded, which)
+    at_once(partial(base.copy_, folded), *renewal, partial(cursor.copy_, next_cursor))
 
 
 def readable(plan: Plan, state: Tensor, cursor: Tensor) -> Dense | Zero:
@@ -238,7 +250,7 @@ def readable(plan: Plan, state: Tensor, cursor: Tensor) -> Dense | Zero:
     base = (view if plan.layout.sequence else view[None]).to(plan.compute)
     if cursor.device.type == "cpu" and not bool(cursor[3].any()):
         return Dense(base)
-    return Dense(torch.where((cursor[3] > 0).view(-1, *[1] * (base.dim() - 1)), 0, base))
+    return Dense(torch.where(by_sequence(cursor[3] > 0, base), 0, base))
 
 
 def token_count(plan: Plan, operands: Sequence[Tensor]) -> int:

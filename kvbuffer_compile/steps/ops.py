@@ -79,7 +79,7 @@ def use_triton(plan: Plan, interpret: bool = False) -> None:
     step_op(plan)
     config = None if interpret else tune.tuned(plan, torch.cuda.get_device_name(), tune.on_gpu)
     launch = load.load(triton.emit(plan, config), interpret).launch
-    split = len(plan.program.logged)
+    split = plan.sides
 
     def recurrent(state: Tensor, *operands: Tensor) -> Any:
         return _returned(tuple(launch(state, None, None, (), operands)))
@@ -110,7 +110,7 @@ def tickets_of(cursor: Tensor) -> Tensor:
 
 
 def _composite(plan: Plan) -> Callable[..., Any]:
-    rows = len(plan.program.logged)
+    rows = plan.sides
 
     def recurrent(state: Tensor, *operands: Tensor) -> Any:
         if plan.slots:
@@ -132,7 +132,7 @@ def _composite(plan: Plan) -> Callable[..., Any]:
 
 
 def _fake(plan: Plan) -> Callable[..., Any]:
-    before = 1 if plan.variant == "recurrent" else 2 + len(plan.program.logged)  # state, cursor and rows
+    before = 1 if plan.variant == "recurrent" else 2 + plan.sides  # state, cursor, rows and shadow
 
     def fake(*args: Tensor) -> Any:
         state = args[0]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvbuffer_compile.guard.overlap import has_memory
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.steps import composite
 
@@ -19,9 +18,8 @@ def tree_step(
     count = composite.token_count(plan, operands)
     if count > plan.capacity or parents.shape[1] != count:
         raise ValueError(f"{count} drafts, {parents.shape[1]} parents, a buffer of {plan.capacity} rows")
-    if has_memory(state):
-        composite.flush(plan, state, cursor, rows, composite.overflowing(plan, cursor, count))
-    base, shape = composite.readable(plan, state, cursor), plan.layout.sizes(state.shape)
+    base, rows = composite.flushed_base(plan, state, cursor, rows, count), plan.parted(rows)[0]
+    shape = plan.layout.sizes(state.shape)
     inputs, axis = composite.inputs_of_tokens(plan, operands), composite.token_dim(plan)
     owed = cursor[0]
     active = owed >= 0

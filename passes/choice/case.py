@@ -16,7 +16,7 @@ class Case:
     program.logged. strided: reads that contract an axis of the state that is not its innermost one.
     capacity: slots that the user wants at least, 0 for none. target: "aten", "cpp" or "triton". tokens: of one step.
     slots: the sequences are taken out of a pool. others: bytes that one call of the graph touches besides the state.
-    states: how many it steps.
+    states: how many it steps. shadow_width: of a shadow that is read in the state's place, 0 for none.
     """
 
     program: Program
@@ -34,6 +34,7 @@ class Case:
     slots: bool = False
     others: int = 0
     states: int = 1
+    shadow_width: int = 0
 
     @property
     def elements(self) -> int:
@@ -43,6 +44,11 @@ class Case:
     @property
     def state_bytes(self) -> int:
         return self.elements * self.state_width
+
+    @property
+    def read_width(self) -> int:
+        """Bytes of an element of what a step reads."""
+        return self.shadow_width or self.state_width
 
     @property
     def working_set(self) -> int:
@@ -62,6 +68,7 @@ class Work:
     operations: float
     row_operations: float
     fold_operations: float
+    passes: float
 
     @property
     def bytes(self) -> float:

@@ -28,6 +28,7 @@ from kvbuffer_compile.passes.choice.predict import (
     predict,
     with_measured,
 )
+from kvbuffer_compile.passes.choice.reads import possible_read
 from kvbuffer_compile.passes.choice.working_set import hint
 from kvbuffer_compile.passes.lifted import ALONE, Call, Lifted
 
@@ -58,6 +59,7 @@ def explain_choice(
     wanted = () if isinstance(options.flush, str) else (options.flush,)
     most = lifted.most_tokens if lifted.several else 1
     case = make_case(lifted, rows, compute, options.capacity, target, call)
+    case, read = _shadowed(case, machine, options, possible_read(lifted, options))
     prediction = predict(case, machine, (*_ladder(case), *wanted))
     if times:
         prediction = with_measured(prediction, case, times)
@@ -81,6 +83,7 @@ def explain_choice(
         compute=compute,
         target=target,
         slots=lifted.slots is not None,
+        read_dtype=read if best.variant != "recurrent" else None,
         why=_why(prediction, best, asked=bool(wanted)),
     )
     return _too_wide(lifted, plan) or plan, prediction
@@ -88,7 +91,7 @@ def explain_choice(
 
 def _too_wide(lifted: Lifted, plan: Plan) -> Declined | None:
     """torch refuses ops with too many arguments: state, cursor, rows and operands are one each."""
-    rows = len(plan.program.logged) + 1 if plan.variant != "recurrent" else 0
+    rows = plan.sides + 1 if plan.variant != "recurrent" else 0
     count = 1 + rows + plan.slots + len(plan.program.inputs)
     if count <= ARGUMENTS:
         return None
@@ -114,6 +117,23 @@ def state_tensor(lifted: Lifted) -> Tensor:
 
 def _ladder(case: Case) -> tuple[int, ...]:
     return FLUSHES_TRITON if case.target == "triton" and case.tokens == 1 else FLUSHES
+
+
+def _shadowed(
+    case: Case, machine: Machine, options: Options, read: torch.dtype | None
+) -> tuple[Case, torch.dtype | None]:
+    """The case with the shadow that its steps read, if any: one that was asked for, or one that pays for one token."""
+    if read is None:
+        return case, None
+    shadowed = replace(case, shadow_width=read.itemsize)
+    ladder = _ladder(case) or FLUSHES
+    with_it, without = (_least(replace(c, tokens=1), machine, ladder) for c in (shadowed, case))
+    return (shadowed, read) if options.read_dtype != "auto" or with_it * EQUAL <= without else (case, None)
+
+
+def _least(case: Case, machine: Machine, flushes: tuple[int, ...]) -> float:
+    """Seconds of the best buffered step."""
+    return min(c.seconds for c in predict(case, machine, flushes).candidates if c.variant == "buffered")
 
 
 def _asked(prediction: Prediction, flush: int) -> int:

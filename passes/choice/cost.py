@@ -5,6 +5,7 @@ Every result is a sympy expression over all lanes, in these symbols (bytes are b
     <lanes>  sizes of the program's lanes by their names, e.g. B, H and r (heads that share a key)
     K, V     key rows and value columns of the state
     s        bytes of the state                b   bytes of buffered keys and values
+    h        bytes of its shadow, which is read in its place
     w        bytes of buffered gates           a   bytes of operands and outputs
     n        tokens owed when the step begins
     L        flush length: tokens between two writes of the state
@@ -26,7 +27,7 @@ from sympy import Expr, Integer
 
 from kvbuffer_compile.ir.program import Kind, Map, Program, run
 
-K, V, s, b, w, a, n, L, T = sympy.symbols("K V s b w a n L T", positive=True)
+K, V, s, h, b, w, a, n, L, T = sympy.symbols("K V s h b w a n L T", positive=True)
 ZERO, ONE = Integer(0), Integer(1)
 
 
@@ -35,8 +36,8 @@ class Cost:
     """Bytes moved and operations done by one step, over all lanes.
 
     operations: on elements of the state and on vectors. row_operations: on owed rows, which are short vectors with a
-    weight each, so that an operation takes longer. fold_operations: of a flush, which is a matrix product. launches:
-    kernels started.
+    weight each, so that an operation takes longer. fold_operations: of a flush, which is a matrix product. passes: over
+    the state, or over its shadow. launches: kernels started.
     """
 
     state_read: Expr = ZERO
@@ -47,6 +48,7 @@ class Cost:
     operations: Expr = ZERO
     row_operations: Expr = ZERO
     fold_operations: Expr = ZERO
+    passes: Expr = ZERO
     launches: Expr = ONE
 
     @property
@@ -204,39 +206,51 @@ def recurrent(program: Program) -> Cost:
     run(program, memory, _inputs(program))
     cells = memory.cells * s
     reads = max(memory.passes, 1)
-    return Cost(reads * cells, cells, operands=T * _operands(program), operations=T * memory.operations)
+    operations = T * memory.operations
+    return Cost(reads * cells, cells, operands=T * _operands(program), operations=operations, passes=Integer(reads))
 
 
 @functools.cache
-def step(program: Program, sequence: bool = True, widths: Widths | None = None) -> Cost:
-    """One buffered step that does not flush, n tokens owed. Token j of T also walks the j rows before it."""
+def step(program: Program, sequence: bool = True, widths: Widths | None = None, *, shadow: bool = False) -> Cost:
+    """One buffered step that does not flush, n tokens owed. Token j of T also walks the j rows before it.
+
+    shadow: it is read in the state's place.
+    """
     row = slot(program, sequence, widths)
     memory = Buffered(program.lanes, owed=n + (T - 1) / 2, walk=row.walk)
     run(program, memory, _inputs(program))
     return Cost(
-        state_read=memory.passes * memory.cells * s,
+        state_read=memory.passes * memory.cells * (h if shadow else s),
         rows_read=n * row.size if memory.passes else ZERO,
         rows_written=T * row.size,
         operands=T * _operands(program),
         operations=T * memory.operations,
         row_operations=T * memory.row_operations,
+        passes=Integer(memory.passes),
     )
 
 
 @functools.cache
-def buffered(program: Program, sequence: bool = True, widths: Widths | None = None, *, separate: bool = False) -> Cost:
+def buffered(
+    program: Program,
+    sequence: bool = True,
+    widths: Widths | None = None,
+    *,
+    separate: bool = False,
+    shadow: bool = False,
+) -> Cost:
     """The mean step over a full flush period of L/T steps, which owe T, 2T, ... L tokens when they begin.
 
     The last of them folds the L rows into the state first: in the same kernel, while it has the state at hand, or
-    (separate) by a launch of its own that reads and writes the state.
+    (separate) by a launch of its own that reads and writes the state. With a shadow it does that too, and writes both.
     """
-    row, ordinary = slot(program, sequence, widths), step(program, sequence, widths)
+    row, ordinary = slot(program, sequence, widths), step(program, sequence, widths, shadow=shadow)
     cells = lanes_product(program.lanes) * K * V
-    begin = ordinary.map(lambda e: e.subs(n, 0))
+    begin = step(program, sequence, widths).map(lambda e: e.subs(n, 0))
     read_again = separate or begin.state_read == 0
     last = begin.plus(
         state_read=cells * s if read_again else ZERO,
-        state_written=cells * s,
+        state_written=cells * (s + h if shadow else s),
         rows_read=L * row.size,
         fold_operations=L * row.fold + cells,
         launches=ONE if separate else ZERO,
@@ -280,7 +294,7 @@ def break_even(program: Program, sequence: bool = True) -> Expr:
 
 
 def numbers(program: Program, lanes: tuple[int, ...], sizes: tuple[int, int], **widths: float) -> Mapping[Expr, float]:
-    """Substitutions for Expr.subs: lane sizes, (K, V), and widths by symbol name (s, b, w, a, n, L, T)."""
+    """Substitutions for Expr.subs: lane sizes, (K, V), and widths by symbol name (s, h, b, w, a, n, L, T)."""
     known: dict[Expr, float] = {sympy.Symbol(x, positive=True): v for x, v in zip(program.lanes, lanes, strict=True)}
     known |= {K: sizes[0], V: sizes[1]}
     return known | {sympy.Symbol(x, positive=True): v for x, v in widths.items()}

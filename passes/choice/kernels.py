@@ -23,12 +23,13 @@ THREADED = 1 << 14  # elements of a state from which on a C++ step runs on all t
 
 def seconds(case: Case, machine: Machine, timed: Kernels, work: Work, variant: Variant) -> float:
     """A C++ step: arithmetic on all threads, or the state's way from where it is, whatever takes longer."""
-    lanes, narrow = prod(case.lanes), case.elements if case.state_width < case.compute_width else 0
+    lanes, narrow = prod(case.lanes), case.elements if case.read_width < case.compute_width else 0
     if variant == "recurrent":
+        narrow = case.elements if case.state_width < case.compute_width else 0
         arithmetic = lanes * timed.lane + (work.operations + CONVERTED_BOTH * narrow) / timed.rate
     else:
         reads = sum(isinstance(op, Read) for op in case.program.ops)
-        shared = max(reads - work.state_read / case.state_bytes, 0) * case.elements
+        shared = max(reads - work.passes, 0) * case.elements
         arithmetic = lanes * timed.read_lane + (work.operations - shared + CONVERTED * narrow) / timed.read
         arithmetic += work.row_operations / timed.walk + work.fold_operations / (FOLDED * timed.rate)
     working_set = case.working_set + case.states * (work.rows_read + work.rows_written)
@@ -36,7 +37,7 @@ def seconds(case: Case, machine: Machine, timed: Kernels, work: Work, variant: V
         passes: Kind = "kernel_twice" if work.state_read > case.state_bytes else "kernel_update"
         moving = 2 * case.state_bytes / machine.speed(passes, working_set)
     else:
-        once = min(work.state_read, case.state_bytes)  # passes after the first find a lane in the nearest cache
+        once = work.state_read / max(work.passes, 1)  # passes after the first find a lane in the nearest cache
         moving = once / machine.speed("kernel_read", working_set)
         moving += work.state_written / machine.speed("kernel_update", working_set)
     moving += (work.rows_read + work.rows_written + work.operands) / machine.speed("read", working_set)

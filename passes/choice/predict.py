@@ -44,6 +44,7 @@ COMPOSITE_LAUNCHES, COMPOSITE_LAUNCHES_PER_OP = 63.0, 48.0
 # Rows are masked, decayed and concatenated at full capacity in the compute dtype: 14 to 18 passes over them.
 COMPOSITE_ROW_PASSES = 16.0
 COMPOSITE_FLUSH_PASSES = 6.0  # temporaries of the size of the state; on a GPU at every step, to avoid a synchronisation
+COMPOSITE_SHADOW_PASSES = 4.0  # it is widened, scaled and chosen beside the state, which is read as well
 COMPOSITE_RECURRENT_PASSES = 20.0  # every op of the program makes a temporary of the size of the state
 
 # A prediction must promise this much before a graph is rewritten ("never slower"); the composite one is the rougher.
@@ -76,6 +77,7 @@ class Prediction:
     """The candidates for one state, and what they are compared with.
 
     slot_bytes: one slot of the log, over all lanes. best_flush: L*, of the bytes alone. formula: L* with its numbers.
+    shadow_bytes: of the shadow that buffered steps read, 0 for none.
     plain: the step as Inductor compiles it (flush 1, gain 1). chosen: index into candidates, None when declined.
     """
 
@@ -88,6 +90,7 @@ class Prediction:
     plain: Candidate
     candidates: tuple[Candidate, ...]
     chosen: int | None = None
+    shadow_bytes: int = 0
 
     @property
     def choice(self) -> Candidate | None:
@@ -109,7 +112,10 @@ def predict(case: Case, machine: Machine, flushes: tuple[int, ...]) -> Predictio
     candidates = tuple(candidate(_variant(case, flush), flush) for flush in ladder)
     plain = Candidate("recurrent", 1, plain_bytes, plain_seconds, 1.0)
     best, formula = _best_flush(case, counts)
-    return Prediction(machine, case.target, case.state_bytes, round(counts.slot), best, formula, plain, candidates)
+    return Prediction(
+        machine, case.target, case.state_bytes, round(counts.slot), best, formula, plain, candidates,
+        shadow_bytes=case.elements * case.shadow_width,
+    )  # fmt: skip
 
 
 def with_measured(prediction: Prediction, case: Case, times: Mapping[int, float]) -> Prediction:
@@ -146,9 +152,11 @@ class _Counts:
 
 
 def _counts(case: Case) -> _Counts:
-    known = cost.numbers(case.program, case.lanes, case.sizes, s=case.state_width, a=case.operand_width, T=case.tokens)
+    widths = {"s": case.state_width, "h": case.shadow_width, "a": case.operand_width}
+    known = cost.numbers(case.program, case.lanes, case.sizes, **widths, T=case.tokens)
     plain = cost.recurrent(case.program).map(lambda e: e.subs(known))
-    log = cost.buffered(case.program, case.sequence, case.row_widths).map(lambda e: e.subs(known))
+    shadow = case.shadow_width > 0
+    log = cost.buffered(case.program, case.sequence, case.row_widths, shadow=shadow).map(lambda e: e.subs(known))
     computed_widths = (case.compute_width,) * len(case.row_widths)
     sizes = [cost.slot(case.program, case.sequence, w).size.subs(known) for w in (case.row_widths, computed_widths)]
     at = sympy.lambdify(cost.L, [getattr(log, name) for name in _FIELDS], "math")
@@ -157,13 +165,19 @@ def _counts(case: Case) -> _Counts:
 
 
 def _best_flush(case: Case, counts: _Counts) -> tuple[float, str]:
-    """L* = sqrt(2 s K V / slot) per lane: cost.best_flush with numbers; for K = V = d that is sqrt(s d / (b g))."""
+    """L* = sqrt(2 s K V / slot) per lane: cost.best_flush with numbers; for K = V = d that is sqrt(s d / (b g)). With a
+    shadow of h bytes a flush writes that too, and reads the state where a step reads the shadow, in each of p passes.
+    """
     k, v = case.sizes
     lane_slot = counts.slot / max(prod(case.lanes), 1)
     if lane_slot == 0:
         return 1.0, "nothing to log"
-    best = sqrt(2 * case.state_width * k * v / lane_slot)
-    return best, f"L* = sqrt(2*s*K*V/slot) = sqrt(2*{case.state_width}*{k}*{v}/{lane_slot:.4g}) = {best:.1f}"
+    moved, name = case.state_width, "s"
+    if case.shadow_width:
+        less = round(counts.recurrent.passes) * (case.state_width - case.shadow_width)
+        moved, name = moved + case.shadow_width + less, "(s+h+p(s-h))"
+    best = sqrt(2 * moved * k * v / lane_slot)
+    return best, f"L* = sqrt(2*{name}*K*V/slot) = sqrt(2*{moved}*{k}*{v}/{lane_slot:.4g}) = {best:.1f}"
 
 
 # --------------------------------------------------------------------------------------- implementations
@@ -204,6 +218,7 @@ def _composite(case: Case, machine: Machine, counts: _Counts, variant: Variant, 
     else:
         reads = sum(isinstance(op, Read) for op in case.program.ops)
         passes = reads + COMPOSITE_FLUSH_PASSES / (flush if machine.device == "cpu" else 1)
+        passes += COMPOSITE_SHADOW_PASSES if case.shadow_width else 0.0
         rows = COMPOSITE_ROW_PASSES * counts.computed_slot * max(flush, case.capacity)
     if case.slots:  # taken out and put back: the state when it was written, all rows
         passes += 2 + 2 / (flush if machine.device == "cpu" else 1)

@@ -79,6 +79,9 @@ class Session:
         self.cursor[1] = torch.tensor(limits)
         logged = list(zip(plan.program.logged, plan.row_dtypes, strict=True))
         self.rows = [torch.full(plan.row_shape(v, self.lanes), torch.nan, dtype=d) for v, d in logged]
+        if plan.read_dtype is not None:
+            shadow = torch.full_like(self.state, torch.nan, dtype=plan.read_dtype)
+            self.rows += [shadow, torch.zeros(plan.scale_shape(self.lanes))]
         self.expected = (self.state.clone(), self.cursor.clone(), [r.clone() for r in self.rows])
         self.tickets = None
         if plan.variant != "recurrent":
@@ -108,7 +111,8 @@ class Session:
         state, cursor, rows = self.expected
         assert torch.equal(self.state.nan_to_num(99), state.nan_to_num(99)), self.plan.program
         assert torch.equal(self.cursor, cursor), self.plan.program
-        for v, a, b in zip(self.plan.program.logged, self.rows, rows, strict=True):
+        names = [*self.plan.program.logged, *["shadow", "scale"] * self.plan.shadowed]
+        for v, a, b in zip(names, self.rows, rows, strict=True):
             assert torch.equal(a.nan_to_num(99), b.nan_to_num(99)), f"rows of {v}\n{self.plan.program}"
         assert self.tickets is None or not self.tickets.any(), "tickets are zero between launches"
         return got
@@ -159,6 +163,31 @@ def test_rows_that_do_not_fit_at_once(name, variant, monkeypatch):
     assert "for chunk in range" in triton.emit(session.plan)
     for _ in range(7 if variant == "buffered" else 4):
         session.check(draw(EXACT[name], *((2,) if variant == "verify" else ())))
+
+
+@pytest.mark.parametrize(("name", "variant"), [("kda", "buffered"), ("gdn", "verify"), ("chained", "buffered")])
+def test_shadows_are_read_and_made(name, variant):
+    """A sequence begins with a state that holds nothing; numbers are small enough for a shadow that rounds nothing."""
+    capacity = 5 if variant == "verify" else 3
+    session = Session(make_plan(EXACT[name], variant, capacity=capacity, read_dtype=torch.float16), [3, 2])
+    session.cursor[3, 1] = session.expected[1][3, 1] = 1
+    for n in range(4):
+        session.check(draw(EXACT[name], *((2,) if variant == "verify" else ())))
+        assert (session.rows[-1][0] > 0).all(), "the first sequence has a shadow from its first step on"
+        assert bool((session.rows[-1][1] > 0).all()) == (int(session.cursor[3, 1]) == 0)
+        if n == 1:  # as after a write from outside
+            for rows in (session.rows, session.expected[2]):
+                rows[-1].zero_()
+    session.rows[-2].add_(1)  # what is read is not the state
+    for cursor in (session.cursor, session.expected[1]):
+        cursor[0], cursor[1] = 0, 9
+    ones = [torch.ones_like(x) for x in draw(EXACT[name], *((1,) if variant == "verify" else ()))]
+    assert not all(map(torch.equal, *session.step(ones)))
+
+
+def test_a_shadow_needs_reads_over_one_axis():
+    with pytest.raises(EmitError, match="shadow"):
+        triton.emit(make_plan(EXACT["oja"], "buffered", read_dtype=torch.float16))
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -195,3 +195,19 @@ def test_operations_of_a_recurrent_step() -> None:
     """Decay 1, two reads 2 each, update 2 operations an element; two maps over values."""
     found = cost.recurrent(gated_deltanet()).operations
     assert sympy.expand(found - T * B * H * r * (7 * K * V + 2 * V)) == 0
+
+
+def test_bytes_of_a_step_that_reads_a_shadow() -> None:
+    """Per element of a float32 state, L = 16, a float16 shadow: 15 of 16 steps read it, one reads and writes both."""
+    program = gated_deltanet()
+    cells = cost.lanes_product(program.lanes) * cost.K * cost.V
+    known = {cost.s: 4, cost.h: 2, cost.L: 16, cost.T: 1}
+    shadow, plain = (cost.buffered(program, shadow=x) for x in (True, False))
+
+    def state(found: cost.Cost) -> float:
+        return float(sympy.simplify((found.state_read + found.state_written).subs(known) / cells))
+
+    assert (state(shadow), state(plain)) == (2 + 8 / 16, 4 + 4 / 16)
+    assert shadow.rows_read == plain.rows_read
+    best = [cost.best_flush(x).subs({cost.s: 4, cost.h: 2, cost.T: 1}) for x in (shadow, plain)]
+    assert sympy.simplify(best[0] / best[1]) == sympy.sqrt(2), "a flush costs 2 s instead of s"

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvbuffer_compile.ir.memory import Buffered, Dense
 from kvbuffer_compile.ir.plan import Layout, Plan
 from kvbuffer_compile.ir.program import Decay, Program, run
+from kvbuffer_compile.ir.shadow import scale_kind, shadow_of
 from tests.support.oracle import Oracle
 
 LANES = {"b": 3, "h": 2, "g": 2}
@@ -41,12 +42,14 @@ def make_plan(
     rows: torch.dtype | None = None,
     inner: str = "value",
     merged: bool = False,
+    read: torch.dtype | None = None,
 ) -> Plan:
     """A plan for the C++ target; rows in the state's dtype unless given."""
     compute = torch.float64 if state == torch.float64 else torch.float32
     row_dtypes = (rows or state,) * len(program.logged)
     where = layout(program, inner, merged)
-    return Plan(program, where, variant, sizes, flush, capacity or flush, state, row_dtypes, compute, "cpp")  # type: ignore[arg-type]
+    slots = capacity or flush
+    return Plan(program, where, variant, sizes, flush, slots, state, row_dtypes, compute, "cpp", read_dtype=read)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -76,7 +79,12 @@ class Session:
         self.state = self.physical(start.to(plan.state_dtype))
         start = plan.layout.canonical(self.state).to(torch.float64, copy=True)
         self.dense = Dense(start)
-        self.working = min((plan.state_dtype, *plan.row_dtypes, self.operands), key=lambda d: d.itemsize)
+        stored = (
+            plan.state_dtype,
+            *plan.row_dtypes,
+            *([plan.read_dtype] if plan.read_dtype and not self.exact else []),
+        )
+        self.working = min((*stored, self.operands), key=lambda d: d.itemsize)
         self.eager = Dense(start.to(self.working))
         count = plan.sequences(self.lanes)
         self.cursor = self.spread(torch.zeros(4, count, dtype=torch.int32))
@@ -89,6 +97,10 @@ class Session:
         self.rows = [
             self.spread(torch.full(s, float("nan"), dtype=d)) for s, d in zip(shapes, plan.row_dtypes, strict=True)
         ]
+        self.shadow: list[Tensor] = []
+        if plan.read_dtype is not None:
+            values = torch.full_like(plan.layout.canonical(self.state), torch.nan, dtype=plan.read_dtype)
+            self.shadow = [self.physical(values), torch.zeros(plan.scale_shape(self.lanes))]
 
     # ------------------------------------------------------------------------------------------ tensors
 
@@ -141,13 +153,14 @@ class Session:
         tokens = int(self.integers(1, self.plan.capacity + 1)) if self.plan.variant == "verify" else 1
         drafts = [self.draw() for _ in range(tokens)]
         before = self.state.clone(), self.cursor.clone(), [r.clone() for r in self.rows]
+        shadow = [x.clone() for x in self.shadow]
         got = self.call(drafts)
         first = self.dense.state, self.eager.state
         exact = [self.advance(self.dense, d) for d in drafts]
         eager = [self.advance(self.eager, d) for d in drafts]
         self.steps += 1
         values = [x for outs in exact for x in outs.values()]
-        if max(x.abs().max() for x in values) > (EXACT_LIMIT if self.exact else FLOAT_LIMIT):
+        if max(x.abs().max() for x in values) > (self.exact_limit if self.exact else FLOAT_LIMIT):
             return False
         for t in range(tokens):
             for name, out in got.items():
@@ -157,16 +170,40 @@ class Session:
             self.compare(self.plan.layout.canonical(self.state), self.eager.state, self.dense.state, "state")
         else:
             self.check_memory(tokens, *before)
+            self.check_shadow(tokens, before[1], shadow)
         if self.plan.variant == "verify":
             self.roll_back([first[0], *(d["state"] for d in exact)], [first[1], *(d["state"] for d in eager)])
         return True
+
+    @property
+    def exact_limit(self) -> float:
+        """Integers up to here are exact wherever they are held."""
+        return EXACT_LIMIT if self.plan.read_dtype is None else 2 / torch.finfo(self.plan.read_dtype).eps
+
+    def check_shadow(self, tokens: int, cursor: Tensor, before: list[Tensor]) -> None:
+        """Made anew by a flush, made where there was none, and else not touched (arguments: before the step)."""
+        kind = scale_kind(self.plan.program)
+        if not self.shadow or kind is None:
+            return
+        (values, scale), (old_values, old_scale) = self.shadow, before
+        expected = shadow_of(self.plan.layout.canonical(self.state), kind, values.dtype)
+        flushed = (cursor[0] >= 0) & ((cursor[0] >= cursor[1]) | (cursor[0] + tokens > self.plan.capacity))
+        for b in range(cursor.shape[1]):
+            at = (b,) if self.plan.layout.sequence else ()
+            lacking = bool((old_scale[at] == 0).any()) and int(cursor[0, b]) >= 0 and not int(cursor[3, b])
+            made = bool(flushed[b]) or lacking
+            got = self.plan.layout.canonical(values)[at], scale[at]
+            want = expected.values[at], expected.scale[at]
+            kept = self.plan.layout.canonical(old_values)[at], old_scale[at]
+            for new, right in zip(got, want if made else kept, strict=True):
+                assert same(new, right), f"the shadow of sequence {b} at step {self.steps}"
 
     def call(self, drafts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Run the op on one token, or on several stacked behind the lanes."""
         inputs = drafts[0]
         if self.plan.variant == "verify":
             inputs = {n: self.spread(torch.stack([d[n] for d in drafts], dim=len(self.lanes))) for n in drafts[0]}
-        side = [] if self.plan.variant == "recurrent" else [self.cursor, *self.rows]
+        side = [] if self.plan.variant == "recurrent" else [self.cursor, *self.rows, *self.shadow]
         got = self.op(self.state, *side, *inputs.values())
         names = [v.name for v in self.plan.program.outputs]
         return dict(zip(names, [got] if len(names) == 1 else got or [], strict=True))
