@@ -203,7 +203,7 @@ class Operands:
         node, labels = self._of_all_tokens(node, resolved(labels))
         flat = [a for dim in labels for a in dim]
         varying = self.values.vary(node, labels)
-        free = [a for a in flat if a.at is None]
+        free = [a for a in flat if a.at is None or a is self.token]
         if len(set(free)) < len(free):
             raise Refusal(node, "diagonal", "an operand runs along one axis of the state twice")
         if any(len(dim) > 1 for dim in labels):
@@ -234,8 +234,8 @@ class Operands:
         node, labels = self.values.peel(node, labels)
         if "sequence" in node.meta:
             raise Refusal(node, "one-token", "an operand is computed for one token only")
-        token = (self.token,)
-        return node, tuple(token if any(isinstance(a, TokenAtom) for a in dim) else dim for dim in resolved(labels))
+        token = self.token  # alone or beside others in a dim, as in the rows of a linear layer's [B * T, H * V]
+        return node, tuple(tuple(token if isinstance(a, TokenAtom) else a for a in dim) for dim in resolved(labels))
 
     def _repeated(self, node: Node, atom: Atom) -> Node:
         """The node with a last dim along which it is constant."""

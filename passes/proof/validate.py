@@ -34,6 +34,7 @@ from kvbuffer_compile.passes.reading.counterparts import Origins, origins
 from kvbuffer_compile.process.surroundings import neutral
 
 DRAWS = 2
+NO_NUMBERS = "no finite numbers"
 
 
 def validate(graph: LiftedGraph, lifted: Lifted) -> Declined | None:
@@ -45,6 +46,9 @@ def validate(graph: LiftedGraph, lifted: Lifted) -> Declined | None:
         return None
     if isinstance(problem, Limit):
         return Declined(lifted.state.name, "too-large", problem, lifted.source)
+    if problem == NO_NUMBERS:
+        reason = "the lifted program could not be checked: on random operands the graph computes no finite numbers"
+        return Declined(lifted.state.name, "unchecked", reason, lifted.source)
     reason = f"the lifted program disagrees with the graph ({problem}); please report this model"
     return Declined(lifted.state.name, "validation", reason, lifted.source)
 
@@ -194,12 +198,13 @@ def _cost(obligation: Obligation, region: Region, extents: Extents) -> tuple[int
 
 
 def _differs(obligation: Obligation, region: Region, extents: Extents) -> str | None:
-    """The first difference in some draws; where one leaves the domain of a function, one of numbers in (0, 1)."""
+    """The first difference in some draws; where one leaves the domain of a function, one of numbers in (0, 1); where
+    that does, too, or does not converge, with numbers in (0, 1) for whatever comes out wild beside the state."""
     order = region.order(obligation.ends)
     for seed in range(DRAWS):
-        problem: str | None = "it computes no finite numbers"
-        for draw in (torch.randn, torch.rand):
-            values = evaluate(order, region, extents, obligation.ends, draw, seed)
+        problem: str | None = NO_NUMBERS
+        for draw, tame in ((torch.randn, False), (torch.rand, False), (torch.rand, True)):
+            values = evaluate(order, region, extents, obligation.ends, draw, seed, tame)
             if _finite(obligation, values):
                 problem = _compare(obligation, extents, values)
                 break
