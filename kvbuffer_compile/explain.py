@@ -63,7 +63,6 @@ class Findings:
         self.ours = ours
         self.scope = scope
         self.states: list[StateReport] = []
-        self.hidden = 0
         self.graphs = 0
         self.notes: list[str] = []
 
@@ -71,9 +70,9 @@ class Findings:
         self.graphs += 1
         seen = record.predictions
         lifted = [(f.state, state_report(f, plan, seen.get(f.state.name))) for f, plan in record.states]
-        refused = [(r.state, state_report(r.state, r.why)) for r in record.refused if not r.hopeless]
-        self.states += [self._named(report, record.name(state)) for state, report in lifted + refused]
-        self.hidden += sum(r.hopeless for r in record.refused)
+        refused = [(r.state, state_report(r.state, r.why, kept=r.kept)) for r in record.refused]
+        found = [self._named(report, record.name(state)) for state, report in lifted + refused]
+        self.states += [report for report in found if report.status != "kept" or report not in self.states]
         whole = whole_call((report for _, report in lifted), record.call)
         self.notes += [whole] if whole and whole not in self.notes else []
         if record.why_not is not None and not record.states and record.why_not.reason not in self.notes:
@@ -89,7 +88,8 @@ class Findings:
 
     def report(self, options: dict[str, Any]) -> Report:
         """Everything so far; options as the user gave them."""
-        return Report(tuple(self.states), self.hidden, self.graphs, options, tuple(self.notes))
+        states = sorted(self.states, key=lambda state: state.status == "kept")
+        return Report(tuple(states), self.graphs, options, tuple(self.notes))
 
 
 def _scope(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -147,8 +147,8 @@ class Operands:
         kinds = self.axes.of(self.atoms(expr))
         kinds |= {"key" if o.key else "value" for o in _ones(expr)}
         if len(kinds) > 1:
-            node = leaves(expr)[0].node
-            raise Refusal(node, "opaque-map", f"{node} joins the key and the value axis of the state")
+            reason = "a value that depends on what was read runs along rows and columns of the state at once"
+            raise Refusal(leaves(expr)[0].node, "opaque-map", reason)
         return "key" if "key" in kinds else "value" if "value" in kinds else "scalar"
 
     def atoms(self, expr: Expr) -> frozenset[Atom]:

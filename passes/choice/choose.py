@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
@@ -14,7 +15,7 @@ from torch.fx import Node
 
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Layout, Plan
-from kvbuffer_compile.ir.program import Decay, Program, Read, Var
+from kvbuffer_compile.ir.program import Decay, Program, Read, Update, Var
 from kvbuffer_compile.machine import Machine
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.case import Case
@@ -92,7 +93,11 @@ def _too_wide(lifted: Lifted, plan: Plan) -> Declined | None:
     count = 1 + rows + plan.slots + len(plan.program.inputs)
     if count <= ARGUMENTS:
         return None
-    reason = f"one step takes {count} tensors, an op of torch at most {ARGUMENTS}: unroll fewer tokens in one graph"
+    events = Counter(type(op) for op in plan.program.ops)
+    reason = (
+        f"one call makes {events[Update]} updates and {events[Read]} reads of each head that are no tokens one after the "
+        f"other, which takes {count} tensors; an op of torch takes at most {ARGUMENTS}: decode fewer tokens in one call"
+    )
     return Declined(lifted.state.name, "too-many-operands", reason, lifted.source)
 
 
