@@ -98,8 +98,8 @@ class Pool:
 
 @dataclass(frozen=True)
 class Refused:
-    """A tensor that the graph writes and that no program is found for. kept: it is no matrix state (a vector, a cache, a
-    shift register, a counter), so nothing is lost; else it looks like one and is declined."""
+    """A tensor that the graph writes and that no program is found for. kept: it is no matrix state (a vector, a cache,
+    a shift register, a counter), so nothing is lost; else it looks like one and is declined."""
 
     state: Node
     why: Declined

@@ -35,11 +35,11 @@ WIDTH = 100  # columns of the table
 class StateReport:
     """One tensor that is written.
 
-    name: what its user calls it. status: "kept" is no matrix state, and left to the compiler. shape: ints, and symbols as text. reason: why this was decided, one sentence.
-    rule: identifier of a decline or of what it is kept as, "" otherwise. source: "file:line" of the model. program, plan: their text, "" when
-    there is none. signature: one letter per op that touches the state. row_bytes: size of the rows it may owe.
-    fresh_tokens: how many tokens a state that begins at zero decodes before it is made; unread_bytes: what reading it
-    once for each of them would have moved.
+    name: what its user calls it. shape: ints, and symbols as text. status: "kept" is no matrix state, and left to the
+    compiler. reason: why this was decided, one sentence. rule: identifier of a decline or of what it is kept as, ""
+    otherwise. source: "file:line" of the model. program, plan: their text, "" when there is none. signature: one letter
+    per op that touches the state. row_bytes: size of the rows it may owe. fresh_tokens: how many tokens a state that
+    begins at zero decodes before it is made; unread_bytes: what reading it once for each of them would have moved.
     """
 
     name: str

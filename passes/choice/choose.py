@@ -95,8 +95,9 @@ def _too_wide(lifted: Lifted, plan: Plan) -> Declined | None:
         return None
     events = Counter(type(op) for op in plan.program.ops)
     reason = (
-        f"one call makes {events[Update]} updates and {events[Read]} reads of each head that are no tokens one after the "
-        f"other, which takes {count} tensors; an op of torch takes at most {ARGUMENTS}: decode fewer tokens in one call"
+        f"one call makes {events[Update]} updates and {events[Read]} reads of each head that are no tokens one after "
+        f"the other, which takes {count} tensors; an op of torch takes at most {ARGUMENTS}: decode fewer tokens in one "
+        "call"
     )
     return Declined(lifted.state.name, "too-many-operands", reason, lifted.source)
 

@@ -29,6 +29,7 @@ from kvbuffer_compile.passes.storage.stacked import apart, stacks
 from kvbuffer_compile.passes.tokens.composites import opened
 from kvbuffer_compile.passes.tokens.periods import Tokens, tokens, whole
 from kvbuffer_compile.passes.tokens.sequences import opened_sequences, sequence_of, tokens_of
+from kvbuffer_compile.passes.walk.low_rank import reassociated
 from kvbuffer_compile.passes.walk.order import choices
 from kvbuffer_compile.passes.walk.queries import adopt, count, taken_apart
 from kvbuffer_compile.passes.walk.walk import Walk
@@ -83,6 +84,9 @@ def _programs(graph: LiftedGraph) -> list[Assembled]:
         graph.refused.clear()
         guards = guards_of(graph.gm)
         walks = _walks(graph)
+        if reassociated(walks, Inserter(graph.gm.graph)):
+            graph.refused.clear()
+            walks = _walks(graph)
         count(walks)
         queries = taken_apart(walks, Inserter(graph.gm.graph)) if guards == guards_of(graph.gm) else {}
         if queries:

@@ -60,9 +60,9 @@ OVERWRITTEN = "it is overwritten: what is stored does not depend on what was the
 SMALL = "it has fewer than two dims: no matrix state"
 COUNTER = "it holds no real numbers: no state of a recurrence"
 COMPLEX = (
-    "the state holds complex numbers: a complex gate is a decay and a rotation of two rows into each other, and a decay "
-    "must be one factor a head, a row or a column; keep the state real, and rotate keys and queries by the sum of the "
-    "angles so far, as rotary embeddings do"
+    "the state holds complex numbers: a complex gate is a decay and a rotation of two rows into each other, and a "
+    "decay must be one factor a head, a row or a column; keep the state real, and rotate keys and queries by the sum of "
+    "the angles so far, as rotary embeddings do"
 )
 ROTATION = (
     "parts of the state are taken along an axis and put together again, as when rows are rotated into each other in "
@@ -144,7 +144,7 @@ def _explained(walk: Walk, refusal: Refusal) -> Refusal:
 
 
 def _only_moves(form: Form) -> bool:
-    """Whether values come out of a form as they went in. Of calls that are not known it is supposed: index_put, roll."""
+    """Whether values come out of a form as they went in. It is supposed of unknown calls: index_put, roll."""
     return is_view(form) or isinstance(form, Blocks | Cast | Choice | Join | Opaque)
 
 

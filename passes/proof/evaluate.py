@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from kvbuffer_compile.passes.proof.region import Region, is_tensor
 from kvbuffer_compile.passes.proof.sizes import Extents, concrete
+from kvbuffer_compile.passes.reading.arguments import is_repeated
 
 aten = torch.ops.aten
 TOLERANCE = 1e-9  # of float64 arithmetic on a few hundred terms; a wrong factor is off by 1e-2 and more
@@ -144,13 +145,19 @@ class _Evaluator:
         if not isinstance(value, Tensor):
             return _plain(value)
         shape = self.extents.of(node)
-        if value.dtype.is_floating_point:
+        if any(repeated := is_repeated(node)):
+            narrow = [1 if same else n for n, same in zip(shape, repeated, strict=True)]
+            return self._drawn(torch.Size(narrow), value.dtype).expand(shape)
+        return self._drawn(shape, value.dtype)
+
+    def _drawn(self, shape: Any, dtype: torch.dtype) -> Tensor:
+        if dtype.is_floating_point:
             return self.draw(shape, generator=self.generator, dtype=torch.float64)
-        if value.dtype == torch.bool:
+        if dtype == torch.bool:
             return torch.rand(shape, generator=self.generator) < 0.5
         if len(shape) == 1:  # of equal slots of a pool any could win
-            return torch.randperm(shape[0], generator=self.generator).to(value.dtype)
-        return torch.randint(0, 2, shape, generator=self.generator, dtype=value.dtype)
+            return torch.randperm(shape[0], generator=self.generator).to(dtype)
+        return torch.randint(0, 2, shape, generator=self.generator, dtype=dtype)
 
 
 def _plain(x: Any) -> Any:

@@ -30,6 +30,7 @@ from kvbuffer_compile.passes.proof.evaluate import LARGE, Limit, cost, differenc
 from kvbuffer_compile.passes.proof.inputs import problem_of_inputs
 from kvbuffer_compile.passes.proof.region import Region, below, is_tensor
 from kvbuffer_compile.passes.proof.sizes import Extents, shape
+from kvbuffer_compile.passes.reading.arguments import is_repeated
 from kvbuffer_compile.passes.reading.counterparts import Origins, origins
 from kvbuffer_compile.process.surroundings import neutral
 
@@ -151,7 +152,7 @@ def _fingerprint(obligation: Obligation) -> str:
             number[n] = number[source]
             continue
         number[n] = len(number)
-        what = f"{n.meta['val'].dtype} {shape(n)}" if is_tensor(n) else str(n.meta.get("val"))
+        what = f"{n.meta['val'].dtype} {shape(n)} {is_repeated(n)}" if is_tensor(n) else str(n.meta.get("val"))
         call = "cut" if region.is_cut(n) else f"{n.target} {_numbered(n.args, number)} {_numbered(n.kwargs, number)}"
         lines.append(f"{call} {what}")
     outputs = [(o.perm, len(o.shape), o.index, o.token) for o in lifted.outputs]

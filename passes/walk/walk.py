@@ -12,7 +12,19 @@ from collections.abc import Iterable, Mapping
 
 from torch.fx import Node
 
-from kvbuffer_compile.passes.algebra.terms import Call, Expr, Leaf, Mask, Refusal, Term, in_part, mean, nonlinear, squared, times
+from kvbuffer_compile.passes.algebra.terms import (
+    Call,
+    Expr,
+    Leaf,
+    Mask,
+    Refusal,
+    Term,
+    in_part,
+    mean,
+    nonlinear,
+    squared,
+    times,
+)
 from kvbuffer_compile.passes.algebra.transition import applied
 from kvbuffer_compile.passes.algebra.versions import Lin, ReadOut, Version
 from kvbuffer_compile.passes.reading.arguments import shape
