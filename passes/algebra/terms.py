@@ -29,21 +29,17 @@ def called(node: Node) -> str:
     return target.overloadpacket.__name__.lstrip("_") if isinstance(target, OpOverload) else str(target)
 
 
-def nonlinear(node: Node) -> Refusal:
-    """Something is done to the state that is no algebra."""
+def nonlinear(node: Node, met: bool = False) -> Refusal:
+    """Something is done to the state that is no algebra. met: two values that both depend on it meet."""
     reason = (
         f"{called(node)} is applied to the state, which may only be scaled, contracted with a key and added to: apply "
         "it to what is added or to what is read"
     )
-    return Refusal(node, "nonlinear", reason)
-
-
-def squared(node: Node) -> Refusal:
-    """Two values that both depend on the state meet in a product."""
-    reason = (
-        f"two values that depend on the state meet in {called(node)}: the next state and what is read must be linear "
-        "in it, so factors and conditions may only be computed from what was read by a key"
-    )
+    if met:
+        reason = (
+            f"two values that depend on the state meet in {called(node)}: the next state and what is read must be "
+            "linear in it, so factors and conditions may only be computed from what was read by a key"
+        )
     return Refusal(node, "nonlinear", reason)
 
 

@@ -61,8 +61,8 @@ SMALL = "it has fewer than two dims: no matrix state"
 COUNTER = "it holds no real numbers: no state of a recurrence"
 COMPLEX = (
     "the state holds complex numbers: a complex gate is a decay and a rotation of two rows into each other, and a "
-    "decay must be one factor a head, a row or a column; keep the state real, and rotate keys and queries by the sum of "
-    "the angles so far, as rotary embeddings do"
+    "decay must be one factor a head, a row or a column; keep the state real, and rotate keys and queries by the sum "
+    "of the angles so far, as rotary embeddings do"
 )
 ROTATION = (
     "parts of the state are taken along an axis and put together again, as when rows are rotated into each other in "

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 PREFIX = "aten._foreach_"
 
 _BINARY = {"Scalar": "Scalar", "ScalarList": "Scalar", "List": "Tensor", "Tensor": "Tensor"}
-_SCALED = {way: ("default", "value") for way in ("Scalar", "ScalarList")}
+_SCALED: dict[str, tuple[str, str | None]] = {way: ("default", "value") for way in ("Scalar", "ScalarList")}
 # By name and overload of a call on lists: overload of the call on one tensor, and the keyword of its last argument.
 OVERLOADS: dict[str, dict[str, tuple[str, str | None]]] = {
     **{fn: {way: (one, None) for way, one in _BINARY.items()} for fn in ("add", "sub", "mul", "div")},

@@ -1,7 +1,7 @@
-"""A state multiplied by a matrix that is a sum of few products: S (a b^T) becomes (S a) b^T, on the copy of the graph.
+"""A state times a matrix that is a sum of few products: S (a b^T) becomes (S a) b^T, on the copy of the graph.
 
-RWKV-7 writes its removal so: S * w + S @ ab + v k^T. What looks like a read by as many queries as the matrix has columns
-is one read by a, and b the key of an update.
+RWKV-7 writes its removal so: S * w + S @ ab + v k^T. What looks like a read by as many queries as the matrix has
+columns is one read by a, and b the key of an update.
 """
 
 from __future__ import annotations

@@ -12,19 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from torch.fx import Node
 
-from kvbuffer_compile.passes.algebra.terms import (
-    Call,
-    Expr,
-    Leaf,
-    Mask,
-    Refusal,
-    Term,
-    in_part,
-    mean,
-    nonlinear,
-    squared,
-    times,
-)
+from kvbuffer_compile.passes.algebra.terms import Call, Expr, Leaf, Mask, Refusal, Term, in_part, mean, nonlinear, times
 from kvbuffer_compile.passes.algebra.transition import applied
 from kvbuffer_compile.passes.algebra.versions import Lin, ReadOut, Version
 from kvbuffer_compile.passes.reading.arguments import shape
@@ -68,6 +56,7 @@ from kvbuffer_compile.passes.reading.labels import (
     resolved,
 )
 from kvbuffer_compile.passes.reading.variation import is_zero
+from kvbuffer_compile.passes.walk import words
 from kvbuffer_compile.passes.walk.images import Pieces, rearranged, together
 
 Case = Mapping[Operand, Lin]
@@ -188,13 +177,12 @@ class Walk:
             case Cast(_, exact) if not exact:
                 raise nonlinear(node)
         if labels is None:
-            reason = "the state is reshaped across its axes in a way that cannot be followed: keep a dim for each axis"
-            raise Refusal(node, "reshape", reason)
+            raise Refusal(node, "reshape", words.RESHAPED)
         return Lin(lin.version, labels, lin.factors)
 
     def _product(self, node: Node, x: Operand, y: Operand, lins: Case) -> Lin:
         if x in lins and y in lins:
-            raise squared(node)
+            raise nonlinear(node, met=True)
         return self._scaled(node, *((x, y) if x in lins else (y, x)), lins)
 
     def _quotient(self, node: Node, x: Operand, y: Operand, lins: Case) -> Lin:
@@ -228,7 +216,7 @@ class Walk:
 
     def _choice(self, node: Node, condition: Node, sides: tuple[Operand, Operand], lins: Case) -> Lin:
         if condition in lins:
-            raise squared(node)
+            raise nonlinear(node, met=True)
         labels = next(iter(lins.values())).labels
         chosen = _plain(condition, labels)
         return self._sum(node, [(x, (Mask(chosen, keep),)) for x, keep in zip(sides, (True, False), strict=True)], lins)
@@ -236,7 +224,7 @@ class Walk:
     def _contract(self, node: Node, form: Contract, lins: Case) -> Lin | None:
         left, right, out = form.letters
         if form.x in lins and form.y in lins:
-            raise squared(node)
+            raise nonlinear(node, met=True)
         mine, theirs, other = (left, right, form.y) if form.x in lins else (right, left, form.x)
         lin = lins[form.x if form.x in lins else form.y]
         env: dict[str, Dim] = dict(zip(theirs, fresh(shape(other)), strict=True))
@@ -264,8 +252,7 @@ class Walk:
         if not contracted:
             return Lin(lin.version, labels, factors)
         if not frozenset(contracted) <= self.own_atoms:
-            reason = "a sum runs over an axis of the state and one of another tensor at once: read by one key at a time"
-            raise Refusal(node, "wider-read", reason)
+            raise Refusal(node, "wider-read", words.WIDER)
         if lin.version.plain:
             raise Refusal(node, "wider-read", "values of the state are read together with values that are none")
         self.active = True
@@ -280,13 +267,9 @@ class Walk:
 
     def _write(self, node: Node, form: Write) -> None:
         if form.target is not self.state:
-            reason = (
-                "what another state becomes depends on this one element by element, as with momentum, or two states rotated into each other: states may feed "
-                "each other by what is read from them, and each must be updated by products of keys and values"
-            )
-            raise Refusal(node, "coupled", reason)
+            raise Refusal(node, "coupled", words.COUPLED)
         if self.write is not None or node.users:
-            raise Refusal(node, "written-twice", "the state is stored twice in one call: store what it is in the end")
+            raise Refusal(node, "written-twice", words.TWICE)
         if form.x not in self.values:
             raise Refusal(node, "overwritten", "the next state is not a sum with the old one: the state is overwritten")
         self.write, self.after = node, self._whole(form.x)
@@ -297,24 +280,21 @@ class Walk:
         at = {i: x for i, x in enumerate(outputs) if isinstance(x, Node) and x in self.values}
         if self.write is not None or len(at) > 1 or self.state in at.values():
             value = next(iter(at.values()))
-            reason = "the state itself is returned from the graph, which needs it in memory: return what is read"
-            raise Refusal(value, "escapes", reason)
+            raise Refusal(value, "escapes", words.RETURNED)
         ((self.returned, value),) = at.items()
         self.after = self._whole(value)
 
     def _whole(self, node: Node) -> Lin:
         first, *others = self.values[node]
         if others:
-            reason = "the states of several tokens are returned from the graph: return the last one and what is read"
-            raise Refusal(node, "escapes", reason)
+            raise Refusal(node, "escapes", words.ALL_RETURNED)
         return first
 
     def _finish(self) -> None:
         if self.after is None:
             raise Refusal(self.state, "not-written", "no next state is stored or returned")
         if resolved(self.after.labels) != resolved(self.home):
-            reason = "the next state is stored with its axes in another order: transpose what is read instead"
-            raise Refusal(self.state, "layout", reason)
+            raise Refusal(self.state, "layout", words.TRANSPOSED)
 
 
 def _plain(x: Operand, labels: Labels) -> Expr:

@@ -65,7 +65,7 @@ def decode(arch: Arch, dtype: torch.dtype, kind: str = "dynamic") -> None:
 
 
 def visible(record: GraphRecord) -> list[Declined]:
-    return [r.why for r in record.refused if not r.hopeless]
+    return [r.why for r in record.refused if not r.kept]
 
 
 def assert_buffered(arch: Arch, records: list[GraphRecord]) -> None:

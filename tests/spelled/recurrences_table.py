@@ -110,7 +110,7 @@ def of_records(name: str, records: Iterable[GraphRecord]) -> list[Row]:
     for record in records:
         for _, plan in record.states:
             found.append(row(name, plan) if isinstance(plan, Plan) else Row(name, reason=f"{plan.rule}: {plan.reason}"))
-        visible = [r for r in record.refused if not r.hopeless]
+        visible = [r for r in record.refused if not r.kept]
         found += [Row(name, reason=f"{r.why.rule}: {_plain(r.why.reason, r.why.node)}") for r in visible]
     return list(dict.fromkeys(found)) or [Row(name, reason="nothing that is summed up over tokens")]
 
