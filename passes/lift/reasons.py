@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import permutations
+from math import prod
 from typing import Any
 
 import torch
@@ -160,7 +161,9 @@ def _is_returned(walk: Walk) -> bool:
     """Whether an output of the state's shape is what became of it element by element, with a product of a row and a
     column added on the way: a next state, though not stored by the graph."""
     inside, found = _onward(walk), {_like(walk.state)}
-    grows = any(isinstance(form := read(n), Sum) and any(_is_outer(x, inside) for x in operands(form)) for n in inside)
+    size = prod(shape(walk.state))
+    sums = [form for n in inside if prod(shape(n)) == size and isinstance(form := read(n), Sum)]
+    grows = any(_is_outer(x, inside) for form in sums for x in operands(form))
     return grows and any(n in inside and n is not walk.state and _like(n) in found for n in _outputs(walk.state.graph))
 
 

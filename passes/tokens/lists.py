@@ -19,16 +19,17 @@ aten = torch.ops.aten
 PREFIX = "aten._foreach_"
 
 _BINARY = {"Scalar": "Scalar", "ScalarList": "Scalar", "List": "Tensor", "Tensor": "Tensor"}
-_SCALED: dict[str, tuple[str, str | None]] = {way: ("default", "value") for way in ("Scalar", "ScalarList")}
-# By name and overload of a call on lists: overload of the call on one tensor, and the keyword of its last argument.
-OVERLOADS: dict[str, dict[str, tuple[str, str | None]]] = {
-    **{fn: {way: (one, None) for way, one in _BINARY.items()} for fn in ("add", "sub", "mul", "div")},
-    "neg": {"default": ("default", None)},
-    "copy": {"default": ("default", None)},
-    "lerp": {"Scalar": ("Scalar", None), "List": ("Tensor", None)},
-    "addcmul": _SCALED,
-    "addcdiv": _SCALED,
+# By name and overload of a call on lists: the overload of the call on one tensor.
+OVERLOADS: dict[str, dict[str, str]] = {
+    **{fn: _BINARY for fn in ("add", "sub", "mul", "div")},
+    "neg": {"default": "default"},
+    "copy": {"default": "default"},
+    "lerp": {"Scalar": "Scalar", "List": "Tensor"},
+    "addcmul": {"Scalar": "default", "ScalarList": "default"},
+    "addcdiv": {"Scalar": "default", "ScalarList": "default"},
 }
+
+_FUSED = {aten.addcmul.default: aten.mul.Tensor, aten.addcdiv.default: aten.div.Tensor}
 
 
 def opened_lists(gm: GraphModule, insert: Inserter, states: set[Node]) -> bool:
@@ -41,10 +42,10 @@ def opened_lists(gm: GraphModule, insert: Inserter, states: set[Node]) -> bool:
         if depending.isdisjoint(node.all_input_nodes):
             continue
         depending.add(node)
-        if str(node.target).startswith(PREFIX) and (calls := _calls(node)):
+        if str(node.target).startswith(PREFIX) and (overload := _overload(node)) is not None:
             found = True
-            for user, (target, args, kwargs) in calls.items():
-                new = insert.call(target, *args, **kwargs)
+            for user in list(node.users):
+                new = _one(insert, node, user.args[1], overload)
                 new.meta = {**user.meta, "val": new.meta["val"], "stack_trace": node.meta.get("stack_trace")}
                 instead(new, user)
                 user.replace_all_uses_with(new)
@@ -59,20 +60,22 @@ def is_of_list(node: Node) -> bool:
     return node.target is operator.getitem and str(node.all_input_nodes[0].target).startswith(PREFIX)
 
 
-def _calls(node: Node) -> dict[Node, tuple[Any, tuple[Any, ...], dict[str, Any]]] | None:
-    """The call of its own for each result that is used: target and arguments. None for a call that is not known."""
+def _overload(node: Node) -> Any:
+    """The call on one tensor that a call on lists makes for each; None for a call that is not known."""
     name, way = str(node.target).removeprefix(PREFIX).split(".")
-    known = OVERLOADS.get(name, {}).get(way)
-    if known is None or not all(user.target is operator.getitem for user in node.users):
+    overload = OVERLOADS.get(name, {}).get(way)
+    if overload is None or not all(user.target is operator.getitem for user in node.users):
         return None
-    overload, keyword = known
-    target = getattr(getattr(aten, name), overload)
-    return {user: (target, *_arguments(node, user.args[1], keyword)) for user in node.users}
+    return getattr(getattr(aten, name), overload)
 
 
-def _arguments(node: Node, index: Any, keyword: str | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args: list[Any] = [x[index] if isinstance(x, list | tuple) else x for x in node.args]
-    kwargs = dict(node.kwargs)
-    if keyword is not None and len(args) > 3:
-        kwargs[keyword] = args.pop()
-    return tuple(args), kwargs
+def _one(insert: Inserter, node: Node, index: Any, overload: Any) -> Node:
+    """The call of a list on its tensors at one position."""
+    args = [x[index] if isinstance(x, list | tuple) else x for x in node.args]
+    if overload not in _FUSED:
+        return insert.call(overload, *args, **node.kwargs)
+    base, x, y, *rest = args
+    scale = rest[0] if rest else node.kwargs.get("value", 1)
+    product = insert.call(_FUSED[overload], x, y)
+    product = product if scale == 1 else insert.call(aten.mul.Tensor, product, scale)
+    return insert.call(aten.add.Tensor, base, product)

@@ -188,9 +188,8 @@ class Walk:
     def _quotient(self, node: Node, x: Operand, y: Operand, lins: Case) -> Lin:
         if y in lins:
             raise nonlinear(node)
-        if isinstance(y, Node):
-            return self._scaled(node, x, y, lins, reciprocal=True)
-        return self._scaled(node, x, 1 / y, lins)
+        factor, reciprocal = (y, True) if isinstance(y, Node) else (1 / y, False)
+        return self._scaled(node, x, factor, lins, reciprocal)
 
     def _scaled(self, node: Node, x: Operand, y: Operand, lins: Case, reciprocal: bool = False) -> Lin:
         lin = lins[x]

@@ -65,7 +65,9 @@ def decode(arch: Arch, dtype: torch.dtype, kind: str = "dynamic") -> None:
 
 
 def visible(record: GraphRecord) -> list[Declined]:
-    return [r.why for r in record.refused if not r.kept]
+    """Why recurrent states are not rewritten, those that are no matrices among them; nothing is said of caches."""
+    assert all(r.kept != (r.why.rule == DENSE) for r in record.refused)
+    return [r.why for r in record.refused if r.why.rule in (DENSE, VECTOR, OVERWRITTEN)]
 
 
 def assert_buffered(arch: Arch, records: list[GraphRecord]) -> None:

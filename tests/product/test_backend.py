@@ -146,7 +146,7 @@ def test_gradients_are_declined_like_anything_else(caplog):
 
     with pytest.raises(DeclinedError, match=r"gradients at .*torch\.no_grad\(\).*test_backend\.py"):
         call("raise")
-    with pytest.warns(UserWarning, match=r"declined gradients at .*torch\.no_grad\(\)"):
+    with pytest.warns(UserWarning, match=r"declined S: gradients: .*torch\.no_grad\(\)"):
         call("warn")
     with caplog.at_level(logging.INFO, "kvbuffer_compile"):
         call("ignore")

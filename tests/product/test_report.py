@@ -41,7 +41,9 @@ def full_report() -> Report:
         "tanh_1", "nonlinear", "tanh of <S> [B, H, K, V] is not linear in the state & more", "model.py:12"
     )
     states.append(state_report(named(lifted(), "odd").state, refused))
-    return Report(tuple(states), hidden=4, graphs=2, options={"flush": "auto", "row_dtype": torch.bfloat16})
+    vector = Declined("add_1", "vector", "it has fewer than two dims", "model.py:13")
+    states.append(state_report(named(lifted(), "normaliser").state, vector, kept=True))
+    return Report(tuple(states), graphs=2, options={"flush": "auto", "row_dtype": torch.bfloat16})
 
 
 def test_state_report_of_a_plan() -> None:
@@ -108,7 +110,7 @@ def test_very_long_names_and_reasons_are_wrapped() -> None:
 
 
 def test_an_empty_report() -> None:
-    assert str(Report((), hidden=0, graphs=1)) == "kvbuffer: 0 states in 1 graph: nothing to buffer"
+    assert str(Report((), graphs=1)) == "kvbuffer: 0 states in 1 graph: nothing to buffer"
     assert "note: the graph needs gradients" in str(Report((), notes=("the graph needs gradients",)))
 
 
