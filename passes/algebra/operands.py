@@ -17,6 +17,8 @@ from kvbuffer_compile.passes.algebra.coordinates import Coordinates
 from kvbuffer_compile.passes.algebra.factor import Axes
 from kvbuffer_compile.passes.algebra.terms import Call, Expr, Leaf, Number, Ones, Refusal, leaves
 from kvbuffer_compile.passes.reading.arguments import shape, tensor
+from kvbuffer_compile.passes.reading.aten import read
+from kvbuffer_compile.passes.reading.forms import Constant
 from kvbuffer_compile.passes.reading.labels import Atom, Dim, Labels, Size, TokenAtom, resolved
 from kvbuffer_compile.passes.reading.variation import Values
 
@@ -200,6 +202,9 @@ class Operands:
         """Split merged dims, hold what is constant, bring the rest in order, and give it the canonical shape."""
         if tensor(node) is None:
             return self._filled_with(node)
+        form = read(node)
+        if isinstance(form, Constant) and form.value is not None and kind == "scalar":
+            return self._filled(form.value, [])  # not by its node: full_like of the state would need the state
         node, labels = self._of_all_tokens(node, resolved(labels))
         flat = [a for dim in labels for a in dim]
         varying = self.values.vary(node, labels)

@@ -41,8 +41,6 @@ def full_report() -> Report:
         "tanh_1", "nonlinear", "tanh of <S> [B, H, K, V] is not linear in the state & more", "model.py:12"
     )
     states.append(state_report(named(lifted(), "odd").state, refused))
-    vector = Declined("add_1", "vector", "it has fewer than two dims", "model.py:13")
-    states.append(state_report(named(lifted(), "normaliser").state, vector, kept=True))
     return Report(tuple(states), graphs=2, options={"flush": "auto", "row_dtype": torch.bfloat16})
 
 
@@ -54,6 +52,14 @@ def test_state_report_of_a_plan() -> None:
     assert state.signature == "DRUR" and state.program == str(GDN) and state.source == "model.py:7"
     assert state.row_bytes == 12 * 32 * 32 * (4 + 4 * 128 + 4 * 128)  # capacity slots of g, k and u
     assert state.prediction == prediction and state.rule == ""
+
+
+def test_what_is_no_matrix_state_is_kept_and_not_counted_as_one() -> None:
+    vector = Declined("add_1", "vector", "it has fewer than two dims", "model.py:13")
+    kept = state_report(named(lifted(), "normaliser").state, vector, kept=True)
+    report = Report((kept,))
+    assert report.headline == "0 states in 1 graph: nothing to buffer (1 other tensor written, no matrix state: kept)"
+    assert "vector: it has fewer than two dims [model.py:13]" in str(report)
 
 
 def test_a_whole_call_gains_less_than_its_states() -> None:
