@@ -50,7 +50,7 @@ _ENDS = Contract | Reduce | Variance | Opaque | Metadata | Constant  # of what i
 
 EMPTY = "the state has an axis of size 0: it holds nothing that could be buffered"
 VECTOR = (
-    "a vector: it is added to element by element, so what a token adds is as large as itself and there is nothing to "
+    "it is added to element by element, so what a token adds is as large as itself and there is nothing to "
     "buffer; it is left to the compiler"
 )
 CACHE = (

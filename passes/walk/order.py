@@ -35,6 +35,7 @@ from kvbuffer_compile.passes.algebra.terms import (
 )
 from kvbuffer_compile.passes.algebra.versions import ReadOut, Version, chain, relative
 from kvbuffer_compile.passes.reading.labels import Atom, Dim, resolve
+from kvbuffer_compile.passes.walk import words
 from kvbuffer_compile.passes.walk.walk import Walk
 
 SUM = "aten.sum.dim_IntList"
@@ -200,7 +201,8 @@ class Ordering:
         try:
             terms = [t for a in step.addends for t in self.factoring.terms(a)]
         except Refusal as error:
-            raise Refusal(step.node, error.rule, error.reason) from None
+            reason = words.MIXED if error.node is self.walk.state else error.reason
+            raise Refusal(step.node, error.rule, reason) from None
         merged: dict[Expr, list[Expr]] = {}
         for term in terms:
             left, right = self._sides(term)
