@@ -18,10 +18,11 @@ from kvbuffer_compile.passes.reading.counterparts import instead
 aten = torch.ops.aten
 PREFIX = "aten._foreach_"
 
-_BINARY = {"Scalar": "Scalar", "ScalarList": "Scalar", "List": "Tensor", "Tensor": "Tensor"}
+_BINARY = {"Scalar": "Scalar", "ScalarList": "Scalar", "List": "Tensor"}
 # By name and overload of a call on lists: the overload of the call on one tensor.
 OVERLOADS: dict[str, dict[str, str]] = {
-    **{fn: _BINARY for fn in ("add", "sub", "mul", "div")},
+    **{fn: {**_BINARY, "Tensor": "Tensor"} for fn in ("add", "mul", "div")},
+    "sub": _BINARY,
     "neg": {"default": "default"},
     "copy": {"default": "default"},
     "lerp": {"Scalar": "Scalar", "List": "Tensor"},
