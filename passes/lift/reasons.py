@@ -29,6 +29,7 @@ from kvbuffer_compile.passes.reading.forms import (
     Metadata,
     Opaque,
     Product,
+    Quotient,
     Reduce,
     Sum,
     Variance,
@@ -57,6 +58,7 @@ CACHE = (
     "values are put in, moved along or taken out, and nothing is decayed or added to: a cache or a shift register, no "
     "recurrence"
 )
+ELEMENTS = "it is changed element by element, and neither decayed nor read by a key: no matrix state"
 OVERWRITTEN = "it is overwritten: what is stored does not depend on what was there"
 SMALL = "it has fewer than two dims: no matrix state"
 COUNTER = "it holds no real numbers: no state of a recurrence"
@@ -98,6 +100,8 @@ def refused(walk: Walk, refusal: Refusal, write: Node | None) -> Refused | None:
         return told(walk.state, refusal, kept=True)
     if refusal.rule != "empty" and all(_only_moves(read(n)) for n in carried - {walk.state}):
         return told(walk.state, Refusal(write, "cache", CACHE), kept=True)
+    if refusal.rule != "empty" and not walk.active and not _is_scaled_or_grows(carried):
+        return told(walk.state, Refusal(refusal.node, "vector", ELEMENTS), kept=True)
     if refusal.rule == "overwritten":
         refusal = Refusal(refusal.node, "full-transition", TRANSITION)
     if refusal.rule == "partial" and _is_rotated(walk, carried):
@@ -147,6 +151,13 @@ def _explained(walk: Walk, refusal: Refusal) -> Refusal:
 def _only_moves(form: Form) -> bool:
     """Whether values come out of a form as they went in. It is supposed of unknown calls: index_put, roll."""
     return is_view(form) or isinstance(form, Blocks | Cast | Choice | Join | Opaque)
+
+
+def _is_scaled_or_grows(carried: set[Node]) -> bool:
+    """Whether the state is multiplied on the way to the next one, or the product of a row and a column added to it."""
+    forms = [read(n) for n in carried]
+    added = (x for form in forms if isinstance(form, Sum) for x in operands(form))
+    return any(isinstance(form, Product | Quotient) for form in forms) or any(_is_outer(x, carried) for x in added)
 
 
 def _is_rotated(walk: Walk, carried: Iterable[Node]) -> bool:
