@@ -27,7 +27,7 @@ DECLINED: dict[str, Counter[str]] = {
     "falcon_mamba": Counter({DENSE: 2}),
     "jamba": Counter({DENSE: 2}),
     "zamba": Counter({DENSE: 6}),  # two heads a layer, each a slice
-    "rwkv": Counter({VECTOR: 4, OVERWRITTEN: 4}),  # slices, two of each a layer; the second are shift registers
+    "rwkv": Counter({VECTOR: 6, OVERWRITTEN: 4}),  # slices, three and two a layer; the second are shift registers
     "recurrent_gemma": Counter({VECTOR: 2}),
     "lfm2": Counter(),
     "zaya": Counter({OVERWRITTEN: 2}),
