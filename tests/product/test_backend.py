@@ -150,7 +150,7 @@ def test_gradients_are_declined_like_anything_else(caplog):
         call("warn")
     with caplog.at_level(logging.INFO, "kvbuffer_compile"):
         call("ignore")
-    assert "declined gradients at" in caplog.text
+    assert "declined S: gradients:" in caplog.text
 
 
 def unseen(S, q, k, v):
