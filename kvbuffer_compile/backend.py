@@ -170,7 +170,7 @@ def compile_graph(
         record, rewritten, spliced = GraphRecord(why_not=Declined("", "internal-error", str(error))), gm, []
         given = LiftedGraph(gm, gm)
     parts = given.parts
-    record = replace(record, names=_names(gm, sources, parts, record.names))
+    record = replace(record, names=_names(gm, sources, (*parts, *given.named), record.names))
     observers.tell(record)
     _report_declines(record, ours)
     if not spliced:

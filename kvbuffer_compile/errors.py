@@ -11,7 +11,8 @@ from torch._dynamo.exc import ShortenTraceback
 class Declined:
     """Why one state, or one graph, was left as it is.
 
-    node: name of the graph node at which the rule failed ("" for a whole graph).
+    node: the state, by its user's name where that is known ("" for a whole graph). Inside the passes the graph node at
+    which the rule failed.
     rule: short identifier of the rule, stable enough to test for, e.g. "nonlinear".
     reason: one sentence a model author can act on.
     source: "file:line" of the model code that made the node, "" when unknown.
@@ -24,7 +25,7 @@ class Declined:
 
     def __str__(self) -> str:
         where = f" ({self.source})" if self.source else ""
-        return f"{self.rule} at {self.node or 'graph'}: {self.reason}{where}"
+        return f"{self.node or 'a graph'}: {self.rule}: {self.reason}{where}"
 
 
 class _ForTheUser(ShortenTraceback):

@@ -66,7 +66,6 @@ class Findings:
         self.ours = ours
         self.scope = scope
         self.states: list[StateReport] = []
-        self.hidden = 0
         self.graphs = 0
         self.notes: list[str] = []
         self.calls: list[WholeCall] = []
@@ -75,9 +74,9 @@ class Findings:
         self.graphs += 1
         seen = record.predictions
         lifted = [(f.state, state_report(f, plan, seen.get(f.state.name))) for f, plan in record.states]
-        refused = [(r.state, state_report(r.state, r.why)) for r in record.refused if not r.hopeless]
-        self.states += [self._named(report, record.name(state)) for state, report in lifted + refused]
-        self.hidden += sum(r.hopeless for r in record.refused)
+        refused = [(r.state, state_report(r.state, r.why, kept=r.kept)) for r in record.refused]
+        found = [self._named(report, record.name(state)) for state, report in lifted + refused]
+        self.states += [report for report in found if report.status != "kept" or report not in self.states]
         whole = whole_call((report.prediction for _, report in lifted), record.call)
         self.calls += [whole] if whole and whole not in self.calls else []
         if record.why_not is not None and not record.states and record.why_not.reason not in self.notes:
@@ -98,7 +97,8 @@ class Findings:
 
     def report(self, options: dict[str, Any]) -> Report:
         """Everything so far; options as the user gave them."""
-        return Report(tuple(self.states), self.hidden, self.graphs, options, tuple(self.notes), tuple(self.calls))
+        states = sorted(self.states, key=lambda state: state.status == "kept")
+        return Report(tuple(states), self.graphs, options, tuple(self.notes), tuple(self.calls))
 
 
 def _scope(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
@@ -18,7 +18,7 @@ from kvbuffer_compile.passes.lifted import ALONE, Call, Lifted, Refused
 class GraphRecord:
     """What was decided about one graph: for reports and tests.
 
-    states: every lifted state with its plan or reason. refused: candidates that are no recurrence. why_not: why the
+    states: every lifted state with its plan or reason. refused: what else is written. why_not: why the
     whole graph was left alone. names: the user's names of the graph's inputs, by placeholder. call: what one call of
     the graph touches. predictions: what the cost model says of a state, by its placeholder.
     """
@@ -40,9 +40,10 @@ class GraphRecord:
 
     @property
     def declined(self) -> list[Declined]:
-        """Why states are not rewritten; candidates that could never be states are left out."""
-        states = [why for _, why in self.states if isinstance(why, Declined)]
-        return states + [one.why for one in self.refused if not one.hopeless]
+        """Why matrix states are not rewritten, each by the user's name of it. What is no matrix state is not among
+        them: it is kept."""
+        states = [replace(why, node=self.name(one.state)) for one, why in self.states if isinstance(why, Declined)]
+        return states + [replace(one.why, node=self.name(one.state)) for one in self.refused if not one.kept]
 
 
 @dataclass

@@ -98,12 +98,12 @@ class Pool:
 
 @dataclass(frozen=True)
 class Refused:
-    """A candidate that is no recurrence we can serve. hopeless: it never met an addition or a contraction (a KV
-    cache, a shift register, a plain operand), so reports do not show it."""
+    """A tensor that the graph writes and that no program is found for. kept: it is no matrix state (a vector, a cache,
+    a shift register, a counter), so nothing is lost; else it looks like one and is declined."""
 
     state: Node
     why: Declined
-    hopeless: bool = False
+    kept: bool = False
 
 
 @dataclass
@@ -112,7 +112,7 @@ class LiftedGraph:
 
     original: the captured graph itself. parts: inputs appended to it, in order, in place of slices of its other inputs.
     pools: inputs behind those, in place of rows that are taken of pools. donated: positions of inputs that are
-    returned, each with that of the output.
+    returned, each with that of the output. named: slices that are no inputs of the graph but stand in `refused`.
     """
 
     gm: GraphModule
@@ -122,6 +122,7 @@ class LiftedGraph:
     donated: tuple[tuple[int, int], ...] = ()
     found: list[Lifted] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
+    named: tuple[Part, ...] = ()
     origins: Origins | None = None  # both found when they are first needed
     inputs_problem: str | None = None
 

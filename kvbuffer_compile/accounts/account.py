@@ -48,7 +48,7 @@ class Account:
     which it first flushes, and no less than what it owes.
     """
 
-    allocation: Allocation
+    allocation: Allocation[Account]
 
     def __init__(
         self, owner: Tensor, plan: Plan, place: Place | None, lock: RLock, keeper: Keeper, serial: int, phase: int

@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
 from kvbuffer_compile.guard.aliases import known_alias
 from kvbuffer_compile.guard.sharing import Storage
 
-if TYPE_CHECKING:
-    from kvbuffer_compile.accounts.account import Account
+
+class Resident(Protocol):
+    """The account of a state that lies in an allocation."""
+
+    serial: int
+    state: Tensor
+    base: Tensor | None
+    owner: Any  # gives the user's tensor, None when it is gone
 
 
-class Allocation:
+R = TypeVar("R", bound=Resident)
+
+
+class Allocation(Generic[R]):
     """One allocation, and the accounts of the states in it. aliased: somebody else holds it for now."""
 
     def __init__(self, state: Tensor) -> None:
         self.storage = Storage(state)
-        self._accounts: dict[int, Account] = {}  # by serial number
+        self._accounts: dict[int, R] = {}  # by serial number
         self.aliased = False
         self._known = 0
 
     @property
-    def accounts(self) -> list[Account]:
+    def accounts(self) -> list[R]:
         """Of the states in this memory."""
         return list(self._accounts.values())
 
-    def add(self, account: Account) -> None:
+    def add(self, account: R) -> None:
         """Another state lies here."""
         self._accounts[account.serial] = account
         self._known = -1  # as many tensors may be held by others
 
-    def remove(self, account: Account) -> None:
+    def remove(self, account: R) -> None:
         """A state is gone."""
         self._accounts.pop(account.serial, None)
         self._known = -1
 
-    def __contains__(self, account: Account) -> bool:
+    def __contains__(self, account: R) -> bool:
         return account.serial in self._accounts
 
     def check(self) -> bool:

@@ -53,7 +53,7 @@ class Ledger:
     def __init__(self) -> None:
         self.accounts: dict[Key, Account] = {}
         self.by_alias: dict[int, Account] = {}  # by the id of what stands for the owner, where that is the state
-        self.allocations: dict[int, Allocation] = {}  # by overlap.storage_of
+        self.allocations: dict[int, Allocation[Account]] = {}  # by overlap.storage_of
         self.gone = Tally()  # of states that are gone
         self._phases: dict[int, Phases] = {}  # by flush length
         self._numbers: dict[int, tuple[Phases, int]] = {}  # by the account's serial number

@@ -27,21 +27,21 @@ from kvbuffer_compile.report import html
 from kvbuffer_compile.report import plot as report_plot
 from kvbuffer_compile.report.whole import WholeCall, in_bytes
 
-Status = Literal["buffered", "recurrent", "declined"]
-STATUSES: tuple[Status, ...] = ("buffered", "recurrent", "declined")
+Status = Literal["buffered", "recurrent", "declined", "kept"]
+STATUSES: tuple[Status, ...] = ("buffered", "recurrent", "declined")  # of matrix states; kept is what is none
 WIDTH = 100  # columns of the table
 
 
 @dataclass(frozen=True)
 class StateReport:
-    """One state.
+    """One tensor that is written.
 
-    name: its placeholder in the graph. shape: ints, and symbols as text. reason: why this was decided, one sentence.
-    rule: identifier of a decline, "" otherwise. source: "file:line" of the model. program, plan: their text, "" when
-    there is none. signature: one letter per op that touches the state. row_bytes: size of the rows it may owe.
-    reads: the dtype of a shadow that is read in its place, "" for none; shadow_bytes: its size, with its scales.
-    fresh_tokens: how many tokens a state that begins at zero decodes before it is made; unread_bytes: what reading it
-    once for each of them would have moved.
+    name: what its user calls it. shape: ints, and symbols as text. status: "kept" is no matrix state, and left to the
+    compiler. reason: why this was decided, one sentence. rule: identifier of a decline or of what it is kept as, ""
+    otherwise. source: "file:line" of the model. program, plan: their text, "" when there is none. signature: one letter
+    per op that touches the state. row_bytes: size of the rows it may owe. reads: the dtype of a shadow that is read in
+    its place, "" for none; shadow_bytes: its size, with its scales. fresh_tokens: how many tokens a state that begins
+    at zero decodes before it is made; unread_bytes: what reading it once for each of them would have moved.
     """
 
     name: str
@@ -68,15 +68,16 @@ class StateReport:
 
 
 def state_report(
-    subject: Lifted | Node, decision: Plan | Declined, prediction: Prediction | None = None
+    subject: Lifted | Node, decision: Plan | Declined, prediction: Prediction | None = None, kept: bool = False
 ) -> StateReport:
-    """The report of one candidate: a lifted state with its plan or decline, or the placeholder of a refused one.
+    """The report of one tensor that is written: a lifted state with its plan or decline, or the placeholder of one that
+    was refused.
 
-    prediction: of the plan, or of the best that was not enough.
+    prediction: of the plan, or of the best that was not enough. kept: it is no matrix state.
     """
     if isinstance(subject, Node):
         assert isinstance(decision, Declined)
-        return _declined(subject, decision)
+        return replace(_declined(subject, decision), status="kept" if kept else "declined")
     if isinstance(decision, Plan):
         return _planned(subject, decision, prediction)
     return replace(
@@ -130,12 +131,11 @@ def _dtype(node: Node) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """Every state that was found in a function. hidden: candidates that could never be states. graphs: how many were
-    captured. options: what was asked for. notes: what concerns a whole graph, e.g. that it needs gradients. calls: what
-    a call of each graph moves and gains as a whole, of equal ones the first."""
+    """Every tensor that a function writes. graphs: how many were captured. options: what was asked for. notes: what
+    concerns a whole graph, e.g. that it needs gradients. calls: what a call of each graph moves and gains as a whole,
+    of equal ones the first."""
 
     states: tuple[StateReport, ...]
-    hidden: int = 0
     graphs: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -147,13 +147,12 @@ class Report:
 
     @property
     def headline(self) -> str:
-        """One line: how many states, and what became of them."""
+        """One line: how many matrix states, and what became of them."""
         counts = ", ".join(f"{self.count(s)} {s}" for s in STATUSES if self.count(s))
-        found = f"{_plural(len(self.states), 'state')} in {_plural(self.graphs, 'graph')}"
-        hidden = (
-            f" ({_plural(self.hidden, 'other tensor')} written, none of them a matrix state)" if self.hidden else ""
-        )
-        return f"{found}: {counts or 'nothing to buffer'}{hidden}"
+        kept = self.count("kept")
+        found = f"{_plural(len(self.states) - kept, 'state')} in {_plural(self.graphs, 'graph')}"
+        rest = f" ({_plural(kept, 'other tensor')} written, no matrix state: kept)" if kept else ""
+        return f"{found}: {counts or 'nothing to buffer'}{rest}"
 
     def groups(self) -> list[tuple[StateReport, list[str]]]:
         """Each kind of state once, with the names of the states of that kind, in order."""
@@ -170,7 +169,6 @@ class Report:
         return {
             "headline": self.headline,
             "graphs": self.graphs,
-            "hidden": self.hidden,
             "options": {name: _plain(value) for name, value in self.options.items()},
             "notes": list(self.notes),
             "calls": [{**asdict(call), "share": call.share} for call in self.calls],

@@ -23,6 +23,7 @@ from kvbuffer_compile.passes.algebra.terms import (
     Term,
     held,
     leaves,
+    prefill,
     product,
 )
 from kvbuffer_compile.passes.reading.arguments import shape
@@ -177,7 +178,7 @@ class Factoring:
         """The terms with a contracted index held at each of its positions in turn."""
         for atom in resolve(index):
             if not isinstance(atom.size, int) or atom.size * len(terms) > WIDEST:
-                raise _full(Leaf(node, ()))
+                raise prefill(node, atom.size, "products of a key and a value are added to the state")
             terms = [tuple(held(f, atom, i) for f in t) for t in terms for i in range(atom.size)]
         return terms
 
@@ -239,5 +240,13 @@ def _inverse(f: Factor) -> Factor:
 def _full(where: Factor) -> Refusal:
     found = leaves(where)
     node = found[0].node
-    reason = f"{node} is added to the state and is no sum of at most {WIDEST} products of a row and a column"
+    reason = (
+        f"what is added to the state is no sum of at most {WIDEST} products of a row and a column: add outer products "
+        "of vectors"
+    )
+    if node.op == "placeholder":
+        reason = (
+            "another tensor as large as the state is added to it: if it is the product of a key and a value (of the "
+            "token before), keep those two vectors and add their product"
+        )
     return Refusal(node, "full-rank", reason)

@@ -17,6 +17,8 @@ from kvbuffer_compile.passes.algebra.coordinates import Coordinates
 from kvbuffer_compile.passes.algebra.factor import Axes
 from kvbuffer_compile.passes.algebra.terms import Call, Expr, Leaf, Number, Ones, Refusal, leaves
 from kvbuffer_compile.passes.reading.arguments import shape, tensor
+from kvbuffer_compile.passes.reading.aten import read
+from kvbuffer_compile.passes.reading.forms import Constant
 from kvbuffer_compile.passes.reading.labels import Atom, Dim, Labels, Size, TokenAtom, resolved
 from kvbuffer_compile.passes.reading.variation import Values
 
@@ -147,8 +149,8 @@ class Operands:
         kinds = self.axes.of(self.atoms(expr))
         kinds |= {"key" if o.key else "value" for o in _ones(expr)}
         if len(kinds) > 1:
-            node = leaves(expr)[0].node
-            raise Refusal(node, "opaque-map", f"{node} joins the key and the value axis of the state")
+            reason = "a value that depends on what was read runs along rows and columns of the state at once"
+            raise Refusal(leaves(expr)[0].node, "opaque-map", reason)
         return "key" if "key" in kinds else "value" if "value" in kinds else "scalar"
 
     def atoms(self, expr: Expr) -> frozenset[Atom]:
@@ -200,10 +202,13 @@ class Operands:
         """Split merged dims, hold what is constant, bring the rest in order, and give it the canonical shape."""
         if tensor(node) is None:
             return self._filled_with(node)
+        form = read(node)
+        if isinstance(form, Constant) and form.value is not None and kind == "scalar":
+            return self._filled(form.value, [])  # not by its node: full_like of the state would need the state
         node, labels = self._of_all_tokens(node, resolved(labels))
         flat = [a for dim in labels for a in dim]
         varying = self.values.vary(node, labels)
-        free = [a for a in flat if a.at is None]
+        free = [a for a in flat if a.at is None or a is self.token]
         if len(set(free)) < len(free):
             raise Refusal(node, "diagonal", "an operand runs along one axis of the state twice")
         if any(len(dim) > 1 for dim in labels):
@@ -234,8 +239,8 @@ class Operands:
         node, labels = self.values.peel(node, labels)
         if "sequence" in node.meta:
             raise Refusal(node, "one-token", "an operand is computed for one token only")
-        token = (self.token,)
-        return node, tuple(token if any(isinstance(a, TokenAtom) for a in dim) else dim for dim in resolved(labels))
+        token = self.token  # alone or beside others in a dim, as in the rows of a linear layer's [B * T, H * V]
+        return node, tuple(tuple(token if isinstance(a, TokenAtom) else a for a in dim) for dim in resolved(labels))
 
     def _repeated(self, node: Node, atom: Atom) -> Node:
         """The node with a last dim along which it is constant."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from kvbuffer_compile.ir.program import REDUCTIONS
-from kvbuffer_compile.passes.reading.labels import Atom, Dim, Labels, fixed, resolved
+from kvbuffer_compile.passes.reading.forms import WIDEST
+from kvbuffer_compile.passes.reading.labels import Atom, Dim, Labels, Size, fixed, resolved
 
 Number = float | int | bool
 
@@ -21,15 +23,42 @@ class Refusal(Exception):
         self.node, self.rule, self.reason = node, rule, reason
 
 
-def nonlinear(node: Node) -> Refusal:
-    """Something is done to the state that is no algebra."""
-    reason = f"{node.target} is applied to the state; it may only be scaled, contracted with a key and added to"
+def called(node: Node) -> str:
+    """The name of the call that a node makes, as its author knows it."""
+    target = node.target
+    return target.overloadpacket.__name__.lstrip("_") if isinstance(target, OpOverload) else str(target)
+
+
+def nonlinear(node: Node, met: bool = False) -> Refusal:
+    """Something is done to the state that is no algebra. met: two values that both depend on it meet."""
+    reason = (
+        f"{called(node)} is applied to the state, which may only be scaled, contracted with a key and added to: apply "
+        "it to what is added or to what is read"
+    )
+    if met:
+        reason = (
+            f"two values that depend on the state meet in {called(node)}: the next state and what is read must be "
+            "linear in it, so factors and conditions may only be computed from what was read by a key"
+        )
     return Refusal(node, "nonlinear", reason)
 
 
 def in_part(node: Node) -> Refusal:
     """Less than the state is used."""
-    return Refusal(node, "partial", "a part of the state is taken; only the whole state may be used")
+    reason = (
+        "a part of the state is taken along one of its axes: use the whole state, with zeros in keys, values or a mask "
+        "for the part that is left out"
+    )
+    return Refusal(node, "partial", reason)
+
+
+def prefill(node: Node, count: Size, what: str) -> Refusal:
+    """More tokens in one call than are taken apart."""
+    reason = (
+        f"{count} {what} in one call, more than the {WIDEST} that are taken apart: a prefill or a wide block, which "
+        f"runs as it is; calls of at most {WIDEST} tokens are buffered"
+    )
+    return Refusal(node, "prefill", reason)
 
 
 @dataclass(frozen=True)

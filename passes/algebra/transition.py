@@ -122,7 +122,7 @@ class _Matrix(Factoring):
 
     def _diagonal(self, x: Operand, y: Operand, labels: Labels, node: Node) -> list[Term]:
         if not is_zero(y):
-            raise Refusal(node, "full-rank", f"{node} is no diagonal matrix")
+            raise Refusal(node, "full-rank", "the matrix is not diagonal")
         return self._product(self._operand(x, labels), [(IDENTITY,)])
 
     def _is_square(self, labels: Labels) -> bool:

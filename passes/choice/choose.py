@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Layout, Plan
-from kvbuffer_compile.ir.program import Decay, Program, Read, Var
+from kvbuffer_compile.ir.program import Decay, Program, Read, Update, Var
 from kvbuffer_compile.machine import Machine
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.case import Case
+from kvbuffer_compile.passes.choice.dtypes import exact_dtype
 from kvbuffer_compile.passes.choice.predict import (
     FLUSHES,
     FLUSHES_TRITON,
@@ -95,7 +94,12 @@ def _too_wide(lifted: Lifted, plan: Plan) -> Declined | None:
     count = 1 + rows + plan.slots + len(plan.program.inputs)
     if count <= ARGUMENTS:
         return None
-    reason = f"one step takes {count} tensors, an op of torch at most {ARGUMENTS}: unroll fewer tokens in one graph"
+    events = Counter(type(op) for op in plan.program.ops)
+    reason = (
+        f"one call makes {events[Update]} updates and {events[Read]} reads of each head that are no tokens one after "
+        f"the other, which takes {count} tensors; an op of torch takes at most {ARGUMENTS}: decode fewer tokens in one "
+        "call"
+    )
     return Declined(lifted.state.name, "too-many-operands", reason, lifted.source)
 
 
@@ -256,43 +260,3 @@ def row_dtypes(lifted: Lifted, options: Options, compute: torch.dtype) -> tuple[
         return state if state.itemsize > 1 else torch.bfloat16
 
     return tuple(of(v) for v in lifted.program.logged)
-
-
-# Ops whose result holds values of their first argument and nothing else.
-_SAME_VALUES = frozenset({
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.permute.default, aten.transpose.int, aten.t.default, aten.expand.default,
-    aten.clone.default, aten.alias.default, aten.detach.default, aten.select.int, aten.slice.Tensor,
-})  # fmt: skip
-_CASTS = frozenset({aten._to_copy.default, torch.ops.prims.convert_element_type.default})
-
-
-def exact_dtype(node: Node, compute: torch.dtype) -> torch.dtype:
-    """The narrowest dtype, found by walking back over views and widening casts, that holds a node's values exactly.
-    At most the compute dtype: the arithmetic drops the rest anyway."""
-    dtype = _dtype(node)
-    if dtype is None or not dtype.is_floating_point:
-        return compute
-    if node.target is aten.cat.default:
-        parts: Any = node.args[0]
-        return functools.reduce(torch.promote_types, (exact_dtype(part, compute) for part in parts))
-    while node.target in _SAME_VALUES or node.target in _CASTS:
-        source = node.args[0]
-        narrower = _dtype(source) if isinstance(source, Node) else None
-        if not isinstance(source, Node) or narrower is None or not holds(dtype, narrower):
-            break
-        node, dtype = source, narrower
-    return compute if dtype.itemsize > compute.itemsize else dtype
-
-
-def _dtype(node: Node) -> torch.dtype | None:
-    value = node.meta.get("val")
-    return value.dtype if isinstance(value, Tensor) else None
-
-
-def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Whether every value of `narrow` is one of `wide`."""
-    if not (wide.is_floating_point and narrow.is_floating_point):
-        return False
-    large, small = torch.finfo(wide), torch.finfo(narrow)
-    return large.eps <= small.eps and large.max >= small.max and large.tiny <= small.tiny

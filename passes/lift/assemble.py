@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import sympy
 from torch.fx import Node
 
 from kvbuffer_compile.ir.program import (
@@ -35,6 +36,7 @@ from kvbuffer_compile.passes.algebra.terms import (
     is_reduction,
     leaves,
     mul,
+    prefill,
     settled,
 )
 from kvbuffer_compile.passes.lifted import Output
@@ -98,8 +100,10 @@ def assemble(walk: Walk, axes: Axes, tainted: Tainted, inserter: Inserter) -> As
 def _supported(walk: Walk) -> None:
     own = frozenset(a for dim in resolved(walk.home) for a in dim)
     for read in walk.reads.values():
-        if any(a not in own for dim in resolved(read.labels) for a in dim):
-            raise Refusal(read.node, "extra-axis", "several queries read each head at once")
+        foreign = [a.size for dim in resolved(read.labels) for a in dim if a not in own]
+        if foreign:
+            count = sympy.Mul(*foreign)
+            raise prefill(read.node, int(count) if count.is_Integer else count, "queries read each head")
 
 
 def _contiguous(walk: Walk, place: Coordinates) -> None:
@@ -142,7 +146,10 @@ class Lowering:
                 self.reads[node] = self._var(value)
             case DecayEvent(factor, node):
                 if not self._is_outside(factor):
-                    reason = "the decay depends on a read of the same state"
+                    reason = (
+                        "the decay depends on a read of the same state: rows that wait in a buffer could not be "
+                        "decayed without it; compute the gate from the token"
+                    )
                     raise Refusal(node, "decay-from-read", reason)
                 self.ops.append(Decay(self._var(factor)))
             case UpdateEvent(left, right, _):
@@ -160,7 +167,10 @@ class Lowering:
         match expr:
             case Leaf(node, _):
                 if node not in self.reads:
-                    reason = "an old version of the state is read with a key that depends on a newer one"
+                    reason = (
+                        "an old version of the state is read with a key that depends on a read of a newer one: read "
+                        "the new one, or make the key without it"
+                    )
                     raise Refusal(node, "read-order", reason)
                 return self.reads[node]
             case Fetch(x, key, _):

@@ -20,8 +20,8 @@ from kvbuffer_compile.ir.program import Program, Var, verify
 from kvbuffer_compile.passes.algebra.operands import Inserter
 from kvbuffer_compile.passes.algebra.terms import Refusal
 from kvbuffer_compile.passes.lift.assemble import Assembled, assemble, trimmed
-from kvbuffer_compile.passes.lift.reasons import refused, told
-from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
+from kvbuffer_compile.passes.lift.reasons import others, refused, told
+from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Refused
 from kvbuffer_compile.passes.reading.captured import candidates, copied, guards_of, source, written
 from kvbuffer_compile.passes.storage.donated import stored_back
 from kvbuffer_compile.passes.storage.pools import taken
@@ -29,6 +29,7 @@ from kvbuffer_compile.passes.storage.stacked import apart, stacks
 from kvbuffer_compile.passes.tokens.composites import opened
 from kvbuffer_compile.passes.tokens.periods import Tokens, tokens, whole
 from kvbuffer_compile.passes.tokens.sequences import opened_sequences, sequence_of, tokens_of
+from kvbuffer_compile.passes.walk.low_rank import reassociated
 from kvbuffer_compile.passes.walk.order import choices
 from kvbuffer_compile.passes.walk.queries import adopt, count, taken_apart
 from kvbuffer_compile.passes.walk.walk import Walk
@@ -52,9 +53,11 @@ def lift(gm: GraphModule, donate: bool = False) -> LiftedGraph:
     if not unused:
         return graph
     kept = _lift(gm, unused, donate)  # what holds no state stays whole; each of its slices has a reason of its own
-    slices = {part.name for part in graph.parts if part.index in unused}
-    if slices:
-        kept.refused = [r for r in kept.refused if r.state.name not in {names[i] for i in unused}]
+    stored = {n.name for n in written(gm)}
+    kept.named = tuple(part for part in graph.parts if part.index in unused and names[part.index] in stored)
+    if kept.named:
+        slices = {part.name for part in kept.named}
+        kept.refused = [r for r in kept.refused if r.state.name not in {names[part.index] for part in kept.named}]
         kept.refused += [r for r in graph.refused if states.get(r.state, r.state).name in slices]
     return kept
 
@@ -68,6 +71,8 @@ def _lift(gm: GraphModule, whole: frozenset[int], donate: bool) -> LiftedGraph:
     parts, pools = apart(copy, found), taken(copy)
     graph = LiftedGraph(opened_sequences(copy), gm, parts, pools, donated)
     graph.found = _finish(graph, _acyclic(graph, _programs(graph)))
+    told_of = {one.state for one in graph.found} | {r.state for r in graph.refused}
+    graph.refused += others(graph.gm, told_of)
     graph.gm.graph.lint()
     return graph
 
@@ -79,6 +84,9 @@ def _programs(graph: LiftedGraph) -> list[Assembled]:
         graph.refused.clear()
         guards = guards_of(graph.gm)
         walks = _walks(graph)
+        if reassociated(walks, Inserter(graph.gm.graph)):
+            graph.refused.clear()
+            walks = _walks(graph)
         count(walks)
         queries = taken_apart(walks, Inserter(graph.gm.graph)) if guards == guards_of(graph.gm) else {}
         if queries:
@@ -100,7 +108,7 @@ def _walks(graph: LiftedGraph) -> list[Walk]:
             walks.append(walk.run())
             walk.sequence = sequence_of(walk)
         except Refusal as refusal:
-            graph.refused.append(refused(walk, refusal, stored.get(state)))
+            _refuse(graph, refused(walk, refusal, stored.get(state)))
     return walks
 
 
@@ -117,7 +125,11 @@ def _assembled(graph: LiftedGraph, walks: list[Walk], guards: int) -> Iterator[A
         try:
             yield _assemble(walk, bits, i, inserter)
         except Refusal as refusal:
-            graph.refused.append(refused(walk, refusal, walk.write))
+            _refuse(graph, refused(walk, refusal, walk.write))
+
+
+def _refuse(graph: LiftedGraph, found: Refused | None) -> None:
+    graph.refused += [] if found is None else [found]
 
 
 def _assemble(walk: Walk, bits: dict[Node, int], index: int, inserter: Inserter) -> Assembled:

@@ -11,9 +11,11 @@ from torch.fx import Node
 
 from kvbuffer_compile.passes.proof.region import Region, is_tensor
 from kvbuffer_compile.passes.proof.sizes import Extents, concrete
+from kvbuffer_compile.passes.reading.arguments import is_repeated
 
 aten = torch.ops.aten
 TOLERANCE = 1e-9  # of float64 arithmetic on a few hundred terms; a wrong factor is off by 1e-2 and more
+WILD = 1e8  # beyond it sums are lost in rounding: solvers that converge on a model's numbers diverge on random ones
 LARGE = 32e6  # bytes: what holds less at once is evaluated at its own sizes
 _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 _CASTS = frozenset({torch.ops.prims.convert_element_type.default, aten._to_copy.default})
@@ -67,9 +69,16 @@ def _last_uses(order: list[Node], region: Region, ends: Iterable[Node]) -> dict[
 
 
 def evaluate(
-    order: list[Node], region: Region, extents: Extents, ends: Iterable[Node], draw: Callable[..., Tensor], seed: int
+    order: list[Node],
+    region: Region,
+    extents: Extents,
+    ends: Iterable[Node],
+    draw: Callable[..., Tensor],
+    seed: int,
+    tame: bool = False,
 ) -> dict[Node, Any]:
-    """The values of `ends`. draw: what floating point numbers are taken from.
+    """The values of `ends`. draw: what floating point numbers are taken from. tame: also where a value that may be cut
+    comes out wild.
 
     ValueError or RuntimeError when the calls do not fit the sizes.
     """
@@ -83,6 +92,8 @@ def evaluate(
             values[node] = values[source]
         else:
             values[node] = evaluator.random(node) if region.is_cut(node) else evaluator.call(node)
+            if tame and _is_wild(values[node]) and region.may_cut(node):
+                values[node] = evaluator.random(node)
         gone.setdefault(last[node], []).append(node)
         for one in gone.pop(i, ()):
             del values[one]
@@ -134,13 +145,19 @@ class _Evaluator:
         if not isinstance(value, Tensor):
             return _plain(value)
         shape = self.extents.of(node)
-        if value.dtype.is_floating_point:
+        if any(repeated := is_repeated(node)):
+            narrow = [1 if same else n for n, same in zip(shape, repeated, strict=True)]
+            return self._drawn(torch.Size(narrow), value.dtype).expand(shape)
+        return self._drawn(shape, value.dtype)
+
+    def _drawn(self, shape: Any, dtype: torch.dtype) -> Tensor:
+        if dtype.is_floating_point:
             return self.draw(shape, generator=self.generator, dtype=torch.float64)
-        if value.dtype == torch.bool:
+        if dtype == torch.bool:
             return torch.rand(shape, generator=self.generator) < 0.5
         if len(shape) == 1:  # of equal slots of a pool any could win
-            return torch.randperm(shape[0], generator=self.generator).to(value.dtype)
-        return torch.randint(0, 2, shape, generator=self.generator, dtype=value.dtype)
+            return torch.randperm(shape[0], generator=self.generator).to(dtype)
+        return torch.randint(0, 2, shape, generator=self.generator, dtype=dtype)
 
 
 def _plain(x: Any) -> Any:
@@ -152,6 +169,10 @@ def _plain(x: Any) -> Any:
     if isinstance(x, torch.SymInt):
         return concrete(x)
     return x.node.hint if isinstance(x, torch.SymFloat | torch.SymBool) else x
+
+
+def _is_wild(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype.is_floating_point and not bool((x.abs() < WILD).all())
 
 
 def _is_float(node: Node) -> bool:

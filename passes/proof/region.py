@@ -61,9 +61,13 @@ class Region:
             return False
         if node.op != "call_function" or node in self.stops:
             return True
-        if node in self.below or node.graph is not self.captured or node in self._claimed:
-            return False
-        return getattr(node.target, "overloadpacket", None) in _OPAQUE or (self.narrow and _is_unseen(node))
+        opaque = getattr(node.target, "overloadpacket", None) in _OPAQUE or (self.narrow and _is_unseen(node))
+        return opaque and self.may_cut(node)
+
+    def may_cut(self, node: Node) -> bool:
+        """Whether any value may stand for that of a captured call: nothing is to be compared with it, and the state is
+        not in it. What holds for all values of it holds for its own."""
+        return node not in self.below and node.graph is self.captured and node not in self._claimed
 
     def inputs(self, node: Node) -> list[Node]:
         """The nodes that a value is computed from."""

@@ -30,10 +30,12 @@ from kvbuffer_compile.passes.proof.evaluate import LARGE, Limit, cost, differenc
 from kvbuffer_compile.passes.proof.inputs import problem_of_inputs
 from kvbuffer_compile.passes.proof.region import Region, below, is_tensor
 from kvbuffer_compile.passes.proof.sizes import Extents, shape
+from kvbuffer_compile.passes.reading.arguments import is_repeated
 from kvbuffer_compile.passes.reading.counterparts import Origins, origins
 from kvbuffer_compile.process.surroundings import neutral
 
 DRAWS = 2
+NO_NUMBERS = "no finite numbers"
 
 
 def validate(graph: LiftedGraph, lifted: Lifted) -> Declined | None:
@@ -45,6 +47,9 @@ def validate(graph: LiftedGraph, lifted: Lifted) -> Declined | None:
         return None
     if isinstance(problem, Limit):
         return Declined(lifted.state.name, "too-large", problem, lifted.source)
+    if problem == NO_NUMBERS:
+        reason = "the lifted program could not be checked: on random operands the graph computes no finite numbers"
+        return Declined(lifted.state.name, "unchecked", reason, lifted.source)
     reason = f"the lifted program disagrees with the graph ({problem}); please report this model"
     return Declined(lifted.state.name, "validation", reason, lifted.source)
 
@@ -147,7 +152,7 @@ def _fingerprint(obligation: Obligation) -> str:
             number[n] = number[source]
             continue
         number[n] = len(number)
-        what = f"{n.meta['val'].dtype} {shape(n)}" if is_tensor(n) else str(n.meta.get("val"))
+        what = f"{n.meta['val'].dtype} {shape(n)} {is_repeated(n)}" if is_tensor(n) else str(n.meta.get("val"))
         call = "cut" if region.is_cut(n) else f"{n.target} {_numbered(n.args, number)} {_numbered(n.kwargs, number)}"
         lines.append(f"{call} {what}")
     outputs = [(o.perm, len(o.shape), o.index, o.token) for o in lifted.outputs]
@@ -194,12 +199,13 @@ def _cost(obligation: Obligation, region: Region, extents: Extents) -> tuple[int
 
 
 def _differs(obligation: Obligation, region: Region, extents: Extents) -> str | None:
-    """The first difference in some draws; where one leaves the domain of a function, one of numbers in (0, 1)."""
+    """The first difference in some draws; where one leaves the domain of a function, one of numbers in (0, 1); where
+    that does, too, or does not converge, with numbers in (0, 1) for whatever comes out wild beside the state."""
     order = region.order(obligation.ends)
     for seed in range(DRAWS):
-        problem: str | None = "it computes no finite numbers"
-        for draw in (torch.randn, torch.rand):
-            values = evaluate(order, region, extents, obligation.ends, draw, seed)
+        problem: str | None = NO_NUMBERS
+        for draw, tame in ((torch.randn, False), (torch.rand, False), (torch.rand, True)):
+            values = evaluate(order, region, extents, obligation.ends, draw, seed, tame)
             if _finite(obligation, values):
                 problem = _compare(obligation, extents, values)
                 break

@@ -23,6 +23,12 @@ def shape(node: Node) -> tuple[Size, ...]:
     return () if value is None else tuple(size_of(n) for n in value.shape)
 
 
+def is_repeated(node: Node) -> tuple[bool, ...]:
+    """For each dim of an input whether it was expanded before it was given: one element, seen many times."""
+    value = tensor(node) if node.op == "placeholder" else None
+    return () if value is None else tuple(isinstance(s, int) and s == 0 for s in value.stride())
+
+
 def have_one_shape(x: Node, y: Node) -> bool:
     """Whether two tensors are known to have the same shape."""
     a, b = tensor(x), tensor(y)

@@ -22,7 +22,8 @@ _AROUND = (aten.unsqueeze.default, aten.select.int, aten.clone.default)
 
 def instead(new: Node, original: Node) -> None:
     """Say that `new` has the value of a node that others used before, in all of a graph."""
-    new.meta[INSTEAD] = new.name, original.name  # with its own name: meta is handed on to other nodes
+    # with its own name: meta is handed on to other nodes
+    new.meta[INSTEAD] = new.name, _replaced(original) or original.name
 
 
 def is_instead(node: Node) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch.fx import Node
 
-from kvbuffer_compile.passes.reading.arguments import shape
+from kvbuffer_compile.passes.reading.arguments import is_repeated, shape
 from kvbuffer_compile.passes.reading.aten import read
 from kvbuffer_compile.passes.reading.forms import (
     WIDEST,
@@ -139,6 +139,12 @@ def is_zero(x: Operand) -> bool:
     return isinstance(form, Constant) and form.value == 0
 
 
+def _seen_once(node: Node, labels: Labels) -> Labels:
+    """The dims along which an input is not one element seen many times."""
+    repeated = is_repeated(node)
+    return tuple(d for d, same in zip(labels, repeated, strict=True) if not same) if any(repeated) else labels
+
+
 class Values:
     """Questions about values seen from one state. stops: its reads, which are not looked through."""
 
@@ -166,7 +172,7 @@ class Values:
             seen.add((node, labels))
             inputs = None if node in self.stops else pull(node, labels)
             if inputs is None:
-                found |= here
+                found |= atoms_of(_seen_once(node, labels)) & wanted
             else:
                 stack += [(x, resolved(l)) for x, l in inputs]
         return found

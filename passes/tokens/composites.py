@@ -16,6 +16,7 @@ from kvbuffer_compile.passes.reading.aten import read
 from kvbuffer_compile.passes.reading.captured import candidates
 from kvbuffer_compile.passes.reading.counterparts import instead, is_instead
 from kvbuffer_compile.passes.reading.forms import Cast, Choice, Product, Quotient, Sum, is_view, operands
+from kvbuffer_compile.passes.tokens.lists import is_of_list, opened_lists
 
 aten = torch.ops.aten
 Build = Callable[[Inserter, Node], Node]
@@ -26,6 +27,8 @@ def opened(gm: GraphModule) -> GraphModule:
     operands may be a linear image of a state: every other user keeps the kernel it had."""
     linear = set(candidates(gm))
     inserter = Inserter(gm.graph)
+    if opened_lists(gm, inserter, set(linear)):
+        inserter = Inserter(gm.graph)
     for node in list(gm.graph.nodes):
         build = COMPOSITES.get(str(node.target)) if node.op == "call_function" else None
         if build is None:
@@ -56,7 +59,7 @@ def put_back(graph: LiftedGraph, chosen: Iterable[Lifted]) -> None:
     standing = graph.origins.standing()
     same = {old: new for new, old in graph.origins.same.items()}
     for new, old in graph.origins.claims.items():
-        if new in kept or not is_instead(new) or new.target is STANDS_FOR:
+        if new in kept or not is_instead(new) or new.target is STANDS_FOR or is_of_list(old):
             continue
         whole = same.get(old)
         if whole is None:

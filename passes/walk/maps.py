@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from torch.fx import Node
 
 from kvbuffer_compile.passes.algebra.factor import Axes
-from kvbuffer_compile.passes.algebra.terms import Call, Expr, Fetch, Leaf, Refusal, add, mul, where
+from kvbuffer_compile.passes.algebra.terms import Call, Expr, Fetch, Leaf, Refusal, add, called, mul, where
 from kvbuffer_compile.passes.algebra.versions import ReadOut
 from kvbuffer_compile.passes.reading.arguments import shape
 from kvbuffer_compile.passes.reading.aten import read
@@ -146,11 +146,15 @@ class Opening:
                 used[0].parts = own
                 self._free.discard(used[0])
         if resolved(labels) != resolved(natural):
-            raise self._opaque(node)
+            reason = (
+                "what was read of the state is used along its other axis, as a key of the next read (as in power "
+                "iterations and conjugate gradients), or mixes heads"
+            )
+            raise Refusal(node, "opaque-map", reason)
 
     def _opaque(self, node: Node) -> Refusal:
         reason = (
-            f"{node.target} takes a read of the state into its next update, and is not elementwise over the heads and "
+            f"{called(node)} takes a read of the state into its next update, and is not elementwise over the heads and "
             "one axis (or a sum, mean, maximum or minimum over that axis)"
         )
         return Refusal(node, "opaque-map", reason)

@@ -35,6 +35,7 @@ from kvbuffer_compile.passes.algebra.terms import (
 )
 from kvbuffer_compile.passes.algebra.versions import ReadOut, Version, chain, relative
 from kvbuffer_compile.passes.reading.labels import Atom, Dim, resolve
+from kvbuffer_compile.passes.walk import words
 from kvbuffer_compile.passes.walk.walk import Walk
 
 SUM = "aten.sum.dim_IntList"
@@ -77,9 +78,11 @@ def choices(walk: Walk) -> Iterator[Axes]:
     home = [a for dim in walk.home for a in resolve(dim)]
     sets = list(dict.fromkeys(frozenset(resolve(r.contracted)) for r in walk.reads.values()))
     if sum(len(s) for s in sets) != len(frozenset().union(*sets)):
-        raise Refusal(_last(walk), "both-axes", "reads contract overlapping sets of the state's axes")
+        reason = "reads contract overlapping sets of the state's axes: each must be by a key along one whole axis"
+        raise Refusal(_last(walk), "both-axes", reason)
     if len(sets) > 2:
-        raise Refusal(_last(walk), "three-axes", "reads contract three different axes of the state")
+        reason = "reads contract three different axes of the state: a matrix state has rows and columns, and heads"
+        raise Refusal(_last(walk), "three-axes", reason)
     key = frozenset(resolve(walk.reads[_last(walk)].contracted)) if walk.reads else _inner(walk)
     if len(sets) == 2:
         yield Axes(_ordered(home, key), _ordered(home, next(s for s in sets if s != key)))
@@ -198,7 +201,8 @@ class Ordering:
         try:
             terms = [t for a in step.addends for t in self.factoring.terms(a)]
         except Refusal as error:
-            raise Refusal(step.node, "full-rank", str(error)) from None
+            reason = words.MIXED if error.node is self.walk.state else error.reason
+            raise Refusal(step.node, error.rule, reason) from None
         merged: dict[Expr, list[Expr]] = {}
         for term in terms:
             left, right = self._sides(term)
@@ -288,5 +292,8 @@ def _without(term: Term, decay: Term) -> Term | None:
 
 
 def _full_decay(node: Node) -> Refusal:
-    reason = "the decay varies along both axes of the state: it must be constant along its rows or its columns"
+    reason = (
+        "the decay varies along both axes of the state, so each element forgets at a rate of its own: it must be one "
+        "factor a head, a row or a column"
+    )
     return Refusal(node, "full-decay", reason)

@@ -56,6 +56,7 @@ from kvbuffer_compile.passes.reading.labels import (
     resolved,
 )
 from kvbuffer_compile.passes.reading.variation import is_zero
+from kvbuffer_compile.passes.walk import words
 from kvbuffer_compile.passes.walk.images import Pieces, rearranged, together
 
 Case = Mapping[Operand, Lin]
@@ -176,20 +177,19 @@ class Walk:
             case Cast(_, exact) if not exact:
                 raise nonlinear(node)
         if labels is None:
-            raise Refusal(node, "reshape", "the state is reshaped across its axes in a way that cannot be followed")
+            raise Refusal(node, "reshape", words.RESHAPED)
         return Lin(lin.version, labels, lin.factors)
 
     def _product(self, node: Node, x: Operand, y: Operand, lins: Case) -> Lin:
         if x in lins and y in lins:
-            raise nonlinear(node)
+            raise nonlinear(node, met=True)
         return self._scaled(node, *((x, y) if x in lins else (y, x)), lins)
 
     def _quotient(self, node: Node, x: Operand, y: Operand, lins: Case) -> Lin:
         if y in lins:
             raise nonlinear(node)
-        if isinstance(y, Node):
-            return self._scaled(node, x, y, lins, reciprocal=True)
-        return self._scaled(node, x, 1 / y, lins)
+        factor, reciprocal = (y, True) if isinstance(y, Node) else (1 / y, False)
+        return self._scaled(node, x, factor, lins, reciprocal)
 
     def _scaled(self, node: Node, x: Operand, y: Operand, lins: Case, reciprocal: bool = False) -> Lin:
         lin = lins[x]
@@ -215,7 +215,7 @@ class Walk:
 
     def _choice(self, node: Node, condition: Node, sides: tuple[Operand, Operand], lins: Case) -> Lin:
         if condition in lins:
-            raise nonlinear(node)
+            raise nonlinear(node, met=True)
         labels = next(iter(lins.values())).labels
         chosen = _plain(condition, labels)
         return self._sum(node, [(x, (Mask(chosen, keep),)) for x, keep in zip(sides, (True, False), strict=True)], lins)
@@ -223,7 +223,7 @@ class Walk:
     def _contract(self, node: Node, form: Contract, lins: Case) -> Lin | None:
         left, right, out = form.letters
         if form.x in lins and form.y in lins:
-            raise nonlinear(node)
+            raise nonlinear(node, met=True)
         mine, theirs, other = (left, right, form.y) if form.x in lins else (right, left, form.x)
         lin = lins[form.x if form.x in lins else form.y]
         env: dict[str, Dim] = dict(zip(theirs, fresh(shape(other)), strict=True))
@@ -251,7 +251,7 @@ class Walk:
         if not contracted:
             return Lin(lin.version, labels, factors)
         if not frozenset(contracted) <= self.own_atoms:
-            raise Refusal(node, "wider-read", "a sum runs over an index of the state and one of its operand at once")
+            raise Refusal(node, "wider-read", words.WIDER)
         if lin.version.plain:
             raise Refusal(node, "wider-read", "values of the state are read together with values that are none")
         self.active = True
@@ -265,8 +265,10 @@ class Walk:
     # ------------------------------------------------------------------------------------------- ends
 
     def _write(self, node: Node, form: Write) -> None:
-        if form.target is not self.state or self.write is not None or node.users:
-            raise Refusal(node, "partial-write", "the state is written elsewhere, in part, or twice")
+        if form.target is not self.state:
+            raise Refusal(node, "coupled", words.COUPLED)
+        if self.write is not None or node.users:
+            raise Refusal(node, "written-twice", words.TWICE)
         if form.x not in self.values:
             raise Refusal(node, "overwritten", "the next state is not a sum with the old one: the state is overwritten")
         self.write, self.after = node, self._whole(form.x)
@@ -277,21 +279,21 @@ class Walk:
         at = {i: x for i, x in enumerate(outputs) if isinstance(x, Node) and x in self.values}
         if self.write is not None or len(at) > 1 or self.state in at.values():
             value = next(iter(at.values()))
-            raise Refusal(value, "escapes", "the state itself is returned from the graph, which needs it in memory")
+            raise Refusal(value, "escapes", words.RETURNED)
         ((self.returned, value),) = at.items()
         self.after = self._whole(value)
 
     def _whole(self, node: Node) -> Lin:
         first, *others = self.values[node]
         if others:
-            raise Refusal(node, "escapes", "the states of several tokens are returned from the graph")
+            raise Refusal(node, "escapes", words.ALL_RETURNED)
         return first
 
     def _finish(self) -> None:
         if self.after is None:
             raise Refusal(self.state, "not-written", "no next state is stored or returned")
         if resolved(self.after.labels) != resolved(self.home):
-            raise Refusal(self.state, "layout", "the next state is stored with its axes in another order")
+            raise Refusal(self.state, "layout", words.TRANSPOSED)
 
 
 def _plain(x: Operand, labels: Labels) -> Expr:

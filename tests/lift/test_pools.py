@@ -410,7 +410,7 @@ def test_a_pool_that_is_no_recurrence_is_gathered_as_before(records: list[GraphR
     p.run(2 * L + 1)
     p.check()
     assert rewritten(records)
-    assert {x.why.rule for r in records for x in r.refused if not x.hopeless} == {"nonlinear"}
+    assert {x.why.rule for r in records for x in r.refused if not x.kept} == {"nonlinear"}
 
 
 @pytest.mark.parametrize("target", ["auto", "aten"])
@@ -473,7 +473,7 @@ def test_near_misses_are_declined(step: Callable[..., Tensor], how: Callable[...
 
     graph = lift(gm)
     assert not graph.found and not graph.pools
-    assert [r.why.rule for r in graph.refused if not r.hopeless and r.state.meta["val"].dim() == 4] == ["partial"]
+    assert [r.why.rule for r in graph.refused if not r.kept and r.state.meta["val"].dim() == 4] == ["partial"]
 
 
 @pytest.mark.parametrize("step", NEAR[:-1], ids=lambda step: step.__name__)

@@ -69,7 +69,7 @@ def run_beside(step: Spelled, seed: int = 0) -> GraphRecord:
 def decided(record: GraphRecord) -> str:
     """What was lifted, and why the rest was not."""
     found = [f"{lifted.state} {ops_of(lifted)}" for lifted, _ in record.states]
-    return "\n".join([*found, *(f"{r.state} {r.why}" for r in record.refused if not r.hopeless)])
+    return "\n".join([*found, *(f"{r.state} {r.why}" for r in record.refused if not r.kept)])
 
 
 def assert_not_saved_by_validation(record: GraphRecord) -> None:

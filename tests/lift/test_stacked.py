@@ -187,7 +187,7 @@ def test_a_stack_that_is_used_whole_is_no_stack() -> None:
     (gm,) = capture(uneven, start(0, g), *operands("qkvgb")(DISTINCT, g))
     graph = lifted_and_right(gm)
     assert not graph.found and not graph.parts
-    assert [r.why.rule for r in graph.refused if not r.hopeless] == ["partial"]
+    assert [r.why.rule for r in graph.refused if not r.kept] == ["partial"]
 
 
 # --------------------------------------------------------------------------------------------------- running

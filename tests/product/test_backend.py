@@ -144,13 +144,13 @@ def test_gradients_are_declined_like_anything_else(caplog):
         compiled = torch.compile(remember, backend="kvbuffer", options={**EAGER, "on_decline": on_decline})
         return compiled(torch.randn(B, H, K, V), *(x.requires_grad_() for x in draw()[:3]))
 
-    with pytest.raises(DeclinedError, match=r"gradients at .*torch\.no_grad\(\).*test_backend\.py"):
+    with pytest.raises(DeclinedError, match=r"gradients: .*torch\.no_grad\(\).*test_backend\.py"):
         call("raise")
-    with pytest.warns(UserWarning, match=r"declined gradients at .*torch\.no_grad\(\)"):
+    with pytest.warns(UserWarning, match=r"declined S: gradients: .*torch\.no_grad\(\)"):
         call("warn")
     with caplog.at_level(logging.INFO, "kvbuffer_compile"):
         call("ignore")
-    assert "declined gradients at" in caplog.text
+    assert "declined S: gradients:" in caplog.text
 
 
 def unseen(S, q, k, v):

@@ -42,7 +42,7 @@ def full_report() -> Report:
         "tanh_1", "nonlinear", "tanh of <S> [B, H, K, V] is not linear in the state & more", "model.py:12"
     )
     states.append(state_report(named(lifted(), "odd").state, refused))
-    return Report(tuple(states), hidden=4, graphs=2, options={"flush": "auto", "row_dtype": torch.bfloat16})
+    return Report(tuple(states), graphs=2, options={"flush": "auto", "row_dtype": torch.bfloat16})
 
 
 def test_state_report_of_a_plan() -> None:
@@ -53,6 +53,14 @@ def test_state_report_of_a_plan() -> None:
     assert state.signature == "DRUR" and state.program == str(GDN) and state.source == "model.py:7"
     assert state.row_bytes == 12 * 32 * 32 * (4 + 4 * 128 + 4 * 128)  # capacity slots of g, k and u
     assert state.prediction == prediction and state.rule == ""
+
+
+def test_what_is_no_matrix_state_is_kept_and_not_counted_as_one() -> None:
+    vector = Declined("add_1", "vector", "it has fewer than two dims", "model.py:13")
+    kept = state_report(named(lifted(), "normaliser").state, vector, kept=True)
+    report = Report((kept,))
+    assert report.headline == "0 states in 1 graph: nothing to buffer (1 other tensor written, no matrix state: kept)"
+    assert "vector: it has fewer than two dims [model.py:13]" in str(report)
 
 
 def test_a_whole_call_gains_less_than_its_states() -> None:
@@ -102,7 +110,7 @@ def test_text_fits_100_columns_and_says_everything() -> None:
     assert max(map(len, text.splitlines())) <= 100
     assert text.isascii()  # printable on any terminal
     headline = text.splitlines()[0]
-    assert "6 states in 2 graphs: 4 buffered, 2 declined" in headline and "4 other tensors" in " ".join(text.split())
+    assert "6 states in 2 graphs: 4 buffered, 2 declined" in headline
     flat = " ".join(text.split())
     assert "nonlinear: tanh of <S> [B, H, K, V] is not linear in the state & more [model.py:12]" in flat
     assert "L* = sqrt(2*s*K*V/slot)" in flat and "DRUR" in flat and "no-gain" in flat
@@ -122,7 +130,7 @@ def test_very_long_names_and_reasons_are_wrapped() -> None:
 
 
 def test_an_empty_report() -> None:
-    assert str(Report((), hidden=0, graphs=1)) == "kvbuffer: 0 states in 1 graph: nothing to buffer"
+    assert str(Report((), graphs=1)) == "kvbuffer: 0 states in 1 graph: nothing to buffer"
     assert "note: the graph needs gradients" in str(Report((), notes=("the graph needs gradients",)))
 
 

@@ -19,7 +19,8 @@ from kvbuffer_compile.machine import Machine, Speed
 from kvbuffer_compile.machine.numbers import Kernels
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice import kernels
-from kvbuffer_compile.passes.choice.choose import choose, exact_dtype, explain_choice, holds, lane_sizes, row_dtypes
+from kvbuffer_compile.passes.choice.choose import choose, explain_choice, lane_sizes, row_dtypes
+from kvbuffer_compile.passes.choice.dtypes import exact_dtype, holds
 from kvbuffer_compile.passes.choice.predict import Prediction
 from kvbuffer_compile.passes.choice.working_set import call_of
 from kvbuffer_compile.passes.lifted import Call, Lifted

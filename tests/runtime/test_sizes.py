@@ -76,7 +76,7 @@ def test_an_axis_of_none(kind: str, target: str, records: list) -> None:
     for sizes in EMPTY if kind == "ssd" else EMPTY[-1:]:
         compare(kind, sizes, target)
     rules = {why.rule for record in records for _, why in record.states}
-    rules |= {one.why.rule for record in records for one in record.refused if not one.hopeless}
+    rules |= {one.why.rule for record in records for one in record.refused if not one.kept}
     assert rules == {"empty"}
 
 

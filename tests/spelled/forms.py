@@ -203,6 +203,13 @@ def rwkv7(S: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: T
     return torch.einsum("bhk,bhvk->bhv", r, S)
 
 
+def rwkv7_products(S: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """As RWKV-LM writes it: the transition is made as a matrix, S * w + S @ ab + vk."""
+    vk, ab = v.unsqueeze(-1) @ k.unsqueeze(-2), a.unsqueeze(-1) @ b.unsqueeze(-2)
+    S.copy_(S * torch.exp(-torch.exp(w)).unsqueeze(-2) + S @ ab + vk)
+    return (S @ r.unsqueeze(-1)).squeeze(-1)
+
+
 def gated_oja_rule(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
     """Delta and decay on the value axis."""
     new = S * g.exp().unsqueeze(-2)
@@ -337,7 +344,8 @@ def forms() -> Iterable[Form]:
         yield Form(f"gated_delta_product{n}", ("D" + n * "RU" + "R",), gated_delta_product, ("BHKV",), several(n))
     yield Form("iplr", ("RUUR",), iplr, ("BHKV",), low_rank("qkv"))
     yield Form("dplr", ("RDUUR",), dplr, ("BHKV",), low_rank("qkvG"))
-    yield Form("rwkv7", ("RDUUR",), rwkv7, ("BHVK",), low_rank("qkvw"))
+    for step in (rwkv7, rwkv7_products):
+        yield Form(step.__name__, ("RDUUR",), step, ("BHVK",), low_rank("qkvw"))
 
 
 _ONE = ("BHKV",)

@@ -120,6 +120,27 @@ def diagonal_and_low_rank(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor,
     return read(S, q)
 
 
+def two_products(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """A matrix of rank two on the left, beside the decayed state; what it makes is used once more."""
+    low = -beta[..., None, None] * outer(k, k) + torch.stack([q, k], -1)[..., :1] @ torch.tanh(q).unsqueeze(-2) / 4
+    moved = low @ S
+    S.copy_(S * g.exp()[..., None, None] + moved + outer(k, v))
+    return read(S, q) + moved[..., 0, :]
+
+
+# ------------------------------------------------------------------------------- lists, loops, broadcasts
+
+
+def lists_of_tensors(S: Tensor, T: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """All layers by one call each."""
+    states, products = [S, T], [outer(k, v), outer(q, v)]
+    torch._foreach_mul_(states, 0.9)
+    torch._foreach_add_(states, products, alpha=0.5)
+    torch._foreach_addcmul_(states, products, [beta[..., None, None]] * 2)
+    torch._foreach_lerp_(states, products, 0.25)
+    return read(S, q) + read(T, k)
+
+
 # -------------------------------------------------------------------------------------- several queries
 
 
@@ -216,6 +237,41 @@ def titans(G: Tensor, M: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bet
     return read(M, q)
 
 
+def previous_product(S: Tensor, P: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """The trapezoid of Mamba-3, the product of the token before kept as a matrix."""
+    product = outer(k, v)
+    S.copy_(S * g.exp()[..., None, None] + beta[..., None, None] * P + product)
+    P.copy_(product)
+    return read(S, q)
+
+
+def rotated(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """Pairs of columns turn into each other, as with complex gates."""
+    turned = torch.stack([S[..., 0] * g.cos()[..., None] - S[..., 1], S[..., 1] * g.cos()[..., None] + S[..., 0]], -1)
+    S.copy_(torch.cat([turned, S[..., 2:]], -1) + outer(k, v))
+    return read(S, q)
+
+
+def rotated_and_returned(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    even, odd = S[..., ::2, :], S[..., 1::2, :]
+    c, s = g.cos()[..., None, None], g.sin()[..., None, None]
+    new = torch.stack([c * even - s * odd, s * even + c * odd], -2).flatten(-3, -2) + outer(k, v)
+    return read(new, q), new
+
+
+def block_of_32(S: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q, k [B, H, 32, K]: as wide as a prefill."""
+    S.add_(k.mT @ v)
+    return q @ S
+
+
+def cached(S: Tensor, W: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """A window of the last values: a shift register, read by a sum over it; S is a recurrence all the same."""
+    W.copy_(torch.cat([W[:, :, 1:], v.unsqueeze(2)], 2))
+    S.copy_(torch.tanh(S) + outer(k, W.sum(2)))
+    return read(S, q)
+
+
 # ----------------------------------------------------------------------------------------------- tables
 
 
@@ -225,6 +281,10 @@ def _with_mask(s: Sizes, g: torch.Generator) -> tuple[Tensor, ...]:
 
 def _queries(s: Sizes, g: torch.Generator) -> tuple[Tensor, ...]:
     return (torch.randn(s.B, s.H, 3, s.K, generator=g), *operands("kvgb")(s, g))
+
+
+def _block(s: Sizes, g: torch.Generator) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(s.B, s.H, 32, n, generator=g) for n in (s.K, s.K, s.V))
 
 
 _TOKEN = operands("qkvgb")
@@ -250,6 +310,8 @@ GRAPH_FORMS = (
     _form(matrix, "DRUR"),
     _form(matrix_on_the_right, "DRUR", "BHVK"),
     _form(diagonal_and_low_rank, "RDUUR"),
+    _form(two_products, "RRDUUUR"),
+    Form("lists_of_tensors", ("DUDUR", "DUDUR"), lists_of_tensors, ("BHKV", "BHKV"), _TOKEN),
     _form(several_queries, "DRURRR", inputs=_queries),
     _form(grouped_queries, "DRURRR", inputs=_queries),
     Form("one_feeds_the_next", ("DRUR", "DRUR"), one_feeds_the_next, ("BHKV", "BHVV"), _TOKEN),
@@ -266,5 +328,9 @@ NEAR = (
     (_form(queries_of_the_state, ""), "nonlinear"),
     (Form("hgrn", (), hgrn, ("BHK",), operands("qq")), "vector"),
     (_form(longhorn_of_channels, "", inputs=operands("qkvd")), "full-decay"),
-    (Form("titans", (), titans, ("BHKV", "BHKV"), operands("qkvgb")), "full-rank partial-write"),
+    (Form("previous_product", (), previous_product, ("BHKV", "BHKV"), _TOKEN), "full-rank overwritten"),
+    (_form(rotated, ""), "rotation"),
+    (_form(block_of_32, "", inputs=_block), "prefill"),
+    (Form("cached", (), cached, ("BHKV", "BHKV"), _TOKEN), "cache nonlinear"),
+    (Form("titans", (), titans, ("BHKV", "BHKV"), operands("qkvgb")), "coupled full-rank"),
 )

@@ -143,7 +143,7 @@ NEAR_MISSES: dict[str, tuple[Step, set[str]]] = {
     "read after norm": (read_after_norm, {"nonlinear"}),
     "read of abs": (read_of_abs, {"nonlinear"}),
     "full rank": (full_rank_update, {"full-rank"}),
-    "shift register": (shift_register, {"partial"}),
+    "shift register": (shift_register, {"cache"}),
     "roll": (rolled_state, {"nonlinear", "partial"}),
     "square": (product_of_reads, {"nonlinear"}),
     "overwritten": (overwritten, {"overwritten"}),

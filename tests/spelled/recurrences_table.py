@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ from tests.support.steps import Sizes
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recurrences.md"
 HEAD = "| name | token | decay | rank | reads | ops | status | reason |\n|---|---|---|---|---|---|---|---|\n"
 SIGNS = {"aten.mul.Tensor": " * ", "aten.add.Tensor": " + ", "aten.sub.Tensor": " - ", "aten.div.Tensor": " / "}
+FAMILIES = {
+    "Linear attention and its gates": "linear_attn linear_attn_normalised retention lightning simple_gla gla hgrn2",
+    "RWKV": "rwkv6 rwkv7 rwkv7_products",
+    "Delta rules": "delta_rule gated_delta_rule gated_delta_product2 gated_delta_product3 comba kda gdn2 "
+    "gated_oja_rule longhorn longhorn_diagonal iplr dplr precond_gated_delta precond_kda",
+    "Several states a token": "gsa abc",
+    "Test-time training": "ttt ttt_layer_norm",
+}
 LONGEST = 160  # of a token's equations
 ALONG = {"scalar": "head", "key": "row", "value": "column"}
 OPTIONS = {"inner": "eager", "target": "aten", "flush": 4, "donate": True}
@@ -110,14 +119,9 @@ def of_records(name: str, records: Iterable[GraphRecord]) -> list[Row]:
     for record in records:
         for _, plan in record.states:
             found.append(row(name, plan) if isinstance(plan, Plan) else Row(name, reason=f"{plan.rule}: {plan.reason}"))
-        visible = [r for r in record.refused if not r.hopeless]
-        found += [Row(name, reason=f"{r.why.rule}: {_plain(r.why.reason, r.why.node)}") for r in visible]
-    return list(dict.fromkeys(found)) or [Row(name, reason="nothing that is summed up over tokens")]
-
-
-def _plain(reason: str, node: str) -> str:
-    """Names of graph nodes differ from version to version."""
-    return reason.replace(f"{node} ", "a value ").replace("|", "/")
+        for r in record.refused:
+            found.append(Row(name, status="kept" if r.kept else "declined", reason=f"{r.why.rule}: {r.why.reason}"))
+    return list(dict.fromkeys(found)) or [Row(name, status="", reason="nothing is written")]
 
 
 def of_step(name: str, step: Any, args: tuple[torch.Tensor, ...]) -> list[Row]:
@@ -136,6 +140,11 @@ def of_forms(given: Iterable[forms.Form]) -> Iterator[Row]:
         sizes = Sizes(2, 3, 4, 4) if form.name == "ttt" else forms.SIZES
         g = torch.Generator().manual_seed(0)
         yield from of_step(form.name, form.step, (*form.start(g, sizes), *form.inputs(sizes, g)))
+
+
+def _of_family(names: str) -> Iterator[Row]:
+    known = {form.name: form for form in forms.forms()}
+    return of_forms(known[name] for name in names.split())
 
 
 def of_scans(steps: Iterable[Any]) -> Iterator[Row]:
@@ -182,7 +191,7 @@ def table(rows: Iterable[Row]) -> str:
 def sections() -> dict[str, Any]:
     """Title of each section -> what makes its rows."""
     return {
-        "Forms": lambda: of_forms(forms.forms()),
+        **{title: partial(_of_family, names) for title, names in FAMILIES.items()},
         "In the forms that graphs give them": lambda: of_forms(graph_forms.GRAPH_FORMS),
         "Several tokens by an associative scan": lambda: of_scans(scan_forms.CAPTURED),
         "Near-misses": of_near_misses,
@@ -195,8 +204,10 @@ def page() -> str:
         "# Recurrences",
         f"Made by `python -m tests.spelled.recurrences_table` with {versions()}. Every row was captured, lifted and, "
         "where it is buffered, proved on numbers. In the token's equations S' is S transposed, x0, x1, ... are "
-        "operands, y1, y2, ... reads; ops: D decay, R read, U update. Vectors that a form keeps besides stay as they "
-        "are. Functions and layers of flash-linear-attention: [flash-linear-attention.md](flash-linear-attention.md).",
+        "operands, y1, y2, ... reads; ops: D decay, R read, U update. Each tensor that is written has a row: what is "
+        "kept is no matrix state, and left to the compiler as it is; what is declined is one that is not "
+        "served, and the reason says what to write instead. Functions and layers of flash-linear-attention: "
+        "[flash-linear-attention.md](flash-linear-attention.md).",
     ]
     for title, rows in sections().items():
         parts += [f"## {title}", table(rows()).rstrip()]

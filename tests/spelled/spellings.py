@@ -104,9 +104,15 @@ VIEWS = (  # the same memory for certain
     "{x}.transpose(-1, -2).mT", "{x}.unsqueeze(0).squeeze(0)", "{x}.view({x}.shape)", "{x}[...]",
     "{x}.expand({x}.shape)",
 )  # fmt: skip
-TRANSITION = {  # (I - b k k^T) S along either index
-    "i": "(torch.eye({I}, dtype=f32) - {b}[..., None, None] * {l}.unsqueeze(-1) * {l}.unsqueeze(-2)) @ {S}",
-    "j": "{S} @ (torch.eye({J}, dtype=f32) - torch.einsum('{n},{n}i,{n}j->{n}ij', {b}, {l}, {l}))",
+TRANSITION = {  # (I - b k k^T) S along either index, and S - (b k k^T) S
+    "i": (
+        "(torch.eye({I}, dtype=f32) - {b}[..., None, None] * {l}.unsqueeze(-1) * {l}.unsqueeze(-2)) @ {S}",
+        "{S} - ({b}[..., None, None] * {l}.unsqueeze(-1) @ {l}.unsqueeze(-2)) @ {S}",
+    ),
+    "j": (
+        "{S} @ (torch.eye({J}, dtype=f32) - torch.einsum('{n},{n}i,{n}j->{n}ij', {b}, {l}, {l}))",
+        "{S} + {S} @ ((-{l}).unsqueeze(-1) @ ({l} * {b}[..., None]).unsqueeze(-2))",
+    ),
 }
 
 

@@ -1,0 +1,130 @@
+"""What reports say of tensors that are written: one row each, by the user's name, and nothing of other tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kvbuffer_compile
+from kvbuffer_compile.backend import GraphRecord
+from kvbuffer_compile.errors import DeclinedError
+from tests.lift.test_forms import FAST, signatures
+from tests.spelled.forms import outer, read
+
+B, H, K, V = 2, 3, 4, 5
+
+
+def rows(fn: Callable[..., Any], *args: Any, **options: Any) -> list[tuple[str, str, str]]:
+    """Name, status and rule of each row."""
+    with torch.no_grad():
+        report = kvbuffer_compile.explain(fn, *args, options={**FAST, **options})
+    assert all(state.source for state in report.states), "each at a line of the model"
+    return [(state.name, state.status, state.rule) for state in report.states]
+
+
+def draw(*letters: str) -> list[Tensor]:
+    g = torch.Generator().manual_seed(0)
+    sizes = {"S": (B, H, K, V), "k": (B, H, K), "v": (B, H, V), "g": (B, H)}
+    return [torch.rand(sizes[letter], generator=g) for letter in letters]
+
+
+def everything(
+    S: Tensor, z: Tensor, window: Tensor, cache: Tensor, count: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """A matrix state beside all that models keep besides."""
+    window.copy_(window.roll(-1, -1))
+    window[..., -1] = v
+    cache[:, :, 1] = k
+    count.add_(1)
+    S.add_(outer(k, window.sum(-1)))
+    z.add_(k)
+    out = read(S, q) / (z * q).sum(-1, keepdim=True)
+    return out + (torch.softmax(q.unsqueeze(2) @ cache.mT, -1) @ cache[..., :1].expand(B, H, 6, V)).squeeze(2)
+
+
+def beside() -> list[Tensor]:
+    S, z, q, k, v = draw("S", "k", "k", "k", "v")
+    return [S, z, torch.zeros(B, H, V, 4), torch.zeros(B, H, 6, K), torch.zeros((), dtype=torch.int64), q, k, v]
+
+
+def test_each_tensor_that_is_written_has_one_row() -> None:
+    first, *others = rows(everything, *beside())
+    assert first == ("S", "buffered", "")
+    assert sorted(others) == [
+        ("cache", "kept", "cache"),
+        ("count", "kept", "counter"),
+        ("window", "kept", "cache"),
+        ("z", "kept", "vector"),
+    ]
+
+
+def test_what_is_kept_is_no_decline(records: list[GraphRecord]) -> None:
+    run = torch.compile(everything, backend="kvbuffer", options={**FAST, "on_decline": "raise"})
+    with torch.no_grad():
+        run(*beside())
+    assert [signatures(record) for record in records] == [["UR"]] and not records[0].declined
+
+
+def test_operands_of_the_size_of_an_output_have_no_row() -> None:
+    """K = V: every operand could be a state that is returned. Donated lists and stacks too."""
+    x = torch.rand(3, B, H, K)
+
+    def lists(states: list[Tensor], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+        new = [S * 0.9 + outer(k[i], v[i]) for i, S in enumerate(states)]
+        return torch.stack([read(S, q[i]) for i, S in enumerate(new)]), new
+
+    found = rows(lists, [torch.zeros(B, H, K, K) for _ in range(3)], x, x, x, donate=True)
+    assert found == [(f"states[{i}]", "buffered", "") for i in range(3)]
+
+
+def residual(x: Tensor, w: Tensor) -> Tensor:
+    return x + torch.nn.functional.layer_norm(x, x.shape[-1:]) @ w
+
+
+def test_a_residual_stream_has_no_row() -> None:
+    assert rows(residual, torch.rand(B, H, K), torch.rand(K, K), donate=True) == []
+
+
+def returned(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of rows turn into each other."""
+    even, odd = S[..., ::2, :], S[..., 1::2, :]
+    c, s = g.cos()[..., None, None], g.sin()[..., None, None]
+    new = torch.stack([c * even - s * odd, s * even + c * odd], -2).flatten(-3, -2) + outer(k, v)
+    return read(new, q), new
+
+
+def squashed(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    new = torch.tanh(S) + outer(k, v)
+    return read(new, q), new
+
+
+@pytest.mark.parametrize(("step", "rule"), [(returned, "rotation"), (squashed, "nonlinear")])
+def test_states_that_are_returned_have_a_row(step: Callable[..., Any], rule: str) -> None:
+    assert rows(step, *draw("S", "k", "k", "v", "g")) == [("S", "declined", rule)]
+
+
+def complex_gates(S: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    S.copy_(q.unsqueeze(-1) * S + outer(k, v))
+    return read(S, q.conj()).real
+
+
+def test_complex_states_are_declined_as_such() -> None:
+    args = [torch.complex(x, x) for x in draw("S", "k", "k", "v")]
+    assert rows(complex_gates, *args) == [("S", "declined", "complex")]
+    run = torch.compile(complex_gates, backend="kvbuffer", options={**FAST, "on_decline": "raise"})
+    with torch.no_grad(), pytest.raises(DeclinedError, match="S: complex: .*rotate keys and queries"):
+        run(*args)
+
+
+def test_wide_calls_are_called_a_prefill() -> None:
+    def block(S: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        S.add_(k.mT @ v)
+        return q @ S
+
+    shapes = [(B, H, K, V), (B, H, 64, K), (B, H, 64, K), (B, H, 64, V)]
+    (state,) = kvbuffer_compile.explain(block, *map(torch.rand, shapes), options=FAST).states
+    assert state.rule == "prefill" and "64 queries" in state.reason and "at most 16 tokens" in state.reason
