@@ -19,7 +19,7 @@ from tests.support.snippets import ROOT, blocks, quick, run_page
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.glob("*.md") if blocks(page))
 NONE_BUFFERED = {"limits.md"}  # pages about what is not rewritten
-SLOW = {"transformers.md"}  # whole models; the README and the examples have some of them in every run
+SLOW = {"transformers.md", "engine.md"}  # whole models; the README and the examples have some of them in every run
 
 
 @pytest.fixture
