@@ -150,12 +150,29 @@ def _restored(called: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
     involved += [cell.cell_contents for cell in getattr(fn, "__closure__", None) or () if _is_filled(cell)]
     tensors = [t for t in tensors_in(involved) if not isinstance(t, torch.nn.Parameter) and _is_writable(t)]
     saved = [(t, t.clone(), t.grad_fn) for t in tensors]
+    attributes = [(known, dict(known)) for known in _attributes(involved)]
+    lists = [(x, list(x)) for known, _ in attributes for x in known.values() if type(x) is list]
     try:
         with torch.random.fork_rng():
             yield
     finally:
+        for known, before in attributes:
+            if known.keys() != before.keys() or any(known[name] is not value for name, value in before.items()):
+                known.clear()
+                known.update(before)
+        for changed, items in lists:
+            changed[:] = items
         for tensor, value, history in saved:
             _put_back(tensor, value, history)
+
+
+def _attributes(involved: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """The attributes of the modules and objects involved, and what they hold by name: a call may set them anew."""
+    for x in involved:
+        for instance in x.modules() if isinstance(x, Module) else [x]:
+            if isinstance(getattr(instance, "__dict__", None), dict) and not isinstance(instance, types.ModuleType):
+                yield vars(instance)
+                yield from (value for value in list(vars(instance).values()) if type(value) is dict)
 
 
 def _put_back(tensor: Tensor, value: Tensor, history: Any) -> None:

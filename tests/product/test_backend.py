@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
 import kvbuffer_compile
@@ -364,3 +365,32 @@ def test_explain_answers_where_autograd_gives_up():
 def test_explain_names_a_bad_option():
     with pytest.raises(ValueError, match="flush"):
         kvbuffer_compile.explain(step, torch.randn(B, H, K, V), *draw(), options={"flush": 0})
+
+
+class Assigning(torch.nn.Module):
+    """States that a call sets anew instead of writing them: attribute, buffer, in a list and by name, and a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.S = torch.zeros(2, 4, 8, 8)
+        self.register_buffer("B", torch.zeros(2, 4, 8, 8))
+        self.states, self.named, self.calls = [torch.zeros(2, 4, 8, 8)], {"a": torch.zeros(2, 4, 8, 8)}, 0
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        update = k[..., None] * v[..., None, :]
+        self.S, self.B = self.S * 0.9 + update, self.B * 0.9 + update
+        self.states[0], self.named["a"] = self.states[0] + update, self.named["a"] + update
+        self.calls += 1
+        return (q[..., None] * (self.S + self.B + self.states[0] + self.named["a"])).sum(-2)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_explain_sets_nothing(donate: bool) -> None:
+    module = Assigning()
+    before = {name: id(tensor) for name, tensor in (("S", module.S), ("B", module.B), ("0", module.states[0]))}
+    with torch.no_grad():
+        found = kvbuffer_compile.explain(module, *torch.randn(3, 2, 4, 8), options={"donate": donate})
+    assert len(found.states) == 4
+    after = {name: id(tensor) for name, tensor in (("S", module.S), ("B", module.B), ("0", module.states[0]))}
+    assert after == before and module.calls == 0
+    assert not any(t.any() for t in (module.S, module.B, module.states[0], module.named["a"]))
