@@ -147,7 +147,10 @@ class Account:
 
     @neutral
     def take_back_unfinished(self, tokens: int) -> None:
-        """Undo what the state may have stepped beyond the steps that count; rows that were folded in stay."""
+        """Undo what the state may have stepped beyond the steps that count; rows that were folded in stay.
+
+        Of memory that others can reach the call has not folded them in, and they may write it before the next one."""
+        self.forget_shadow()
         cursor = self.cursor.clone()
         stepped = cursor[2] - self.progress[0]
         cursor[0] -= torch.where(cursor[0] > 0, stepped * tokens, 0)

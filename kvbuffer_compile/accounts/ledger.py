@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -117,9 +118,11 @@ class Ledger:
             self._remember(account)
 
     def _remember(self, account: Account) -> None:
-        counts = account.tally(wait=False)
-        with self._lock:
-            self.gone.add(counts)
+        """Keep the counts of an account that nobody steps any more, for people."""
+        with suppress(Exception):
+            counts = account.history.now(account.progress, wait=False)
+            with self._lock:
+                self.gone.add(counts)
 
     def _remove(self, account: Account) -> None:
         self._change(lambda: self._removed(account))

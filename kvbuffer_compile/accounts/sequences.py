@@ -23,7 +23,7 @@ def settle_sequences(account: Account, which: Sequence[int]) -> None:
     account.reconcile()
     if account.drafts is not None or account.held is not None or account.without_memory:
         account.settle()
-    elif account.dirty:
+    elif account.dirty or account.bare:
         _fold(account, which)
 
 

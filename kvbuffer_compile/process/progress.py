@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 log = logging.getLogger("kvbuffer_compile")
@@ -35,13 +35,15 @@ def compiling(what: str) -> Iterator[None]:
             _shown = line
     try:
         if first and line is not None:
-            line.begin()
+            with suppress(Exception):  # a compilation must not fail for want of a sign of life
+                line.begin()
         yield
     finally:
         if first and line is not None:
             with _lock:
                 _shown = None
-            line.end()
+            with suppress(Exception):
+                line.end()
         log.info("compiled %s in %.1f s", what, time.monotonic() - start)
 
 
@@ -55,7 +57,12 @@ def stage(text: str) -> None:
 
 def wanted() -> bool:
     """Whether somebody is there who wants to see it."""
-    return os.environ.get("KVBUFFER_QUIET", "0") in ("", "0") and sys.stderr is not None and sys.stderr.isatty()
+    if os.environ.get("KVBUFFER_QUIET", "0") not in ("", "0"):
+        return False
+    try:
+        return sys.stderr.isatty()
+    except Exception:  # none, closed, or an object that only writes
+        return False
 
 
 class _Line:

@@ -53,7 +53,8 @@ def write_slots(pool: Tensor, slots: Counts, states: Tensor) -> None:
 def _indices(pool: Tensor, slots: Counts, call: str) -> list[int]:
     if pool.dim() < 1:
         raise ValueError(f"{call}: pool has no dims, it must have one of slots in front")
-    given = integers(slots, f"{call}: slots").flatten().tolist()
+    empty = isinstance(slots, Sequence) and len(slots) == 0
+    given = [] if empty else integers(slots, f"{call}: slots").flatten().tolist()
     count = pool.shape[0]
     for n in given:
         if not -count <= n < count:

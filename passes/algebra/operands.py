@@ -203,8 +203,9 @@ class Operands:
         if tensor(node) is None:
             return self._filled_with(node)
         form = read(node)
-        if isinstance(form, Constant) and form.value is not None and kind == "scalar":
-            return self._filled(form.value, [])  # not by its node: full_like of the state would need the state
+        value = form.value if isinstance(form, Constant) and kind == "scalar" else None
+        if value is not None and _is_exact(value, node):
+            return self._filled(value, [])  # not by its node: full_like of the state would need the state
         node, labels = self._of_all_tokens(node, resolved(labels))
         flat = [a for dim in labels for a in dim]
         varying = self.values.vary(node, labels)
@@ -275,3 +276,13 @@ def _ones(expr: Expr) -> list[Ones]:
     if isinstance(expr, Call):
         return [o for a in expr.args for o in _ones(a)]
     return [expr] if isinstance(expr, Ones) else []
+
+
+def _is_exact(value: float, node: Node) -> bool:
+    """Whether a node's dtype holds this number as it is: else the graph computes with the rounded one."""
+    return torch.tensor(value, dtype=node.meta["val"].dtype).item() in (value, _single(value))
+
+
+def _single(value: float) -> float:
+    """Float32 is what everything is computed in at least."""
+    return float(torch.tensor(value, dtype=torch.float32).item())

@@ -71,6 +71,9 @@ def _lift(gm: GraphModule, whole: frozenset[int], donate: bool) -> LiftedGraph:
     parts, pools = apart(copy, found), taken(copy)
     graph = LiftedGraph(opened_sequences(copy), gm, parts, pools, donated)
     graph.found = _finish(graph, _acyclic(graph, _programs(graph)))
+    if not donate:  # what is not written may be anything that an outer product is added to
+        stored = written(graph.gm)
+        graph.refused = [r if r.state in stored else replace(r, kept=True) for r in graph.refused]
     told_of = {one.state for one in graph.found} | {r.state for r in graph.refused}
     graph.refused += others(graph.gm, told_of)
     graph.gm.graph.lint()

@@ -125,7 +125,7 @@ def others(gm: GraphModule, known: Iterable[Node]) -> list[Refused]:
 def _other(state: Node, write: Node) -> Refused:
     value, last = tensor(state), write.args[1]
     where = last if isinstance(last, Node) and source(last) else write
-    if value is not None and value.dtype.is_complex and value.dim() > 1:
+    if value is not None and value.dtype.is_complex and value.dim() > 2:
         return told(state, Refusal(where, "complex", COMPLEX))
     if value is not None and value.dtype.is_floating_point:
         return told(state, Refusal(where, "vector", SMALL), kept=True)

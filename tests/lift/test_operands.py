@@ -130,3 +130,32 @@ def test_calls_on_lists_are_what_they_are_written_out_as(name: str, records: lis
             got, want = run(*states, q, k, v, number), step(*others, q, k, v, number)
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert records and all(len(record.rewritten) == 2 for record in records), [w for r in records for w in r.declined]
+
+
+def constant_gate(S: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The decay is a number of 16 bits: 0.8984375."""
+    S.mul_(torch.full((B, H, 1, 1), 0.9, dtype=torch.bfloat16))
+    S.add_(outer(k, v))
+    return read(S, q)
+
+
+def constant_step(S: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The step size is one."""
+    beta = torch.full((B, H, 1), 0.3, dtype=torch.float16)
+    S.add_(outer(k, (v - read(S, k)) * beta))
+    return read(S, q)
+
+
+@pytest.mark.parametrize("step", [constant_gate, constant_step])
+def test_constants_are_rounded_to_their_own_dtype(step, records: list[GraphRecord]) -> None:
+    """Compared with eager: in float64, where rewrites are proved, no number of 16 bits is rounded."""
+    g = torch.Generator().manual_seed(0)
+    state = torch.zeros(B, H, K, V)
+    other, run = state.clone(), torch.compile(step, backend="kvbuffer", fullgraph=True, options=FAST)
+    q, k = torch.nn.functional.normalize(torch.ones(2, B, H, K), dim=-1)
+    v = torch.rand(B, H, V, generator=g)
+    with torch.no_grad():
+        for _ in range(30):
+            torch.testing.assert_close(run(state, q, k, v), step(other, q, k, v))
+    torch.testing.assert_close(state + 0, other)
+    assert records[-1].rewritten

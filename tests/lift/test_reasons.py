@@ -128,3 +128,21 @@ def test_wide_calls_are_called_a_prefill() -> None:
     shapes = [(B, H, K, V), (B, H, 64, K), (B, H, 64, K), (B, H, 64, V)]
     (state,) = kvbuffer_compile.explain(block, *map(torch.rand, shapes), options=FAST).states
     assert state.rule == "prefill" and "64 queries" in state.reason and "at most 16 tokens" in state.reason
+
+
+def positions(x: Tensor, pos: Tensor, freq: Tensor) -> Tensor:
+    return torch.relu(x + pos[:, None] * freq[None, :])
+
+
+def scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    return torch.sigmoid(bias * 2 + q[..., None] @ k[..., None, :])
+
+
+@pytest.mark.parametrize(
+    ("fn", "shapes"), [(positions, ((6, 8), (6,), (8,))), (scores, ((2, 3, 8), (2, 3, 8), (2, 3, 8, 8)))]
+)
+def test_sums_that_nobody_keeps_are_no_declines(fn: Callable[..., Any], shapes: Any) -> None:
+    given = [torch.rand(shape) for shape in shapes]
+    run = torch.compile(fn, backend="kvbuffer", options={**FAST, "on_decline": "raise"})
+    with torch.no_grad():
+        torch.testing.assert_close(run(*given), fn(*given))

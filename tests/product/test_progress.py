@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 import time
 import types
 
@@ -82,3 +83,17 @@ def test_the_log_has_a_line_when_it_starts_and_when_it_ends(caplog: pytest.LogCa
         torch.compile(double, backend="kvbuffer", options={"inner": "eager"})(torch.ones(3))
     said = [r.getMessage() for r in caplog.records if r.name == "kvbuffer_compile"]
     assert said[0] == "compiling a graph of 1 operations" and said[-1].startswith("compiled a graph of 1 operations in")
+
+
+def test_what_only_writes_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the objects that loggers put in place of stderr."""
+
+    class Log:
+        def write(self, text: str) -> None: ...
+
+        def flush(self) -> None: ...
+
+    monkeypatch.delenv("KVBUFFER_QUIET", raising=False)
+    for stream in (Log(), None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert not progress.wanted()

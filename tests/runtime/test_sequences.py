@@ -124,3 +124,15 @@ def test_an_account_is_kept() -> None:
     pools.run(2)
     assert by_hand.accounts_of(pools.pool) == [account]
     pools.check()
+
+
+def test_a_pool_that_was_made_zero() -> None:
+    """Its memory is not read before there is a base, but what is written has one."""
+    pools = Slots()
+    pools.run(3)
+    pools.each(lambda pool: pool.zero_())
+    pools.put([2], torch.randn(1, *pools.pool.shape[1:]))
+    assert read_slots(pools.pool, []).shape[0] == 0
+    pools.take([2, 1])
+    pools.run(6, slots=torch.tensor([2, 1, 4]))
+    pools.check()

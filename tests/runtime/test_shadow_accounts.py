@@ -273,3 +273,45 @@ def test_a_compiler_without_float16_makes_kernels_that_read_the_state(monkeypatc
         assert run.run(1)
     assert run.run(2 * L) and run.account.shadow == ()
     assert {plan.target for r in records for _, plan in r.rewritten} == {"cpp"}
+
+
+def failing(S, q, k, v, table, index):
+    S.mul_(0.9)
+    S.add_(k[..., None] * v[..., None, :])
+    out = (S * q[..., None]).sum(-2)
+    return out + table[index + (out.abs().amax() > 1e30).long()]
+
+
+@pytest.mark.parametrize("shared", ["numpy", "view"])
+def test_memory_of_others_written_after_a_step_that_failed(shared: str) -> None:
+    """The step has made a shadow, and nobody has folded anything in."""
+    compiled = torch.compile(
+        failing, backend="kvbuffer", options={"flush": 4, "inner": "eager", "target": "aten", **HALF}
+    )
+    memory = torch.randn(B, H, K, V).numpy()
+    state = torch.from_numpy(memory) if shared == "numpy" else torch.tensor(memory)
+    other = state.view(-1)
+    q, k, v = torch.randn(B, H, K), torch.randn(B, H, K), torch.randn(B, H, V)
+    with torch.no_grad():
+        with pytest.raises(IndexError):
+            compiled(state, q, k, v, torch.zeros(5, 1), torch.tensor([100]))
+        if shared == "numpy":
+            memory[:] = 7
+        else:
+            other.fill_(7)
+        expected = torch.full((B, H, K, V), 7.0)
+        given = q, k, v, torch.zeros(5, 1), torch.tensor([0])
+        torch.testing.assert_close(compiled(state, *given), failing(expected, *given), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state + 0, expected)
+
+
+def test_check_allows_for_the_rounding_of_shadows() -> None:
+    run = torch.compile(
+        linear, backend="kvbuffer", options={"flush": 4, "inner": "eager", "target": "aten", "check": True, **HALF}
+    )
+    state = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for _ in range(6):
+            q, k, v = torch.randn(3, 2, 3, 64)
+            run(state, q, k, v, torch.zeros(2, 3), torch.ones(2, 3))
+    assert by_hand.accounts_of(state)[0].shadow

@@ -49,12 +49,13 @@ class Unserved:
 @dataclass(frozen=True)
 class Arguments:
     """A function's arguments. ours: their names to the recurrences. hidden: those behind `**`. lenient: others may
-    follow, which change nothing."""
+    follow, which change nothing, unless the function itself names them, `stated`."""
 
     ours: dict[str, str]
     defaults: dict[str, Any]
     hidden: frozenset[str]
     lenient: bool = False
+    stated: frozenset[str] = frozenset()
 
     def as_stated_by(self, function: types.FunctionType) -> tuple[Arguments, tuple[str, ...]]:
         """The same with the defaults that a function states, and the order of its positional arguments."""
@@ -62,7 +63,8 @@ class Arguments:
         named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         stated = {p.name: p.default for p in named if p.name in self.ours and p.default is not p.empty}
         order = tuple(p.name for p in named if p.kind is not p.KEYWORD_ONLY)
-        return replace(self, defaults={**self.defaults, **stated}), order
+        everything = frozenset(p.name for p in named)
+        return replace(self, defaults={**self.defaults, **stated}, stated=everything), order
 
 
 def binder(found: Arguments, order: tuple[str, ...]) -> Callable[..., dict[str, Any] | Unserved]:
@@ -70,7 +72,7 @@ def binder(found: Arguments, order: tuple[str, ...]) -> Callable[..., dict[str, 
 
     A closure over plain values, which Dynamo traces.
     """
-    ours, defaults, lenient = found.ours, found.defaults, found.lenient
+    ours, defaults, lenient, stated = found.ours, found.defaults, found.lenient, found.stated
     used = [(name, own) for name, own in ours.items() if name not in HARMLESS]
     fixed = [(name, defaults.get(name), why) for name, why in AT_DEFAULT.items() if name in ours]
 
@@ -79,7 +81,7 @@ def binder(found: Arguments, order: tuple[str, ...]) -> Callable[..., dict[str, 
             return Unserved("more arguments than are known")
         given = {**dict(zip(order, args, strict=False)), **kwargs}
         for name in given:
-            if name not in ours and not lenient:
+            if name not in ours and (name in stated or not lenient):
                 return Unserved(f"argument {name}, which is not known")
         values = {**defaults, **given}
         for name in ours:

@@ -95,9 +95,9 @@ def watch() -> None:
 
 def substitute_known(*_: Any) -> None:
     """Substitute the known functions of every module that was imported since the last time."""
-    for name in [n for n in sys.modules if n not in _searched]:
+    for name in [n for n in list(sys.modules) if n not in _searched]:  # another thread may import
         _searched.add(name)
-        root, module = name.partition(".")[0], sys.modules[name]
+        root, module = name.partition(".")[0], sys.modules.get(name)
         if root in LIBRARIES and isinstance(module, types.ModuleType):  # None stands for one that must not be imported
             _substitute_in(module, LIBRARIES[root])
 

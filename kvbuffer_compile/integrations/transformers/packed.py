@@ -43,8 +43,9 @@ class Packed:
     layers: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        decoding = [p for p in self.pieces if p.started and p.end - p.begin == 1]
-        self.prompts = [p for p in self.pieces if not (p.started and p.end - p.begin == 1)]
+        some = [p for p in self.pieces if p.end > p.begin]  # a request that forks may wait with its last token
+        decoding = [p for p in some if p.started and p.end - p.begin == 1]
+        self.prompts = [p for p in some if not (p.started and p.end - p.begin == 1)]
         self.slots = torch.tensor([p.slot for p in decoding], device=self.device)
         self.places = torch.tensor([p.begin for p in decoding], device=self.device)
 
@@ -144,8 +145,7 @@ class PackedLayer:
             self.pools.keep(piece.slot, layer)
             out = hidden.new_zeros(1, hidden.shape[1], part.shape[-1]) if out is None else out
             out[:, piece.begin : piece.end] = part
-        assert out is not None
-        return out
+        return torch.zeros_like(hidden) if out is None else out
 
     def _decode(self, batch: Packed, hidden: Tensor) -> Tensor:
         slots = batch.slots

@@ -68,6 +68,7 @@ class HybridCache(PagedAttentionCache):
 
     def free_all_requests(self, clear_ledgers: bool = False) -> None:
         super().free_all_requests(clear_ledgers)
+        self.forks.clear()
         for request in self.pools.slots.requests:
             self.pools.slots.release(request)
 
@@ -76,7 +77,8 @@ class HybridCache(PagedAttentionCache):
         forked = super().prepare_fork_request(src_state, dst_req_ids[: slots.free], copy_src_and_dst)
         for request in forked:
             slots.take(request)
-        self.forks.append((src_state.request_id, forked))
+        if forked:
+            self.forks.append((src_state.request_id, forked))
         return forked
 
     @torch.no_grad()

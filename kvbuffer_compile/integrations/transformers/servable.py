@@ -22,13 +22,20 @@ def check_version() -> None:
 
 
 def linear_layers(model: Any) -> list[Any]:
-    """The modules of a model that keep a state of one size in its cache."""
-    return [
+    """The modules of a model that keep a state of one size in its cache. StateError when one has a forward of its own:
+    hooks of other libraries are set like that."""
+    found = [
         module
         for module in model.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
         and "cache_params" in inspect.signature(type(module).forward).parameters
     ]
+    if any("forward" in vars(module) for module in found):
+        raise StateError(
+            f"continuous batching: the forward of {type(found[0]).__name__} was set on the instance (hooks of another "
+            "library?): it is not served"
+        )
+    return found
 
 
 def check_served(model: Any, shape: CacheShape, mixers: list[int]) -> None:
@@ -45,6 +52,9 @@ def check_served(model: Any, shape: CacheShape, mixers: list[int]) -> None:
             f"continuous batching: the states of {name} in layers {sorted(shape.states)} are not those of the modules "
             f"that take cache_params, in layers {sorted(mixers)}"
         )
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise StateError(f"continuous batching: {name} lies on {len(devices)} devices, states are kept on one")
     compiled = [n for n, module in model.named_modules() if getattr(module, "_compiled_call_impl", None) and n]
     if compiled:
         raise StateError(f"continuous batching: {compiled[0]} of {name} is compiled by itself, serve it uncompiled")

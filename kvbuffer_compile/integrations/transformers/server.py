@@ -8,6 +8,7 @@ Its endpoints are those of OpenAI's API. Needs `pip install "transformers[servin
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +17,15 @@ from transformers.cli.serve import Serve
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.integrations.transformers.serving import enable_continuous_batching
 
+log = logging.getLogger("kvbuffer_compile")
+
 
 class Server(Serve):
     """The server of transformers, running in a thread of its own from when it is made.
 
     model: the name or folder of the model that all requests are for. slots, options: of `enable_continuous_batching`. A
-    model that has no linear layers, or that cannot be served with them, goes the library's own way. settings: those of
+    model without linear layers goes the library's own way; one that cannot be served with them has its requests
+    generated one after the other, for the reason in `refused`. settings: those of
     `transformers serve`, by its names (`host`, `port`, `dtype`, `device`, `cb_num_blocks`, `cb_max_batch_tokens`, ...).
     """
 
@@ -43,7 +47,10 @@ class Server(Serve):
             try:
                 enable_continuous_batching(model, **self._ours)
             except StateError as error:
+                if type(model).__name__ not in self.refused:
+                    log.warning("%s", error)
                 self.refused[type(model).__name__] = str(error)
+                return not model._is_stateful  # one after the other, where the engine would refuse it
             return True
 
         library._generation_state.use_continuous_batching = use_continuous_batching

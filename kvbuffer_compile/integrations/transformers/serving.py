@@ -8,6 +8,7 @@ a cache that gives slots out with the pages (paged.py). Only attributes of insta
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable
@@ -39,6 +40,7 @@ SHARE = 0.5  # of the memory for caches that states may take, at most; the pages
 ROWS = 1.25  # memory of a state with its rows, of that of the state alone
 INIT, CACHED = "init_continuous_batching", "_cached_continuous_batching_manager"
 
+_enabling = threading.Lock()
 _served: weakref.WeakKeyDictionary[Any, Served] = weakref.WeakKeyDictionary()
 
 
@@ -58,8 +60,9 @@ def enable_continuous_batching(model: Any, *, slots: int | None = None, options:
             f"enable_continuous_batching: slots={slots!r} is not allowed: it must be None or an integer > 0"
         )
     backend_options.split(options)
-    if model not in _served:
-        _served[model] = Served(model, slots, options)
+    with _enabling:
+        if model not in _served:
+            _served[model] = Served(model, slots, options)
 
 
 def disable_continuous_batching(model: Any) -> None:
@@ -118,8 +121,9 @@ class Served:
     def release(self) -> None:
         if any(manager.is_running() for manager in self.managers):
             raise StateError("disable_continuous_batching: the model is being served, stop the manager first")
-        for instance in (self.model, *self.mixers):
-            standins.take_off(instance)
+        standins.take_off(self.model, [INIT])
+        for mixer in self.mixers:
+            standins.take_off(mixer, ["forward"])
         if isinstance(getattr(self.model, CACHED, None), Manager):
             self.model.destroy_cached_continuous_batching_manager()
 
@@ -134,15 +138,19 @@ class Served:
         kept = getattr(self.model, CACHED, None)
         if isinstance(kept, Manager):
             return standins.original(self.model, INIT)()
-        config = continuous_batching_config or transformers.ContinuousBatchingConfig()
+        generation_config = generation_config if generation_config is not None else self.model.generation_config
+        within = getattr(generation_config, "continuous_batching_config", None)  # where older versions have it
+        config = continuous_batching_config or within or transformers.ContinuousBatchingConfig()
         check_config(config)
         config = transformers.ContinuousBatchingConfig(
             **{**vars(config), "allow_block_sharing": False, "use_cuda_graph": False, "use_async_batching": False}
         )
-        generation_config = generation_config if generation_config is not None else self.model.generation_config
         if generation_config.eos_token_id is None:
             generation_config.eos_token_id = -1
-        manager = Manager(self, generation_config, config, workload_hints)
+        self.shape = shape_of_cache(self.model)  # it may have another dtype or device by now
+        check_served(self.model, self.shape, [mixer.layer_idx for mixer in self.mixers])
+        with torch.inference_mode(False), torch.no_grad():  # its thread is in no mode
+            manager = Manager(self, generation_config, config, workload_hints)
         self.managers.add(manager)
         return manager
 
@@ -208,45 +216,75 @@ class Manager(ContinuousBatchingManager):
     """The engine, with states beside its pages."""
 
     def __init__(self, served: Served, generation_config: Any, config: Any, hints: Any) -> None:
-        super().__init__(cast(Any, Face(served)), generation_config, config, hints)
         self.served = served
-        self._use_prefix_sharing = False
-        if self.continuous_batching_config.varlen_compile_config is not None:
-            raise ValueError(f"continuous batching: compile_config {COMPILED}")
-        self.batch_processor = self._create_batch_processor()  # here, where the caller hears of what cannot be
+        self.trial = trial.Trial(served.model)  # before attention is switched to pages
+        try:
+            super().__init__(cast(Any, Face(served)), generation_config, config, hints)
+            self._use_prefix_sharing = False
+            if self.continuous_batching_config.varlen_compile_config is not None:
+                raise ValueError(f"continuous batching: compile_config {COMPILED}")
+            self.batch_processor = self._create_batch_processor()  # here, where the caller hears of what cannot be
+        except BaseException:
+            self._give_back()
+            raise
+
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        """As the library does, and the states go with the pages."""
+        keeps = bool(kwargs.get("keep_for_next_session", args[2] if len(args) > 2 else False))
+        super().stop(*args, **kwargs)
+        if not self.is_running() and not (keeps and getattr(self.served.model, CACHED, None) is self):
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Memory, and the attention that the model had."""
+        self.batch_processor = None
+        face = vars(self).get("model")
+        if face is not None:
+            vars(face).update(batch=None, layers={})
+        before = vars(self).get("_original_attn_impl")
+        if before is not None:
+            self.served.model.set_attn_implementation(before)
+            self._original_attn_impl = None
+        gc.collect()  # processor, pages and states know each other
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         if isinstance(self.batch_processor, ContinuousBatchProcessor):
             return super()._create_batch_processor()
-        pools = self._pools()
-        processor = super()._create_batch_processor()
+        config: Any = self.continuous_batching_config
+        share = config.max_memory_percent
+        count, taken = self._slots(config)
+        config.max_memory_percent = share - taken
+        try:
+            processor = super()._create_batch_processor()
+        finally:
+            config.max_memory_percent = share
+        pools = StatePools(self.served.shape, count, self.served.model.device)
         HybridCache.adopted(processor.cache, self.served.shape, pools)
 
         def batch() -> Packed:
             ours: Any = processor.inputs_and_outputs
-            return Packed(list(_pieces(ours.requests_in_batch, pools)), self.model.device)
+            return Packed(list(_pieces(ours.requests_in_batch, pools)), self.served.model.device)
 
         cast(Any, self.model).serve(pools, batch)
-        trial.check(self.model, processor, pools.slots.count)
+        self.trial.check(self.model, processor, min(count, config.max_requests_per_batch))
         processor.reset()
         return processor
 
-    def _pools(self) -> StatePools:
-        """As many slots as there is memory for; the engine's pages get what is left."""
-        config: Any = self.continuous_batching_config
-        shape = self.served.shape
+    def _slots(self, config: Any) -> tuple[int, float]:
+        """How many slots there is memory for, and their share of what is unused; the engine's pages get the rest."""
+        gc.collect()
         _, total, reserved, allocated = get_device_and_memory_breakdown()
         unused = total - max(reserved, allocated)
-        each = int(shape.state_bytes * ROWS)
+        each = int(self.served.shape.state_bytes * ROWS)
         most = int(unused * config.max_memory_percent * SHARE) // each
         count = self.served.slots or min(config.max_requests_per_batch, most)
         if count < 1 or count * each > unused * config.max_memory_percent:
             raise MemoryError(
                 f"continuous batching: the states of a request take {each / 1e6:.1f} MB, those of {max(count, 1)} more "
-                f"than the {unused * config.max_memory_percent / 1e6:.1f} MB that there are for caches"
+                f"than the {unused * config.max_memory_percent / 1e6:.1f} MB that there are for caches (on a CPU "
+                "psutil tells of them)"
             )
-        config.max_memory_percent -= count * each / unused
-        return StatePools(shape, count, self.model.device)
+        return count, count * each / unused
 
 
 def _pieces(requests: Any, pools: StatePools) -> Any:

@@ -47,7 +47,7 @@ def disable_speculation(model: Any) -> None:
     speculation = _speculations.pop(model, None)
     if speculation is not None:
         speculation.release()
-        standins.take_off(model)
+        standins.take_off(model, speculation.standins)
 
 
 def speculation_of(model: Any) -> Speculation | None:
@@ -85,6 +85,7 @@ class Speculation:
         self.caches: list[Cache] = []
         methods = METHODS | (CACHE_PARAMS_METHODS if self.takes_cache_params else {})
         made: dict[str, Any] = {name: _standin(name, method) for name, method in methods.items()}
+        self.standins = ("_is_stateful", *made)
         standins.put(model, {"_is_stateful": False, **made})
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import types
+from collections.abc import Iterable
 from typing import Any
 
 MARK = "_kvbuffer_own"
@@ -15,23 +16,27 @@ STATE = "__getstate__"
 
 
 def put(instance: Any, standins: dict[str, Any]) -> None:
-    """Set these attributes until `take_off`. Functions become methods."""
-    made = {STATE: _state, **standins}
-    own = {name: vars(instance)[name] for name in made if name in vars(instance)}
+    """Set these attributes until `take_off`, beside those that others have put. Functions become methods."""
+    own, ours = vars(instance).get(MARK, ({}, {}))
+    made = {**({} if STATE in ours else {STATE: _state}), **standins}
+    own = own | {name: vars(instance)[name] for name in made if name in vars(instance)}
     for name, value in made.items():
         setattr(instance, name, types.MethodType(value, instance) if isinstance(value, types.FunctionType) else value)
-    setattr(instance, MARK, (own, {name: vars(instance)[name] for name in made}))
+    setattr(instance, MARK, (own, ours | {name: vars(instance)[name] for name in made}))
 
 
-def take_off(instance: Any) -> None:
-    """Undo `put`. What somebody has set in the meantime stays."""
+def take_off(instance: Any, names: Iterable[str]) -> None:
+    """Undo `put` of these names. What somebody has set in the meantime stays."""
     own, ours = vars(instance).get(MARK, ({}, {}))
-    for name, value in ours.items():
-        if vars(instance).get(name) is value:
+    left = ours.keys() - set(names) - {STATE}
+    for name in ours.keys() - left:
+        value = ours.pop(name) if left and name != STATE else ours[name]
+        if (name != STATE or not left) and vars(instance).get(name) is value:
             delattr(instance, name)
             if name in own:
-                setattr(instance, name, own[name])
-    vars(instance).pop(MARK, None)
+                setattr(instance, name, own.pop(name))
+    if not left:
+        vars(instance).pop(MARK, None)
 
 
 def original(instance: Any, name: str) -> Any:

@@ -22,30 +22,43 @@ BATCHES = ((4, 3), (2, 1), (1, 1))
 MOST = 0.15
 
 
-@torch.no_grad()
-def check(model: Any, processor: Any, slots: int) -> None:
-    """StateError when served requests would have other logits than alone. model: as the engine has it."""
-    count = min(len(BATCHES[0]), slots)
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    lengths = [sum(batch[n] for batch in BATCHES) for n in range(count)]
-    prompts = [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in lengths]
-    requests = [RequestState(request_id=f"__trial_{n}__", initial_tokens=p) for n, p in enumerate(prompts)]
-    try:
-        for batch in BATCHES:
-            logits = _run(model, processor, requests, batch[:count])
-    finally:
-        for request in requests:
-            processor.cache.free_blocks(request.request_id)
-    for prompt, got in zip(prompts, logits, strict=True):
-        ids = torch.tensor([prompt], device=model.device)
-        want = model.model._call_impl(input_ids=ids, use_cache=False).logits[0, -1].float()
-        error = float((got - want).square().mean().sqrt() / want.std().clamp(min=1e-12))
-        if not error < MOST:
-            raise StateError(
-                f"continuous batching: {type(model.model).__name__} gives other logits in the engine than alone (a "
-                f"difference of {error:.2f} of their deviation after {len(prompt)} tokens in pieces): it is not served"
-            )
+class Trial:
+    """What a model says of two short prompts alone. model: before the engine has changed its attention."""
+
+    @torch.no_grad()
+    def __init__(self, model: Any) -> None:
+        self.name = type(model).__name__
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = model.config.get_text_config().vocab_size
+        lengths = [sum(pieces) for pieces in zip(*BATCHES, strict=True)]
+        self.prompts = [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+        inputs = [torch.tensor([prompt], device=model.device) for prompt in self.prompts]
+        self.logits = [model._call_impl(input_ids=ids, use_cache=False).logits[0].float() for ids in inputs]
+
+    @torch.no_grad()
+    def check(self, model: Any, processor: Any, most: int) -> None:
+        """StateError when served requests would have other logits than alone. model: as the engine has it; most:
+        requests that it takes at a time."""
+        count = min(len(self.prompts), most, processor.max_batch_tokens)
+        whole = processor.max_batch_tokens >= max(map(sum, BATCHES))
+        batches = BATCHES if whole else ((1, 1),) * 3
+        requests = [
+            RequestState(request_id=f"__trial_{n}__", initial_tokens=p) for n, p in enumerate(self.prompts[:count])
+        ]
+        try:
+            for batch in batches:
+                got = _run(model, processor, requests, batch[:count])
+        finally:
+            for request in requests:
+                processor.cache.free_blocks(request.request_id)
+        for request, seen, alone in zip(requests, got, self.logits, strict=False):
+            want = alone[request.position_offset - 1]
+            error = float((seen - want).square().mean().sqrt() / want.std().clamp(min=1e-12))
+            if not error < MOST:
+                raise StateError(
+                    f"continuous batching: {self.name} gives other logits in the engine than alone (a difference of "
+                    f"{error:.2f} of their deviation after {request.position_offset} tokens): it is not served"
+                )
 
 
 def _run(model: Any, processor: Any, requests: Sequence[Any], counts: Sequence[int]) -> list[Tensor]:
