@@ -104,7 +104,9 @@ def squashed(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Ten
 
 @pytest.mark.parametrize(("step", "rule"), [(returned, "rotation"), (squashed, "nonlinear")])
 def test_states_that_are_returned_have_a_row(step: Callable[..., Any], rule: str) -> None:
-    assert rows(step, *draw("S", "k", "k", "v", "g")) == [("S", "declined", rule)]
+    """Whether it is a state is known where its user says that it may be overwritten."""
+    assert rows(step, *draw("S", "k", "k", "v", "g"), donate=True) == [("S", "declined", rule)]
+    assert rows(step, *draw("S", "k", "k", "v", "g")) == [("S", "kept", rule)]
 
 
 def complex_gates(S: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -262,13 +262,13 @@ class Heard:
 
 
 REASONS = {
-    "mamba": "2 of 2 states of MambaForCausalLM do not run buffered.*:.*state",
-    "jamba": "2 of 2 states of JambaForCausalLM do not run buffered.*:.*state",
+    "mamba": "2 of 2 states of MambaForCausalLM do not run buffered.*: it is overwritten",
+    "jamba": "2 of 2 states of JambaForCausalLM do not run buffered.*: (it is overwritten|.*state)",
     "minimax": "MiniMaxForCausalLM keeps its states outside the cache layers",
     "rwkv": "RwkvForCausalLM keeps its states outside the cache layers",
     "recurrent_gemma": "RecurrentGemmaForCausalLM keeps its states outside the cache layers",
-    "falcon_mamba": "2 of 2 states of FalconMambaForCausalLM do not run buffered.*:.*state",
-    "zamba": "3 of 3 states of ZambaForCausalLM do not run buffered.*:.*state",
+    "falcon_mamba": "2 of 2 states of FalconMambaForCausalLM do not run buffered.*: (it is overwritten|.*state)",
+    "zamba": "3 of 3 states of ZambaForCausalLM do not run buffered.*: (it is overwritten|.*state)",
     "xlstm": "xLSTMForCausalLM keeps its states outside the cache layers",
 }
 SLOW = ("falcon_mamba", "zamba", "jamba")

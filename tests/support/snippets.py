@@ -35,7 +35,7 @@ def run_page(page: Path) -> str:
     """Run a page's blocks in the working folder; returns what they printed. What comments announce was printed."""
     namespace: dict[str, object] = {"__name__": page.stem}
     printed = io.StringIO()
-    with redirect_stdout(printed):
+    with redirect_stdout(printed), torch.set_grad_enabled(torch.is_grad_enabled()):  # a page may switch it off
         for language, text in blocks(page):
             before = printed.tell()
             if language == "python":

@@ -186,7 +186,8 @@ class RecordedForward:
     def _note(self, record: GraphRecord) -> None:
         """Remember reasons, not records: those hold graphs."""
         whole = [] if record.why_not is None else [record.why_not]
-        self.declines |= dict.fromkeys(why.reason for why in record.declined + whole)
+        anew = [one.why for one in record.refused if one.kept and one.why.rule == "overwritten"]
+        self.declines |= dict.fromkeys(why.reason for why in record.declined + whole + anew)
 
     def _check(self, cache: Cache) -> None:
         states = [state for layer in layers_of(cache) for state in layer.states]
