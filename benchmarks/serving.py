@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import statistics
 import time
 from collections import defaultdict
@@ -104,7 +105,7 @@ def measure(requests: int, tokens: int, rounds: int) -> dict[str, Any]:
     sides: dict[str, Callable[[Any, Texts, int], Texts]] = {
         "alone": alone, "static": static, "engine": Engine(model, requests, tokens)
     }  # fmt: skip
-    with observers.also(lambda r: plans.extend(str(p).split("\n")[0] for _, p in r.states)):
+    with observers.also(lambda r: plans.extend(re.sub(r" \(/[^)]*\)", "", str(p).split("\n")[0]) for _, p in r.states)):
         want = {name: side(model, prompts, tokens) for name, side in sides.items()}
     assert want["engine"] == want["alone"] == want["static"], "texts differ"
     seconds: dict[str, list[float]] = {name: [] for name in sides}
