@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, StaticCache
 
 from benchmarks.cpu_kernels import command, machine
+from examples.batch_model import remembering
 from kvbuffer_compile.backend import GraphRecord, observers
 
 PROMPT = 4
@@ -58,17 +59,6 @@ def build(layers: int) -> Qwen3_5ForCausalLM:
         layer_types=["full_attention" if i % 4 == 3 else "linear_attention" for i in range(layers)],
     )  # fmt: skip
     return remembering(Qwen3_5ForCausalLM(config).eval())
-
-
-def remembering(model: Qwen3_5ForCausalLM) -> Qwen3_5ForCausalLM:
-    """The model with decays from 0.5 to 0.999 a token: as drawn at random it would forget everything at once."""
-    with torch.no_grad():
-        for module in model.modules():
-            if hasattr(module, "A_log"):
-                rates = torch.logspace(-3, -0.2, module.A_log.numel())
-                module.A_log.copy_(torch.log(rates / 0.25))
-                module.dt_bias.fill_(float(torch.log(torch.expm1(torch.tensor(0.25)))))
-    return model
 
 
 class Decoder:

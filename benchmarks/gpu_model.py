@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, StaticCache
 
-from benchmarks.cpu import remembering
 from benchmarks.gpu_sides import Place
+from examples.batch_model import remembering
 from kvbuffer_compile.backend import GraphRecord, observers
 
 PROMPT, LONGEST = 4, 256

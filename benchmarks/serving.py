@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from benchmarks.cpu import remembering
 from benchmarks.cpu_kernels import command, machine
+from examples.batch_model import remembering
 from kvbuffer_compile.accounts.ledger import LEDGER
 from kvbuffer_compile.backend import observers
 from kvbuffer_compile.integrations.transformers import disable_continuous_batching, enable_continuous_batching

@@ -26,7 +26,6 @@ import torch
 from kvbuffer_compile.codegen.cpp import entry
 from kvbuffer_compile.codegen.cpp.item import Item
 from kvbuffer_compile.codegen.cpp.log import axes, row_types, updates
-from kvbuffer_compile.codegen.cpp.shadow import check_shadow
 from kvbuffer_compile.codegen.cpp.tree import TreeItem
 from kvbuffer_compile.codegen.cpp.values import FULL
 from kvbuffer_compile.codegen.cpp.verify import VerifyItem
@@ -35,6 +34,7 @@ from kvbuffer_compile.codegen.source import Source
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Read, result
+from kvbuffer_compile.ir.shadow import may_have_shadow
 
 SCALARS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "Bf16", torch.float16: "F16"}
 HEADERS = ("numbers.h", "rows.h", "state.h", "abi.h")
@@ -88,7 +88,8 @@ def _check(plan: Plan) -> None:
         if dtype not in SCALARS or (what == "compute" and dtype.itemsize < 4):
             raise EmitError(f"no C++ kernel for {what} of {dtype}\n{plan.program}")
     _check_sizes(plan)
-    check_shadow(plan)
+    if plan.shadowed and not may_have_shadow(plan.program, plan.state_dtype):
+        raise EmitError(f"no C++ kernel for a shadow of {plan.state_dtype} with these reads\n{plan.program}")
     for op in plan.program.ops:
         if isinstance(op, Read) and set(op.out.lanes) != set(plan.program.lanes):
             raise EmitError(f"{op.out} is a read of the state and runs along other lanes\n{plan.program}")

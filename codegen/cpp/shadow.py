@@ -8,23 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import torch
-
 from kvbuffer_compile.codegen.cpp.log import axes
 from kvbuffer_compile.codegen.cpp.values import FULL, Values
 from kvbuffer_compile.codegen.source import Source
-from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Kind
 from kvbuffer_compile.ir.shadow import scale_kind
 
 Printer = Callable[[str, str], None]  # of a pass over a block of elements: their type, and the block
-
-
-def check_shadow(plan: Plan) -> None:
-    """EmitError when there is no kernel for the shadow that a plan asks for."""
-    if plan.shadowed and (plan.state_dtype != torch.float32 or scale_kind(plan.program) is None):
-        raise EmitError(f"no C++ kernel for a shadow of {plan.state_dtype} with these reads\n{plan.program}")
 
 
 class Shadow:

@@ -7,18 +7,11 @@ is folded with no rows, which makes one.
 from __future__ import annotations
 
 from kvbuffer_compile.codegen.triton.values import DTYPES, Python, Values
-from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Kind
 from kvbuffer_compile.ir.shadow import scale_kind
 
 SHADOW = "shadow + {key}[:, None] * SHADOW_KEY + {value}[None, :] * SHADOW_VALUE"
-
-
-def check_shadow(plan: Plan) -> None:
-    """EmitError when there is no kernel for the shadow that a plan asks for."""
-    if plan.shadowed and (scale_kind(plan.program) is None or plan.state_dtype.itemsize != 4):
-        raise EmitError(f"no Triton kernel for a shadow of {plan.state_dtype} with these reads\n{plan.program}")
 
 
 class Shadow:

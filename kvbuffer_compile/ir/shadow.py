@@ -32,6 +32,11 @@ def scale_kind(program: Program) -> Kind | None:
     return free.pop() if len(free) == 1 else None
 
 
+def may_have_shadow(program: Program, state_dtype: torch.dtype) -> bool:
+    """Whether states of this dtype under this program can be read as a shadow."""
+    return state_dtype == torch.float32 and scale_kind(program) is not None
+
+
 @dataclass(frozen=True)
 class Shadow:
     """values: [*lanes, K, V], any dtype. scale: [*lanes, V] for kind "value", [*lanes, K] for "key"."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvbuffer_compile.ir.program import Decay
-from kvbuffer_compile.ir.shadow import scale_kind
+from kvbuffer_compile.ir.shadow import may_have_shadow
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.working_set import hint
 from kvbuffer_compile.passes.lifted import Lifted
@@ -25,7 +25,7 @@ def possible_read(lifted: Lifted, options: Options) -> torch.dtype | None:
     Only states of float32 have one, and only where all reads contract the same axis.
     """
     value = lifted.state.meta["val"]
-    if options.read_dtype is None or value.dtype != torch.float32 or scale_kind(lifted.program) is None:
+    if options.read_dtype is None or not may_have_shadow(lifted.program, value.dtype):
         return None
     if isinstance(options.read_dtype, torch.dtype):
         return options.read_dtype

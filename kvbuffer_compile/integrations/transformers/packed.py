@@ -123,7 +123,7 @@ class PackedLayer:
     """One linear layer of a model on packed batches. mixer: the module; pools: its states."""
 
     def __init__(self, mixer: Any, pools: LayerPools, step: Step) -> None:
-        self.mixer, self.pools, self.step = mixer, pools, step
+        self.pools, self.step = pools, step
         self.index = mixer.layer_idx
         # Graphs know the index of a layer as a number; the states that a step is given are those of one layer.
         self.alike = copy.copy(mixer)

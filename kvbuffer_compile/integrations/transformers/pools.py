@@ -94,23 +94,21 @@ class LayerPools:
     def all(self) -> list[Tensor]:
         return [*self.convolutions, *self.recurrent]
 
-    def resumed(self, slot: int) -> LinearAttentionLayer:
-        """A cache layer with the states of one request."""
-        layer = LinearAttentionLayer(number_of_states=max(len(self.convolutions), len(self.recurrent), 1))
-        for n, pool in enumerate(self.convolutions):
-            layer.conv_states[n] = read_slots(pool, slot)
-            layer.is_conv_states_initialized[n] = True
-            layer.conv_kernel_size[n] = pool.shape[-1]
-            layer.has_previous_state[n] = True
-        for n, pool in enumerate(self.recurrent):
-            layer.recurrent_states[n] = read_slots(pool, slot)
-            layer.is_recurrent_states_initialized[n] = True
-            layer.has_previous_state[n] = True
-        return layer
-
     def begun(self) -> LinearAttentionLayer:
         """A cache layer of a request that has no past."""
         return LinearAttentionLayer(number_of_states=max(len(self.convolutions), len(self.recurrent), 1))
+
+    def resumed(self, slot: int) -> LinearAttentionLayer:
+        """A cache layer with the states of one request."""
+        layer = self.begun()
+        for n, pool in enumerate(self.convolutions):
+            layer.conv_states[n] = read_slots(pool, slot)
+            layer.conv_kernel_size[n] = pool.shape[-1]
+            layer.is_conv_states_initialized[n] = layer.has_previous_state[n] = True
+        for n, pool in enumerate(self.recurrent):
+            layer.recurrent_states[n] = read_slots(pool, slot)
+            layer.is_recurrent_states_initialized[n] = layer.has_previous_state[n] = True
+        return layer
 
     def keep(self, slot: int, layer: LinearAttentionLayer) -> None:
         """The states of a cache layer become those of a request."""
@@ -145,18 +143,15 @@ class Slots:
     def requests(self) -> list[str]:
         return list(self._taken)
 
-    def take(self, request: str) -> int:
-        """The slot of a request, a free one if it has none. IndexError when there is none."""
+    def take(self, request: str) -> None:
+        """Give a request a slot if it has none. IndexError when there is none."""
         if request not in self._taken:
             self._taken[request] = self._free.pop()
-        return self._taken[request]
 
-    def release(self, request: str) -> int | None:
+    def release(self, request: str) -> None:
         """Give the slot of a request back, if it has one."""
-        slot = self._taken.pop(request, None)
-        if slot is not None:
-            self._free.append(slot)
-        return slot
+        if request in self._taken:
+            self._free.append(self._taken.pop(request))
 
 
 class StatePools:
@@ -172,8 +167,6 @@ class StatePools:
 
     def copy(self, source: str, destinations: Sequence[str]) -> None:
         """Other requests go on from the states of one."""
-        for layer in self.layers.values():
-            for pool in layer.all:
-                state = read_slots(pool, self.slots[source])
-                for destination in destinations:
-                    write_slots(pool, self.slots[destination], state)
+        places = [self.slots[request] for request in destinations]
+        for pool in self.tensors:
+            write_slots(pool, places, read_slots(pool, self.slots[source])[0])

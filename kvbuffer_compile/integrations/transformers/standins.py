@@ -28,14 +28,15 @@ def put(instance: Any, standins: dict[str, Any]) -> None:
 def take_off(instance: Any, names: Iterable[str]) -> None:
     """Undo `put` of these names. What somebody has set in the meantime stays."""
     own, ours = vars(instance).get(MARK, ({}, {}))
-    left = ours.keys() - set(names) - {STATE}
-    for name in ours.keys() - left:
-        value = ours.pop(name) if left and name != STATE else ours[name]
-        if (name != STATE or not left) and vars(instance).get(name) is value:
+    going = set(names) & ours.keys()
+    if ours.keys() - going == {STATE}:
+        going.add(STATE)
+    for name in going:
+        if vars(instance).get(name) is ours.pop(name):
             delattr(instance, name)
             if name in own:
                 setattr(instance, name, own.pop(name))
-    if not left:
+    if not ours:
         vars(instance).pop(MARK, None)
 
 
