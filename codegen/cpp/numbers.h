@@ -121,6 +121,14 @@ template <class X> INLINE X splat(Real x) {
   if constexpr (std::is_same_v<X, Real>) return x;
   else return x - Wide{};
 }
+// Loads a value once: as an operand in memory of each instruction that uses it, it would take a load of every one.
+template <class X> INLINE void in_register(X& x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+}
 
 // ------------------------------------------------------------------------------------------- pointwise
 

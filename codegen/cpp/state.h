@@ -85,7 +85,7 @@ template <class T, Mode MODE, int ACROSS, int ALONG, Ask ASK = Ask::ahead, int R
     for (int64_t m = 0; m < count; ++m) {
       const Real *left = fold.left + m * fold.left_stride + r, *right = fold.right + m * fold.right_stride + c;
       X row[N];
-      UNROLL for (int n = 0; n < N; ++n) row[n] = get<X>(right + n * step);
+      UNROLL for (int n = 0; n < N; ++n) in_register(row[n] = get<X>(right + n * step));
       UNROLL for (int u = 0; u < U; ++u) UNROLL for (int n = 0; n < N; ++n) v[u][n] += splat<X>(left[u]) * row[n];
     }
   }
