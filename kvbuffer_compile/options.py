@@ -36,8 +36,9 @@ class Options:
     check: run every rewritten step beside the original and raise when they differ (slow, for debugging).
     target: who implements the steps; "auto" takes generated kernels where they can be built.
     capacity: slots a buffer has at least; drafts of speculative decoding need room beyond the flush length.
-    tune: time the plans of every state while compiling, on a CPU, instead of trusting the cost model; what was measured
-        is kept on disk. mode="max-autotune" asks for it too. Seconds for each kind of state, the first time.
+    tune: time the plans of every state while compiling instead of trusting the cost model; what was measured is kept
+        on disk. On GPUs they are timed in any case. mode="max-autotune" asks for it too. Seconds for each kind of
+        state, the first time.
     """
 
     flush: str | int = "auto"

@@ -10,7 +10,7 @@ from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.machine import Machine, machine_for
 from kvbuffer_compile.options import Options
-from kvbuffer_compile.passes.choice.choose import duration, explain_choice, plans_of, state_tensor
+from kvbuffer_compile.passes.choice.choose import duration, explain_choice, likely_flush, plans_of, state_tensor
 from kvbuffer_compile.passes.choice.predict import Prediction
 from kvbuffer_compile.passes.lift.reasons import EMPTY
 from kvbuffer_compile.passes.lifted import Call, Lifted, LiftedGraph
@@ -44,7 +44,7 @@ def plan_for(graph: LiftedGraph, found: Lifted, ours: Options, call: Call) -> Ou
             return elsewhere, None
     # timing kernels takes seconds, once for a machine: not for a flush length that is obeyed anyway
     machine = calibrated(device, target) if ours.flush == "auto" else machine_for(device)
-    times = timed(found, ours, machine, target, call) if ours.tune else None
+    times = timed(found, ours, machine, target, call)
     chosen, prediction = explain_choice(found, ours, machine, target, call, times)
     if isinstance(chosen, Declined):
         return chosen, prediction if chosen.rule == "no-gain" else None
@@ -77,8 +77,16 @@ def _tell_of_loss(prediction: Prediction, ours: Options) -> None:
 
 def timed(found: Lifted, ours: Options, machine: Machine, target: str, call: Call) -> Mapping[int, float]:
     """What steps of this state take, by flush length; nothing where that is not measured: several tokens take the flush
-    length of one, pools and other devices go by the model."""
-    if target != "cpp" or found.several or found.slots is not None or ours.flush != "auto":
+    length of one, pools go by the model. On a GPU it always is, since nothing is buffered there that was not timed; on
+    a CPU with options={"tune": True}."""
+    if found.several or found.slots is not None or ours.flush != "auto":
         return {}
-    plans = plans_of(found, ours, machine, target, TIMED)
+    flushes: tuple[int, ...] = ()
+    if target == "triton" and trial.may_measure():
+        flushes = (1, likely_flush(found, ours, machine, target, call))
+    elif target == "cpp" and ours.tune:
+        flushes = TIMED
+    if not flushes:
+        return {}
+    plans = plans_of(found, ours, machine, target, flushes)
     return trial.times(plans, state_tensor(found), max(call.bytes, 1), machine)

@@ -104,10 +104,14 @@ def _plan(program: Program, variant: Variant, sizes: tuple[int, int]) -> Plan:
     return Plan(program, LAYOUT, variant, sizes, capacity, capacity, torch.float32, dtypes, target="cpp")
 
 
-def filled(plan: Plan, lanes: tuple[int, ...]) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+def filled(
+    plan: Plan, lanes: tuple[int, ...], device: torch.device = CPU
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """(state, cursor, rows, operands) with numbers in them: memory that was never written is one page of zeros to a
     reader. Products of keys stay small, so that no state grows."""
-    state, cursor, _, rows, operands = example(plan, lanes, 1, CPU)
+    state, _, _, rows, operands = example(plan, lanes, 1, device)
+    cursor = ops.new_cursor(plan, lanes, device)
+    cursor[1] = plan.flush
     for x, value in ((state, 1.0), *((x, 0.5) for x in rows), *((x, 0.5 / max(plan.sizes)) for x in operands)):
         x.fill_(value)
     return state, cursor, rows, operands

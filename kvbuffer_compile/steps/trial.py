@@ -8,8 +8,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from math import prod
 
 import torch
 from torch import Tensor
@@ -23,14 +26,17 @@ from kvbuffer_compile.process.surroundings import neutral
 from kvbuffer_compile.steps import targets
 from kvbuffer_compile.steps.timing import filled
 
+log = logging.getLogger("kvbuffer_compile")
+
 MOST_BYTES = 1 << 12  # of a file
 MOST_STATES = 64  # that are stepped in turn
+LARGEST = 1 << 29  # bytes of a state: more sequences take longer in proportion
 BUDGET = 0.15  # seconds for each plan
 
 
 def times(plans: Sequence[Plan], state: Tensor, working_set: int, machine: Machine) -> Mapping[int, float]:
     """Seconds of a step under each of these plans of one state, the mean over a flush period, by flush length. Plans
-    whose kernel cannot be built are left out.
+    whose kernel cannot be built or run are left out.
 
     state: a tensor like the user's, which may be fake. working_set: bytes that a call of its graph touches.
     """
@@ -42,11 +48,21 @@ def times(plans: Sequence[Plan], state: Tensor, working_set: int, machine: Machi
         path = _name(plan, shape, working_set, machine)
         known = _kept(path)
         if known is None:
-            known = _measured(plan, plan.layout.sizes(shape)[:-2], working_set, machine)
+            try:
+                known = _measured(plan, plan.layout.sizes(shape)[:-2], working_set, machine)
+            except RuntimeError as error:  # no memory for it, most likely
+                log.info("not timed, L=%d of %s: %s", plan.flush, plan.program.signature, error)
+                continue
             with suppress(OSError):
                 disk.write(disk.folder() / path, json.dumps({"seconds": known, "plan": plan.settings}).encode())
         found[plan.flush] = known
     return found
+
+
+def may_measure() -> bool:
+    """Whether steps may be timed without being asked to: not in Triton's interpreter, whose times tell nothing of a
+    GPU, nor where KVBUFFER_TUNE=0 forbids it."""
+    return os.environ.get("TRITON_INTERPRET") != "1" and os.environ.get("KVBUFFER_TUNE") != "0"
 
 
 def _name(plan: Plan, shape: Sequence[int], working_set: int, machine: Machine) -> str:
@@ -65,11 +81,13 @@ def _kept(name: str) -> float | None:
 @neutral
 def _measured(plan: Plan, lanes: tuple[int, ...], working_set: int, machine: Machine) -> float:
     """As many states are stepped in turn as the working set holds, or as no cache does."""
+    lanes, share = _smaller(plan, lanes)
     enough = min(working_set, 4 * machine.last)
-    arguments = [_arguments(plan, lanes)]
+    device = torch.device(machine.device)
+    arguments = [_arguments(plan, lanes, device)]
     own = sum(t.nbytes for t in arguments[0])
-    arguments += [_arguments(plan, lanes) for _ in range(min(enough // own, MOST_STATES - 1))]
-    op, device = targets.step_op(plan), arguments[0][0].device
+    arguments += [_arguments(plan, lanes, device) for _ in range(min(enough // own, MOST_STATES - 1))]
+    op = targets.step_op(plan)
     turns = itertools.cycle(arguments)
     period = [next(turns) for _ in range(plan.flush * len(arguments))]
 
@@ -77,9 +95,28 @@ def _measured(plan: Plan, lanes: tuple[int, ...], working_set: int, machine: Mac
         for given in period:
             op(*given)
 
-    return min(seconds(whole_period, device, budget=BUDGET)) / len(period)
+    call = _captured(whole_period) if device.type == "cuda" else whole_period
+    return min(seconds(call, device, budget=BUDGET)) / len(period) / share
 
 
-def _arguments(plan: Plan, lanes: tuple[int, ...]) -> list[Tensor]:
-    state, cursor, rows, operands = filled(plan, lanes)
+def _smaller(plan: Plan, lanes: tuple[int, ...]) -> tuple[tuple[int, ...], float]:
+    """Lanes of a state that is not too large to be made beside the user's, and which share of the whole that is."""
+    total = prod((*lanes, *plan.sizes)) * plan.state_dtype.itemsize
+    if not lanes or total <= LARGEST:
+        return lanes, 1.0
+    first = max(lanes[0] * LARGEST // total, 1)
+    return (first, *lanes[1:]), first / lanes[0]
+
+
+def _captured(call: Callable[[], None]) -> Callable[[], None]:
+    """The same kernels with nothing of Python between them: what a step takes the GPU, however fast the host is."""
+    call()  # whatever is compiled or loaded at the first time
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _arguments(plan: Plan, lanes: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    state, cursor, rows, operands = filled(plan, lanes, device)
     return [state, *operands] if plan.variant == "recurrent" else [state, cursor, *rows, *operands]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -59,7 +59,7 @@ def explain_choice(
     most = lifted.most_tokens if lifted.several else 1
     case = make_case(lifted, rows, compute, options.capacity, target, call)
     case, read = _shadowed(case, machine, options, possible_read(lifted, options))
-    prediction = predict(case, machine, (*_ladder(case), *wanted))
+    prediction = predict(case, machine, (*_ladder(case, times or ()), *wanted))
     if times:
         prediction = with_measured(prediction, case, times)
     chosen = _asked(prediction, wanted[0]) if wanted else _fastest(prediction, case, machine)
@@ -119,8 +119,36 @@ def state_tensor(lifted: Lifted) -> Tensor:
 # ------------------------------------------------------------------------------------------------ choosing
 
 
-def _ladder(case: Case) -> tuple[int, ...]:
-    return FLUSHES_TRITON if case.target == "triton" and case.tokens == 1 else FLUSHES
+def _ladder(case: Case, timed: Iterable[int]) -> tuple[int, ...]:
+    """Flush lengths to compare, beside 1. timed: those whose steps were."""
+    return tuple(timed) if case.target == "triton" and case.tokens == 1 else _flushes(case)
+
+
+def _flushes(case: Case) -> tuple[int, ...]:
+    return FLUSHES_TRITON if case.target == "triton" else FLUSHES
+
+
+def likely_flush(lifted: Lifted, options: Options, machine: Machine, target: str, call: Call = ALONE) -> int:
+    """The flush length that the model would take if it had to buffer: that of several tokens at once, in any case."""
+    several = replace(options, flush="auto", read_dtype=None)
+    compute = torch.float64 if state_tensor(lifted).dtype == torch.float64 else torch.float32
+    case = make_case(lifted, row_dtypes(lifted, several, compute), compute, options.capacity, target, call)
+    return _shared_flush(case, machine)
+
+
+def _shared_flush(case: Case, machine: Machine) -> int:
+    """The flush length of several tokens at once: that which one token would take, so that both graphs share their
+    rows."""
+    alone = predict(replace(case, tokens=1), machine, _flushes(case))
+    return next(alone.candidates[i].flush for i in _order(alone) if alone.candidates[i].variant == "buffered")
+
+
+def _order(prediction: Prediction) -> list[int]:
+    """Candidates, the fastest first; of equals, within a few percent, the shorter buffer."""
+    found = prediction.candidates
+    least = min(c.seconds for c in found)
+    order = [i for i, c in enumerate(found) if c.seconds <= EQUAL * least]
+    return order + sorted(range(len(found)), key=lambda i: found[i].seconds)
 
 
 def _shadowed(
@@ -130,8 +158,7 @@ def _shadowed(
     if read is None:
         return case, None
     shadowed = replace(case, shadow_width=read.itemsize)
-    ladder = _ladder(case) or FLUSHES
-    with_it, without = (_least(replace(c, tokens=1), machine, ladder) for c in (shadowed, case))
+    with_it, without = (_least(replace(c, tokens=1), machine, _flushes(case)) for c in (shadowed, case))
     return (shadowed, read) if options.read_dtype != "auto" or with_it * EQUAL <= without else (case, None)
 
 
@@ -145,19 +172,10 @@ def _asked(prediction: Prediction, flush: int) -> int:
 
 
 def _fastest(prediction: Prediction, case: Case, machine: Machine) -> int | None:
-    """The fastest candidate when it promises enough; of equals, within a few percent, the shorter buffer.
-
-    Several tokens at once take the flush length that one token would, so that both graphs share their rows.
-    """
-    alone = prediction if case.tokens == 1 else predict(replace(case, tokens=1), machine, _ladder(case))
-    least = min(c.seconds for c in alone.candidates)
-    order = [i for i, c in enumerate(alone.candidates) if c.seconds <= EQUAL * least]
-    order += sorted(range(len(alone.candidates)), key=lambda i: alone.candidates[i].seconds)
-    if case.tokens > 1:
-        flush = next(c.flush for i in order if (c := alone.candidates[i]).variant == "buffered")
-        order = [_asked(prediction, flush)]
+    """The fastest candidate when it promises enough."""
+    best = _order(prediction)[0] if case.tokens == 1 else _asked(prediction, _shared_flush(case, machine))
     needed = MIN_GAIN.get(prediction.target, MIN_GAIN_KERNEL)
-    return order[0] if prediction.candidates[order[0]].gain >= needed else None
+    return best if prediction.candidates[best].gain >= needed else None
 
 
 def _why(prediction: Prediction, best: Candidate, asked: bool) -> str:

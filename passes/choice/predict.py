@@ -54,9 +54,10 @@ MIN_GAIN_KERNEL = 1.1
 # Flush lengths worth a look. The optimum is flat (within 6% at a factor of sqrt(2)), so few are enough; Triton's
 # tiles are powers of two, and loops over rows are unrolled by 4.
 FLUSHES = (2, 4, 8, 12, 16, 24, 32, 48, 64)
-# On an H100 the generated recurrent kernel runs at copy bandwidth, 1.2 to 3.1 times Inductor, and the buffered one is
-# slower in all but scalar-gated float32 cases (benchmarks/results/gpu_h100.json): only an explicit flush asks for it.
-FLUSHES_TRITON: tuple[int, ...] = ()
+# On GPUs a buffered step for one token is taken only where it was timed on that very card: on an H100 the recurrent
+# kernel runs at copy bandwidth, 1.2 to 3.1 times Inductor, and whether the buffered one is faster still depends on
+# kernel, dtype and batch in ways that bytes do not tell (benchmarks/results/gpu_h100.json).
+FLUSHES_TRITON = (8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,12 @@ def predict(case: Case, machine: Machine, flushes: tuple[int, ...]) -> Predictio
 def with_measured(prediction: Prediction, case: Case, times: Mapping[int, float]) -> Prediction:
     """The candidates that were timed, judged by that. times: seconds of an op by flush length."""
 
+    machine = prediction.machine
+    launch = KERNEL_LAUNCHES.get(machine.device, 1.0) * machine.launch
+    around = launch if machine.kernels is None else kernels.host(case, machine)
+
     def judged(c: Candidate) -> Candidate:
-        spent = times[c.flush] + kernels.host(case, prediction.machine)
+        spent = times[c.flush] + around
         return replace(c, seconds=spent, gain=prediction.plain.seconds / spent, measured=times[c.flush])
 
     timed = tuple(judged(c) for c in prediction.candidates if c.flush in times)

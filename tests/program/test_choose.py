@@ -18,8 +18,8 @@ from kvbuffer_compile.ir.program import Program
 from kvbuffer_compile.machine import Machine, Speed
 from kvbuffer_compile.machine.numbers import Kernels
 from kvbuffer_compile.options import Options
-from kvbuffer_compile.passes.choice import kernels
-from kvbuffer_compile.passes.choice.choose import choose, explain_choice, lane_sizes, row_dtypes
+from kvbuffer_compile.passes.choice import kernels, predict
+from kvbuffer_compile.passes.choice.choose import choose, explain_choice, lane_sizes, likely_flush, row_dtypes
 from kvbuffer_compile.passes.choice.dtypes import exact_dtype, holds
 from kvbuffer_compile.passes.choice.predict import Prediction
 from kvbuffer_compile.passes.choice.working_set import call_of
@@ -43,6 +43,7 @@ def lifted(
     state: torch.dtype = torch.float32,
     operand: torch.dtype = torch.float32,
     transposed: bool = False,
+    tokens: int = 1,
 ) -> Lifted:
     """A lifted state of these sizes, its operands plain placeholders."""
     graph, fake = Graph(), FakeTensorMode()
@@ -50,12 +51,14 @@ def lifted(
     with fake:
         node = placeholder(graph, "state", torch.empty(shape, dtype=state))
         tails = {"scalar": (), "key": sizes[:1], "value": sizes[1:]}
+        axis = (tokens,) if tokens > 1 else ()
         operands = [
-            placeholder(graph, v.name, torch.empty(*lanes, *tails[v.kind], dtype=operand)) for v in program.inputs
+            placeholder(graph, v.name, torch.empty(*lanes, *axis, *tails[v.kind], dtype=operand))
+            for v in program.inputs
         ]
     order = (0, 1, 3, 2) if transposed else (0, 1, 2, 3)
     layout = Layout(tuple((None if i == 0 else x,) for i, x in enumerate(shape)), order)
-    return Lifted(node, program, layout, sizes, tuple(operands), (), node, source="model.py:7")
+    return Lifted(node, program, layout, sizes, tuple(operands), (), node, source="model.py:7", several=tokens > 1)
 
 
 def placeholder(graph: Graph, name: str, value: torch.Tensor) -> Node:
@@ -143,11 +146,35 @@ def test_a_tiny_state_is_declined_with_numbers(target: str) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 64])
-def test_a_gpu_gets_the_recurrent_kernel(batch: int) -> None:
+def test_a_gpu_gets_the_recurrent_kernel_where_nothing_was_timed(batch: int) -> None:
     """Measured on an H100: 1.2 to 3.1 times Inductor at every batch size; an integer flush is obeyed all the same."""
     assert planned(choose(lifted(lanes=(batch, 32)), Options(), H100, "triton")).variant == "recurrent"
     asked = planned(choose(lifted(lanes=(batch, 32)), Options(flush=16), H100, "triton"))
     assert (asked.variant, asked.flush) == ("buffered", 16)
+
+
+def test_a_gpu_buffers_what_was_timed_to_be_faster() -> None:
+    large = lifted(lanes=(128, 32))
+    flush = likely_flush(large, Options(), H100, "triton")
+    faster, prediction = explain_choice(large, Options(), H100, "triton", times={1: 190e-6, flush: 120e-6})
+    assert (planned(faster).variant, planned(faster).flush) == ("buffered", flush)
+    launch = predict.KERNEL_LAUNCHES.get("cuda", 1.0) * H100.launch
+    assert [c.seconds for c in prediction.candidates] == pytest.approx([190e-6 + launch, 120e-6 + launch])
+    equal = choose(large, Options(), H100, "triton", times={1: 190e-6, flush: 186e-6})
+    assert planned(equal).variant == "recurrent"
+    both_slow = choose(large, Options(), H100, "triton", times={1: 1.0, flush: 1.0})
+    assert isinstance(both_slow, Declined) and both_slow.rule == "no-gain"
+
+
+@pytest.mark.parametrize("target", ["triton", "cpp"])
+def test_several_tokens_take_the_flush_length_of_one(target: str) -> None:
+    """Or their rows would have to be folded in whenever one graph follows the other."""
+    one, several = (lifted(lanes=(128, 32), tokens=n) for n in (1, 4))
+    device = H100 if target == "triton" else READS
+    flush = planned(choose(several, Options(), device, target)).flush
+    assert flush == likely_flush(one, Options(), device, target)
+    times = {1: 1.0, flush: 1e-6} if target == "triton" else None
+    assert planned(choose(one, Options(), device, target, times=times)).flush == flush
 
 
 def test_composite_steps_pay_off_only_for_large_states_on_a_cpu() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,18 @@ from kvbuffer_compile import planning
 from kvbuffer_compile.backend import observers
 from kvbuffer_compile.codegen import build
 from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.machine import machine_for
+from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice import choose
+from kvbuffer_compile.passes.lifted import ALONE
 from kvbuffer_compile.process import disk
 from kvbuffer_compile.records import GraphRecord
 from kvbuffer_compile.steps import trial
+from kvbuffer_compile.steps.ops import tickets_of
+from kvbuffer_compile.steps.timing import filled
+from tests.support.machines import H100
+from tests.support.programs import NAMED
+from tests.support.sessions import make_plan
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 SHAPE = (4, 8, 64, 64)
@@ -110,6 +120,64 @@ def test_max_autotune_measures_too(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         torch.compile(step, backend="kvbuffer", mode="max-autotune-no-cudagraphs")(torch.rand(SHAPE), *operands())
     assert asked
+
+
+def one_state(*, several: bool = False, slots: bool = False) -> tuple[Any, ...]:
+    """What `timed` is asked about a state on a GPU: this machine has none, so nothing is made or run there."""
+    return SimpleNamespace(several=several, slots=object() if slots else None), Options(), H100, "triton", ALONE
+
+
+def test_on_a_gpu_nothing_is_buffered_that_was_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(planning, "likely_flush", lambda *given: 16)
+    monkeypatch.setattr(planning, "state_tensor", lambda found: None)
+    monkeypatch.setattr(planning, "plans_of", lambda *given: asked.append(given[-1]) or [])
+    monkeypatch.setattr(trial, "times", lambda *given: {1: 2e-4, 16: 1e-4})
+    monkeypatch.delenv("KVBUFFER_TUNE", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert planning.timed(*one_state()) == {1: 2e-4, 16: 1e-4} and asked == [(1, 16)]
+    assert planning.timed(*one_state(several=True)) == {} == planning.timed(*one_state(slots=True))
+    found, _, *rest = one_state()
+    assert planning.timed(found, Options(flush=8), *rest) == {}
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # its times tell nothing of a GPU
+    assert planning.timed(*one_state()) == {}
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("KVBUFFER_TUNE", "0")
+    assert planning.timed(*one_state()) == {} and len(asked) == 1
+
+
+@needs_compiler
+def test_steps_that_cannot_be_timed_are_no_candidates(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = trial._measured
+
+    def scarce(plan: Plan, *given: Any) -> float:
+        if plan.flush > 4:
+            raise torch.OutOfMemoryError("no memory left on the device")
+        return measured(plan, *given)
+
+    monkeypatch.setattr(trial, "_measured", scarce)
+    monkeypatch.setattr(choose, "MIN_GAIN_KERNEL", 0.0)
+    assert compiled_plan(tune=True).flush in (1, 4)
+
+
+@needs_compiler
+def test_a_large_state_is_timed_in_part(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, machine = compiled_plan(flush=4), machine_for("cpu")
+    whole = trial._measured(plan, SHAPE[:2], 1, machine)
+    made: list[tuple[int, ...]] = []
+    arguments = trial._arguments
+    monkeypatch.setattr(trial, "_arguments", lambda p, lanes, *given: made.append(lanes) or arguments(p, lanes, *given))
+    monkeypatch.setattr(trial, "LARGEST", 8 * 64 * 64 * 4 * 2)
+    part = trial._measured(plan, SHAPE[:2], 1, machine)
+    assert made == [(2, 8)] and whole / 10 < part < whole * 10  # twice what was timed; a busy machine adds to either
+
+
+def test_timed_cursors_have_tickets_behind_them() -> None:
+    """Triton kernels count with what lies behind a cursor in its storage."""
+    plan = make_plan(NAMED["gdn"], flush=16)
+    _, cursor, _, _ = filled(plan, (2, 3))
+    assert tickets_of(cursor).shape[0] == 2 and tickets_of(cursor).shape[1] > 0
+    assert cursor[1].tolist() == [16, 16] and int(tickets_of(cursor).abs().sum()) == 0
 
 
 def test_a_flush_length_that_loses_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
