@@ -21,8 +21,8 @@ using c10::DispatchKey;
 using c10::DispatchKeySet;
 
 constexpr auto KEY = DispatchKey::DeferredInit;
-constexpr auto NAME = "kvbuffer_compile";
 constexpr auto LOW = DispatchKey::CustomRNGKeyId;
+constexpr auto NAME = "kvbuffer_compile";
 
 std::atomic<bool> reporting{false};
 thread_local std::vector<const c10::StorageImpl*> reported;  // by the calls that this thread is in

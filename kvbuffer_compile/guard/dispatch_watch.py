@@ -5,8 +5,8 @@ The class of a tensor is asked by what goes through `__torch_function__`. `torch
 small extension (dispatch_watch.cpp, compiled at the first use, kept in the cache of kernels) that listens there.
 
 Seen: a marked tensor as an argument, in a list or keyword, from any thread, inside of another tensor (DTensor), and
-views made of it: they are marked as well; copies are not. Not seen: what reads memory without calling an op (`data_ptr()`, `untyped_storage()`, DLPack,
-pickling, a compiled kernel that was handed the pointer).
+views made of it: they are marked as well; copies are not. Not seen: what reads memory without calling an op
+(`data_ptr()`, `untyped_storage()`, DLPack, pickling, a compiled kernel that was handed the pointer).
 """
 
 from __future__ import annotations

@@ -20,4 +20,6 @@ def inside(x: Any) -> Iterator[Tensor]:
         yield x
         return
     for name in x.__tensor_flatten__()[0]:
-        yield from inside(getattr(x, name))
+        part = getattr(x, name)
+        if isinstance(part, Tensor):  # a DTensor also names its mesh
+            yield from inside(part)

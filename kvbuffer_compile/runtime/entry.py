@@ -53,8 +53,9 @@ def enter_with_rows(compiled: Compiled, inputs: Sequence[Any]) -> Compiled:
     def enter(*args: Any) -> Any:
         given = list(args)
         for i in unseen:
-            for state in inside(given[i]):
-                hand_out(state, f"operations of {type(given[i]).__name__}, which are not seen without a compiler")
+            with plain_calls():
+                for state in inside(given[i]):
+                    hand_out(state, f"operations of {type(given[i]).__name__}, which are not seen without a compiler")
         for i in positions:
             if type(given[i]) is GuardedState:
                 given[i] = plain(given[i])

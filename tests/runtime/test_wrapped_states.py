@@ -105,8 +105,8 @@ LOOKS: dict[str, Callable[[DTensor], Any]] = {
 
 @torch.no_grad()
 def test_who_looks_sees_the_truth(mesh: DeviceMesh, records: list[Any]) -> None:
-    pair = Pair(mesh)
     for look in LOOKS.values():
+        pair = Pair(mesh)
         pair.run()
         pair.check(look(pair.state))
     assert len([r for r in records if r.rewritten]) == 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-WAIT = 300  # seconds for one function on all ranks
+WAIT = 600  # seconds for one function on all ranks
 
 
 class Ranks:
