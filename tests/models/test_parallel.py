@@ -23,6 +23,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from kvbuffer_compile.backend import GraphRecord, observers
+from kvbuffer_compile.errors import StateError
+from kvbuffer_compile.integrations.transformers import enable_continuous_batching
 from kvbuffer_compile.runtime.by_hand import accounts_of
 from tests.support.ranks import Ranks
 from tests.zoo.build import bare_model
@@ -306,6 +308,22 @@ def generated(name: str, folder: str) -> list[int]:
         got = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
     assert torch.equal(got, want)
     return buffered(records)
+
+
+@torch.no_grad()
+def refused(folder: str) -> str:
+    _, model = loaded("qwen3_5", folder, tp_plan="auto")
+    before = set(vars(model))
+    with pytest.raises(StateError) as error:
+        enable_continuous_batching(model)
+    assert set(vars(model)) == before
+    return str(error.value)
+
+
+@NEW
+@NIGHTLY
+def test_the_engine_refuses_them(ranks: Ranks, tmp_path: Path) -> None:
+    assert all("spread over several processes" in reason for reason in ranks.run(refused, str(tmp_path)))
 
 
 @NEW

@@ -77,7 +77,8 @@ def judged(name: str, logits: Logits) -> None:
                 oracle.add(got, eager, true, "logits")
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", pytest.param("bamba", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["qwen3_5", "bamba"])
 def test_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch, records: list[Any]) -> None:
     """Batches round in another order, so text may differ from that of `generate`: every logit is held to the oracle."""
     judged(name, Logits(monkeypatch))

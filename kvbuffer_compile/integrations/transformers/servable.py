@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 
 from kvbuffer_compile.errors import StateError
+from kvbuffer_compile.guard.wrapped import is_wrapper
 from kvbuffer_compile.integrations.transformers.pools import CacheShape
 
 KNOWN = ("5.23",)  # versions of transformers whose engine this was written for and tested with
@@ -51,6 +52,11 @@ def check_served(model: Any, shape: CacheShape, mixers: list[int]) -> None:
         raise StateError(
             f"continuous batching: the states of {name} in layers {sorted(shape.states)} are not those of the modules "
             f"that take cache_params, in layers {sorted(mixers)}"
+        )
+    if getattr(model, "_pp_stage", None) is not None or any(map(is_wrapper, model.parameters())):
+        raise StateError(
+            f"continuous batching: {name} is spread over several processes (DTensor parameters, stages of a pipeline): "
+            "the slots of its states are kept in one; model.generate is served, by this backend too"
         )
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
