@@ -22,6 +22,14 @@ def check_version() -> None:
         )
 
 
+def check_on_one_process(model: Any) -> None:
+    if getattr(model, "_pp_stage", None) is not None or any(map(is_wrapper, model.parameters())):
+        raise StateError(
+            f"continuous batching: {type(model).__name__} is spread over several processes (DTensor parameters, stages "
+            "of a pipeline): the slots of its states are kept in one; model.generate is served, by this backend too"
+        )
+
+
 def linear_layers(model: Any) -> list[Any]:
     """The modules of a model that keep a state of one size in its cache. StateError when one has a forward of its own:
     hooks of other libraries are set like that."""
@@ -52,11 +60,6 @@ def check_served(model: Any, shape: CacheShape, mixers: list[int]) -> None:
         raise StateError(
             f"continuous batching: the states of {name} in layers {sorted(shape.states)} are not those of the modules "
             f"that take cache_params, in layers {sorted(mixers)}"
-        )
-    if getattr(model, "_pp_stage", None) is not None or any(map(is_wrapper, model.parameters())):
-        raise StateError(
-            f"continuous batching: {name} is spread over several processes (DTensor parameters, stages of a pipeline): "
-            "the slots of its states are kept in one; model.generate is served, by this backend too"
         )
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
