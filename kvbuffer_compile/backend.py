@@ -144,13 +144,21 @@ def _names(gm: GraphModule, sources: Sequence[str], parts: Sequence[Part], other
     names = {}
     inputs = gm.graph.find_nodes(op="placeholder")
     for node in inputs:
-        index = getattr(node.meta.get("desc"), "idx", None)
+        index, inside = _input(node.meta.get("desc"))
         if isinstance(index, int) and index < len(sources) and sources[index]:
-            names[node.name] = sources[index]
+            names[node.name] = sources[index] + inside
     for part in parts:
         whole = inputs[part.index].name
         names[part.name] = part.named(names.get(whole, whole))
     return names | {name: names.get(other, other) for name, other in others.items()}
+
+
+def _input(desc: Any) -> tuple[Any, str]:
+    """Which captured input AOTAutograd says a placeholder is, and what inside of it: a DTensor is taken apart."""
+    if hasattr(desc, "base") and hasattr(desc, "attr"):
+        index, path = _input(desc.base)
+        return index, f"{path}.{desc.attr}"
+    return getattr(desc, "idx", None), ""
 
 
 def compile_graph(

@@ -1,7 +1,9 @@
 // A dispatch key that tensors can be marked with, and a fallback that tells of every call with a marked tensor.
 //
 // The contract is in dispatch_watch.py. DeferredInit is meant for extensions outside of torch and has no user in it; it
-// is asked before autocast, autograd, vmap and grad have wrapped or unwrapped anything.
+// is asked before autocast, autograd, vmap and grad have wrapped or unwrapped anything. But nothing above Python is asked
+// while a subclass with __torch_dispatch__ (DTensor) works on what is inside of it: for such calls there is a second key
+// below, CustomRNGKeyId, which has no user either.
 // The fallback reports by calling the op kvbuffer_watch::touched, whose kernel is written in Python: torch takes the
 // lock of the interpreter, makes the arguments, and carries an exception back to the caller with its own type.
 
@@ -19,6 +21,8 @@ using c10::DispatchKey;
 using c10::DispatchKeySet;
 
 constexpr auto KEY = DispatchKey::DeferredInit;
+constexpr auto LOW = DispatchKey::CustomRNGKeyId;
+constexpr auto NAME = "kvbuffer_compile";
 
 std::atomic<bool> reporting{false};
 thread_local std::vector<const c10::StorageImpl*> reported;  // by the calls that this thread is in
@@ -62,7 +66,7 @@ bool contains(size_t from, size_t to, const c10::StorageImpl* wanted) {
 void report(const c10::OperatorHandle& op, c10::List<at::Tensor> tensors) {
   static const auto touched = c10::Dispatcher::singleton().findSchemaOrThrow("kvbuffer_watch::touched", "");
   torch::jit::Stack stack{c10::toString(op.operator_name()), std::move(tensors)};
-  c10::impl::ExcludeDispatchKeyGuard unseen(KEY);
+  c10::impl::ExcludeDispatchKeyGuard unseen(DispatchKeySet({KEY, LOW}));
   touched.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), &stack);
 }
 
@@ -72,6 +76,7 @@ struct Level {
   ~Level() { reported.resize(bottom); }
 };
 
+template <DispatchKey AT>
 void fallback(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
   const Level level;
   std::optional<c10::List<at::Tensor>> fresh;
@@ -85,15 +90,32 @@ void fallback(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::St
   const size_t top = reported.size();
   if (fresh && reporting) report(op, *std::move(fresh));
 
-  op.redispatchBoxed(keys & DispatchKeySet(DispatchKeySet::FULL_AFTER, KEY), stack);
+  op.redispatchBoxed(keys & DispatchKeySet(DispatchKeySet::FULL_AFTER, AT), stack);
 
   // Most views take the keys of their base. Those that do not (set_, nested tensors) are marked here.
   each_tensor(torch::jit::last(*stack, op.schema().returns().size()), [&](const at::Tensor& tensor) {
     if (tensor.defined() && contains(level.bottom, top, storage(tensor))) {
       auto& result = Keys::of(tensor.unsafeGetTensorImpl());
-      result = result.add(KEY);
+      result = result.add(KEY).add(LOW);
     }
   });
+}
+
+// Kernels that serve every backend also serve LOW, ahead of its fallback, and some read memory themselves (clone,
+// copy_): those ops get the fallback as a kernel of their own.
+void listen() {
+  auto& dispatcher = c10::Dispatcher::singleton();
+  auto low = c10::KernelFunction::makeFromBoxedFunction<&fallback<LOW>>();
+  // never taken back: the dispatcher may be gone before this library is
+  auto keep = [](auto handle) { new auto(std::move(handle)); };
+  keep(dispatcher.registerFallback(KEY, c10::KernelFunction::makeFromBoxedFunction<&fallback<KEY>>(), NAME));
+  keep(dispatcher.registerFallback(LOW, low, NAME));
+  for (const auto& name : dispatcher.getAllOpNames()) {
+    const auto op = dispatcher.findOp(name);
+    if (op && op->hasSchema() && op->hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutograd)) {
+      keep(dispatcher.registerImpl(name, LOW, low, std::nullopt, nullptr, NAME));
+    }
+  }
 }
 
 }  // namespace
@@ -102,9 +124,7 @@ void fallback(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::St
 extern "C" bool kvbuffer_watch_start() try {
   static bool registered = false;
   if (!registered) {
-    auto kernel = c10::KernelFunction::makeFromBoxedFunction<&fallback>();
-    // never taken back: the dispatcher may be gone before this library is
-    new auto(c10::Dispatcher::singleton().registerFallback(KEY, std::move(kernel), "kvbuffer_compile"));
+    listen();
     registered = true;
   }
   reporting = true;
@@ -117,5 +137,5 @@ extern "C" void kvbuffer_watch_stop() { reporting = false; }
 
 extern "C" void kvbuffer_watch_mark(void* tensor, bool on) {
   auto& keys = Keys::of(static_cast<c10::TensorImpl*>(tensor));
-  keys = on ? keys.add(KEY) : keys.remove(KEY);
+  keys = on ? keys.add(KEY).add(LOW) : keys.remove(KEY).remove(LOW);
 }

@@ -4,9 +4,9 @@ The class of a tensor is asked by what goes through `__torch_function__`. `torch
 `torch.func`, TorchScript and C++ extensions never ask it, but they all go through torch's dispatcher. `watch` builds a
 small extension (dispatch_watch.cpp, compiled at the first use, kept in the cache of kernels) that listens there.
 
-Seen: a marked tensor as an argument, in a list or keyword, from any thread, and views made of it: they are marked as
-well; copies are not. Not seen: what reads memory without calling an op (`data_ptr()`, `untyped_storage()`, DLPack,
-pickling, a compiled kernel that was handed the pointer).
+Seen: a marked tensor as an argument, in a list or keyword, from any thread, inside of another tensor (DTensor), and
+views made of it: they are marked as well; copies are not. Not seen: what reads memory without calling an op
+(`data_ptr()`, `untyped_storage()`, DLPack, pickling, a compiled kernel that was handed the pointer).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from kvbuffer_compile.errors import EmitError
 Callback = Callable[[str, list[Tensor]], None]
 
 KEY = torch._C._dispatch_key_parse("DeferredInit")
-_KEYS = torch._C.DispatchKeySet(KEY)
+LOW = torch._C._dispatch_key_parse("CustomRNGKeyId")  # for calls that subclasses make in their __torch_dispatch__
+_KEYS = torch._C.DispatchKeySet(KEY) | torch._C.DispatchKeySet(LOW)
 _INCLUDE = f"-I{Path(torch.__file__).parent / 'include'}"
 _OPTIONS = (_INCLUDE, "-std=c++20", "-O1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
 

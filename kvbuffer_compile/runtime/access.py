@@ -16,6 +16,7 @@ from kvbuffer_compile.guard import dispatch_watch
 from kvbuffer_compile.guard.aliases import forget, known_alias, plain
 from kvbuffer_compile.guard.guarded import GuardedState, is_export, is_inspecting, on_access, plain_calls, states_in
 from kvbuffer_compile.guard.sharing import hand_out
+from kvbuffer_compile.guard.wrapped import inside, is_wrapper
 from kvbuffer_compile.process.locks import under_locks
 
 _alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]  # whether two tensors share a storage
@@ -127,3 +128,5 @@ def guard_views(out: Any, states: Sequence[Tensor]) -> None:
     elif isinstance(out, list | tuple):
         for x in out:
             guard_views(x, states)
+    elif is_wrapper(out):
+        guard_views(list(inside(out)), states)

@@ -22,6 +22,7 @@ from kvbuffer_compile.accounts.ledger import LEDGER
 from kvbuffer_compile.accounts.rollback import Counts, note, take_back
 from kvbuffer_compile.guard.guarded import plain_calls
 from kvbuffer_compile.guard.overlap import covers, storage_of
+from kvbuffer_compile.guard.wrapped import inside, is_wrapper
 from kvbuffer_compile.process.locks import under_locks
 from kvbuffer_compile.runtime.access import touch
 
@@ -49,6 +50,8 @@ def tensors_in(obj: Any) -> Iterator[Tensor]:
         seen.add(id(x))
         if isinstance(x, Tensor):
             yield x
+            if is_wrapper(x):
+                stack.extend(inside(x))
         elif isinstance(x, dict):
             stack.extend(x.values())
         elif isinstance(x, list | tuple | set | frozenset | deque):

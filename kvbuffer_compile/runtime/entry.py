@@ -9,6 +9,7 @@ ordinary tensors for as long as it runs; nobody steps them meanwhile.
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from kvbuffer_compile.accounts.ledger import LEDGER, Ledger
 from kvbuffer_compile.guard import dispatch_watch
 from kvbuffer_compile.guard.aliases import forget, is_alias, owner_of, plain
 from kvbuffer_compile.guard.guarded import GuardedState, inspecting, may_be_state, plain_calls
+from kvbuffer_compile.guard.sharing import hand_out
+from kvbuffer_compile.guard.wrapped import inside, is_wrapper
 from kvbuffer_compile.process.locks import under_locks
 from kvbuffer_compile.runtime.access import guard_views, touch, touched_below
 
@@ -42,12 +45,17 @@ _thread = _Thread()
 def enter_with_rows(compiled: Compiled, inputs: Sequence[Any]) -> Compiled:
     """A graph with rewritten steps, given the aliases of guarded states. inputs: examples of its own."""
     _thread.rewritten = True
-    dispatch_watch.watch(touched_below)
+    seen = dispatch_watch.watch(touched_below)
     positions = tuple(i for i, x in enumerate(inputs) if may_be_state(x))
+    unseen = () if seen else _wrappers(inputs)
     shared = _outputs_that_share_memory()
 
     def enter(*args: Any) -> Any:
         given = list(args)
+        for i in unseen:
+            with plain_calls():
+                for state in inside(given[i]):
+                    hand_out(state, f"operations of {type(given[i]).__name__}, which are not seen without a compiler")
         for i in positions:
             if type(given[i]) is GuardedState:
                 given[i] = plain(given[i])
@@ -76,12 +84,18 @@ def _with_owners(out: Any, shared: list[int], states: list[Tensor]) -> Any:
     return type(out)(given)
 
 
-def enter_settled(compiled: Compiled, held: Sequence[Tensor]) -> Compiled:
-    """A graph that knows nothing of rows. held: states it has as constants."""
+def _wrappers(inputs: Sequence[Any]) -> tuple[int, ...]:
+    """Positions of inputs that have what may be a state inside."""
+    return tuple(i for i, x in enumerate(inputs) if is_wrapper(x) and may_be_state(x))
+
+
+def enter_settled(compiled: Compiled, held: Sequence[Tensor], wrappers: Sequence[int] = ()) -> Compiled:
+    """A graph that knows nothing of rows. held: states it has as constants. wrappers: positions of `_wrappers`."""
 
     @functools.wraps(compiled)
     def enter(*args: Any) -> Any:
-        states = [a for a in (*args, *held) if type(a) is GuardedState]
+        wrapped = itertools.chain.from_iterable(inside(args[i]) for i in wrappers)
+        states = [a for a in (*args, *held, *wrapped) if type(a) is GuardedState]
         if not states:
             return compiled(*args)
         with plain_calls():
@@ -153,7 +167,8 @@ def _entered(original: Callable[..., Any]) -> Callable[..., Any]:
         held = [t for t in (*gm.buffers(), *gm.parameters()) if type(t) is GuardedState]
         takes_states = bool(held) or any(type(x) is GuardedState for x in example_inputs)
         self.takes_states = rewritten or takes_states  # type: ignore[attr-defined]
-        return enter_settled(compiled, held) if takes_states and not rewritten else compiled
+        wrappers = _wrappers(example_inputs)
+        return enter_settled(compiled, held, wrappers) if (takes_states or wrappers) and not rewritten else compiled
 
     return call_user_compiler
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import string
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kvbuffer_compile.integrations.transformers import servable
+from kvbuffer_compile.integrations.transformers.paged import HybridCache
 from tests.models.test_serving import FAST, alone, model_of
 
 for package in ("fastapi", "uvicorn", "pydantic", "openai", "accelerate"):
@@ -108,3 +111,43 @@ def test_many_streams(served: tuple[Any, Any, Any, str]) -> None:
     while slots.free < slots.count and time.monotonic() < end:
         time.sleep(0.1)
     assert slots.free == slots.count == 8
+
+
+def test_clients_whose_connection_drops(served: tuple[Any, Any, Any, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that is dropped is not computed to its end. The library does not look whether a client that waits for
+    the whole text is still there: that request runs to its end, and its slot is free then."""
+    server, model, _, url = served
+    states: dict[str, Any] = {}
+    fits = HybridCache.can_store_request_tokens
+
+    def noted(self: HybridCache, state: Any, *args: Any, **kwargs: Any) -> bool:
+        states[state.request_id] = state
+        return fits(self, state, *args, **kwargs)
+
+    monkeypatch.setattr(HybridCache, "can_store_request_tokens", noted)
+    name, port = server._model_manager.force_model, int(url.split(":")[2].split("/")[0])
+    for stream, most in ((True, 1500), (False, 60)):
+        states.clear()
+        body = json.dumps({"model": name, "prompt": "a request", "max_tokens": most, "stream": stream})
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+        with socket.create_connection(("127.0.0.1", port), timeout=120) as connection:
+            connection.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            if stream:
+                for _ in range(3):
+                    assert connection.recv(4096)
+            else:
+                _until(lambda: any(len(s.generated_tokens) > 2 for s in states.values()))
+            connection.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )  # reset, as a crash does
+        slots = server._generation_state._cb_manager._cb.batch_processor.cache.pools.slots
+        _until(lambda: slots.free == slots.count)  # noqa: B023
+        ((request, state),) = ((r, s) for r, s in states.items() if not r.startswith("__trial"))
+        assert (len(state.generated_tokens) < most) if stream else (len(state.generated_tokens) == most), request
+
+
+def _until(so: Any) -> None:
+    end = time.monotonic() + 120
+    while not so():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 
 from kvbuffer_compile.errors import StateError
+from kvbuffer_compile.guard.wrapped import is_wrapper
 from kvbuffer_compile.integrations.transformers.pools import CacheShape
 
 KNOWN = ("5.23",)  # versions of transformers whose engine this was written for and tested with
@@ -18,6 +19,14 @@ def check_version() -> None:
         raise StateError(
             f"continuous batching: transformers {transformers.__version__} is not known here, its engine may differ: "
             f"install {' or '.join(known + '.*' for known in KNOWN)}"
+        )
+
+
+def check_on_one_process(model: Any) -> None:
+    if getattr(model, "_pp_stage", None) is not None or any(map(is_wrapper, model.parameters())):
+        raise StateError(
+            f"continuous batching: {type(model).__name__} is spread over several processes (DTensor parameters, stages "
+            "of a pipeline): the slots of its states are kept in one; model.generate is served, by this backend too"
         )
 
 

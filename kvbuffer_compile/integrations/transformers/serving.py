@@ -31,6 +31,7 @@ from kvbuffer_compile.integrations.transformers.pools import CacheShape, StatePo
 from kvbuffer_compile.integrations.transformers.servable import (
     COMPILED,
     check_config,
+    check_on_one_process,
     check_served,
     check_version,
     linear_layers,
@@ -103,6 +104,7 @@ class Served:
 
     def __init__(self, model: Any, slots: int | None, options: dict[str, Any] | None) -> None:
         check_version()
+        check_on_one_process(model)
         self._model = weakref.ref(model)
         self.slots = slots
         self.mixers = linear_layers(model)
