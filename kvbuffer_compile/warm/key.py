@@ -12,13 +12,14 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
+from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensor
@@ -30,6 +31,7 @@ from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.guard.guarded import GuardedState
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.working_set import hint
+from kvbuffer_compile.process import disk
 from kvbuffer_compile.records import observers
 
 log = logging.getLogger("kvbuffer_compile")
@@ -68,6 +70,7 @@ def key_for(gm: GraphModule, inputs: Sequence[Any], ours: Options, patches: Mapp
         _require_wanted(ours)
         _require_ordinary({**inductor_config.get_config_copy(), **patches})
         _require_open(gm, inputs)
+        _require_private()
         theirs = patches.get(PASS, getattr(inductor_config, PASS))
         around = SOURCE, repr(ours), _environment(), _process(), _device(inputs, ours)
         parts = (__version__, *around, _sharing(inputs), *map(_input, inputs))
@@ -75,7 +78,7 @@ def key_for(gm: GraphModule, inputs: Sequence[Any], ours: Options, patches: Mapp
     except Unknown as why:
         log.debug("nothing is kept of this graph for other processes: %s", why)
     except Exception as error:  # not worth a compilation
-        log.debug("nothing is kept of this graph for other processes: %r", error)
+        log.info("nothing is kept of this graph for other processes: %r", error)
     return None
 
 
@@ -123,6 +126,7 @@ def _require_ordinary(settings: Mapping[str, Any]) -> None:
     """Settings of torch under which its cache works, and does what is known of it."""
     _require(hasattr(functorch_config, BUNDLED), "this PyTorch keeps compiled graphs in another way")
     _require(functorch_config.enable_autograd_cache, "AOTAutograd's cache is switched off")
+    _require(not functorch_config.enable_remote_autograd_cache, "AOTAutograd's cache is on another machine")
     _require(not getattr(torch._dynamo.config, "caching_precompile", False), "graphs are precompiled")
     _require(settings.get("fx_graph_cache", True), "Inductor's cache is switched off")
     _require(not settings.get("triton.cudagraphs"), "CUDA graphs")
@@ -140,6 +144,15 @@ def _require_open(gm: GraphModule, inputs: Sequence[Any]) -> None:
         _require(not any(isinstance(x, Tensor) for x in held), "a tensor is a constant of the graph")
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     _require(all(type(x) in PLAIN for x in tensors), "inputs of a class of their own")
+
+
+def _require_private() -> None:
+    """Entries are pickles, which run code: the folder must be ours alone, as that of kernels is (process/disk.py)."""
+    folder = Path(AOTAutogradCache._get_tmp_dir())
+    with suppress(FileExistsError):
+        folder.mkdir(0o700)
+    with disk.opened(folder):
+        pass
 
 
 # ----------------------------------------------------------------------------------------- what it depends on
