@@ -4,7 +4,9 @@ Here `torch._dynamo.reset()` stands in for another process: every graph is captu
 from disk. One test starts processes.
 """
 
+import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,9 @@ from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import kvbuffer_compile
+from kvbuffer_compile.errors import DeclinedError
+from kvbuffer_compile.records import observers
+from kvbuffer_compile.warm import kept
 from kvbuffer_compile.warm import key as keys
 
 TOKENS = 7
