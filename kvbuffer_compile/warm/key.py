@@ -25,10 +25,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
-from kvbuffer_compile import __version__, machine
+from kvbuffer_compile import machine
 from kvbuffer_compile.codegen import build
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.guard.guarded import GuardedState
+from kvbuffer_compile.guard.overlap import storage_of
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.working_set import hint
 from kvbuffer_compile.process import disk
@@ -73,7 +74,7 @@ def key_for(gm: GraphModule, inputs: Sequence[Any], ours: Options, patches: Mapp
         _require_private()
         theirs = patches.get(PASS, getattr(inductor_config, PASS))
         around = SOURCE, repr(ours), _environment(), _process(), _device(inputs, ours)
-        parts = (__version__, *around, _sharing(inputs), *map(_input, inputs))
+        parts = (*around, _sharing(inputs), *map(_input, inputs))
         return Key(hashlib.sha256("\0".join(map(repr, parts)).encode()).hexdigest(), theirs)
     except Unknown as why:
         log.debug("nothing is kept of this graph for other processes: %s", why)
@@ -207,7 +208,7 @@ def _device(inputs: Sequence[Any], ours: Options) -> list[Any]:
 
 def _sharing(inputs: Sequence[Any]) -> list[int]:
     """For each input the first with the same memory. torch's key has nothing of that."""
-    memories = [x.untyped_storage()._cdata if isinstance(x, Tensor) else object() for x in inputs]
+    memories = [storage_of(x) if isinstance(x, Tensor) else object() for x in inputs]
     return [memories.index(memory) for memory in memories]
 
 
