@@ -333,7 +333,11 @@ class Foreign:
     guards_expr = None
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", None, pickle.dumps(Foreign()), pickle.dumps({"a": 1})])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no pickle", None, pickle.dumps(Foreign()), pickle.dumps({"a": 1})],
+    ids=["empty", "text", "torn", "of another class", "a dict"],
+)
 def test_files_that_are_no_entries_are_passed_by(
     content: bytes | None, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
