@@ -79,7 +79,7 @@ def library(source: str, options: Sequence[str] = (), afresh: bool = False) -> P
 
     Of processes that want the same one at once, one compiles and the others wait for it.
     """
-    key = hashlib.sha256("\0".join([source, _fingerprint(options)]).encode()).hexdigest()[:32]
+    key = hashlib.sha256("\0".join([source, fingerprint(options)]).encode()).hexdigest()[:32]
     name = f"{key}.so"
     try:
         found = None if afresh else _kept(name)
@@ -121,20 +121,21 @@ def _sealed(name: str, data: bytes) -> bool:
 
 def compiler() -> str | None:
     """Path and version of the compiler that kernels are built with; None when there is none."""
-    return None if no_compiler() else cxx.find(cxx.command())
+    return None if no_compiler() else _version(cxx.command(), os.environ.get("PATH"))
 
 
 def no_compiler() -> str:
     """Why there is none, and what to do; "" when there is one."""
     try:
-        cxx.find(cxx.command())
+        _version(cxx.command(), os.environ.get("PATH"))
     except EmitError as error:
         return str(error)
     return ""
 
 
 @functools.cache
-def _version(command: tuple[str, ...]) -> str:
+def _version(command: tuple[str, ...], path: str | None) -> str:
+    """Path and version of the compiler, asked once. path: where it is looked for."""
     return cxx.find(command)
 
 
@@ -143,10 +144,11 @@ def _flags() -> list[str]:
     return [*FLAGS, *sanitize]
 
 
-def _fingerprint(options: Sequence[str] = ()) -> str:
-    """All besides the source that decides what a library holds and whether it runs here."""
+def fingerprint(options: Sequence[str] = ()) -> str:
+    """All besides the source that decides what a library holds and whether it runs here. EmitError without compiler."""
     command = cxx.command()
-    return "\n".join([*command, *_flags(), *options, _version(command), torch.__version__, _cpu()])
+    version = _version(command, os.environ.get("PATH"))
+    return "\n".join([*command, *_flags(), *options, version, torch.__version__, _cpu()])
 
 
 @functools.cache

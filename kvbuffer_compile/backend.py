@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import re
 import warnings
@@ -12,7 +11,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch._functorch.config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.fx import GraphModule
 
@@ -20,7 +18,6 @@ from kvbuffer_compile import options
 from kvbuffer_compile.capture import gradients, loops
 from kvbuffer_compile.errors import Declined, DeclinedError, IRError, OptionError
 from kvbuffer_compile.integrations.functions import substitution
-from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.working_set import call_of
 from kvbuffer_compile.passes.lift.lift import lift
@@ -35,9 +32,10 @@ from kvbuffer_compile.records import GraphRecord, observers
 from kvbuffer_compile.report import dump
 from kvbuffer_compile.runtime import entry
 from kvbuffer_compile.runtime.step import Step
+from kvbuffer_compile.said import Said
 from kvbuffer_compile.steps import targets
-
-log = logging.getLogger("kvbuffer_compile")
+from kvbuffer_compile.warm import kept
+from kvbuffer_compile.warm import key as keys
 
 
 def kvbuffer(
@@ -72,36 +70,51 @@ def _backend(
     sources = _sources(gm)
     inner = functools.partial(compile_graph, ours=ours, sources=sources)
     if gradients.may_be_needed(gm, example_inputs):
-        compile = functools.partial(_compile, patches=patches)
+
+        def compile(gm: GraphModule, inputs: Sequence[Any], inner: Callable[..., Any]) -> Callable[..., Any]:
+            return _compile(gm, inputs, inner, patches)[0]
+
         decline = functools.partial(_decline_for_gradients, ours=ours, sources=sources)
         return gradients.compile_beside(gm, example_inputs, compile, inner, decline, ours.donate)
     written_out = loops.unrolled(gm)
     if written_out is not None:
-        records: list[GraphRecord] = []
-        with observers.also(records.append):
-            compiled = _compile(written_out, example_inputs, inner, patches)
-        if any(record.rewritten for record in records):
+        key = keys.key_for(written_out, example_inputs, ours, patches)
+        compiled, rewritten = _compile(written_out, example_inputs, inner, patches, key)
+        if rewritten:
             return compiled
-    return _compile(gm, example_inputs, inner, patches)
+    return _compile(gm, example_inputs, inner, patches, keys.key_for(gm, example_inputs, ours, patches))[0]
 
 
 def _compile(
-    gm: GraphModule, example_inputs: Sequence[Any], inner: Callable[..., Any], patches: dict[str, Any]
-) -> Callable[..., Any]:
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    inner: Callable[..., Any],
+    patches: dict[str, Any],
+    key: keys.Key | None = None,
+) -> tuple[Callable[..., Any], bool]:
+    """The compiled graph, and whether it was rewritten. key: what it is kept under for other processes, and taken from
+    where one has kept it; None when AOTAutogradCache must not have it, which knows nothing of our inner compile: a hit
+    would hand back a graph that was never rewritten, or one that was."""
     from torch._inductor.compile_fx import compile_fx
 
     progress.stage("tracing")
     records: list[GraphRecord] = []
-    # AOTAutogradCache does not know of our inner compile: a hit would hand back a graph that was never rewritten.
-    with functorch_config.patch(enable_autograd_cache=False), observers.also(records.append):
+    settings = patches if key is None else {**patches, keys.PASS: key}
+    with keys.kept_by(key), kept.listening() as loaded, observers.also(records.append):
         compiled: Any = compile_fx(
             gm,
             list(example_inputs),
             inner_compile=cast(Any, inner),
-            config_patches=patches or None,
+            config_patches=settings or None,
         )
-    rewritten = any(record.rewritten for record in records)
-    return entry.enter_with_rows(compiled, example_inputs) if rewritten else cast(Callable[..., Any], compiled)
+    if not records and loaded:
+        loaded[-1].said.say()
+        rewritten, shared = bool(loaded[-1].states), loaded[-1].shared
+    else:
+        rewritten, shared = any(record.rewritten for record in records), entry.outputs_that_share_memory()
+    if not rewritten:
+        return cast(Callable[..., Any], compiled), False
+    return entry.enter_with_rows(compiled, example_inputs, shared), True
 
 
 kvbuffer.rewrites_recurrences = True  # type: ignore[attr-defined]
@@ -165,7 +178,8 @@ def compile_graph(
     gm: GraphModule, example_inputs: list[Any], *, ours: Options, sources: Sequence[str] = (), **kwargs: Any
 ) -> Callable[..., Any]:
     """Inductor's inner compile with our rewrite in front of it. sources: the user's names of the captured inputs."""
-    compile_inner = _inner_compiler(ours)
+    key = keys.active()
+    compile_inner = _inner_compiler(ours, key)
     progress.stage("looking for states")
     if not kwargs.get("is_inference"):
         return cast(Callable[..., Any], compile_inner(spelled_out(gm), example_inputs, **kwargs))
@@ -180,9 +194,13 @@ def compile_graph(
     parts = given.parts
     record = replace(record, names=_names(gm, sources, (*parts, *given.named), record.names))
     observers.tell(record)
-    _report_declines(record, ours)
+    said = Said.of(record, ours)
+    said.say()
     if not spliced:
-        return cast(Callable[..., Any], compile_inner(spelled_out(gm), example_inputs, **kwargs))
+        plain = cast(Callable[..., Any], compile_inner(spelled_out(gm), example_inputs, **kwargs))
+        if key is None:
+            return plain
+        return kept.Kept.unchanged(plain).keep(said, entry.outputs_that_share_memory())
     from torch._inductor import config
 
     inputs = [n.meta["val"] for n in rewritten.graph.nodes if n.op == "placeholder"]
@@ -191,7 +209,10 @@ def compile_graph(
     kwargs["static_input_idxs"] = [*static, *range(len(example_inputs) + len(parts), len(inputs))]
     with config.patch(size_asserts=False):  # 0.5 us for each cursor and row, at every step
         compiled = compile_inner(rewritten, [*example_inputs, *inputs[len(example_inputs) :]], **kwargs)
-    return Step(compiled, spliced, gm if ours.check else None, len(example_inputs), parts, given.donated)
+    arguments = (compiled, spliced, gm if ours.check else None, len(example_inputs), parts, given.donated)
+    if key is None:
+        return Step(*arguments)
+    return kept.KeptStep(*arguments).keep(said, entry.outputs_that_share_memory())
 
 
 def _failed(error: Exception, ours: Options) -> None:
@@ -218,7 +239,7 @@ def _decline_for_gradients(gm: GraphModule | None, ours: Options, sources: Seque
         whose = {pool.rows.name: pool.state.name for pool in lifted.pools}
         record = replace(record, states=states, names=_names(gm, sources, lifted.parts, whose))
     observers.tell(record)
-    _report_declines(record, ours)
+    Said.of(record, ours).say()
 
 
 def rewrite_graph(gm: GraphModule, ours: Options) -> tuple[GraphRecord, GraphModule, list[Spliced], LiftedGraph]:
@@ -238,21 +259,22 @@ def rewrite_graph(gm: GraphModule, ours: Options) -> tuple[GraphRecord, GraphMod
     return record, lifted.gm, spliced, lifted
 
 
-def _inner_compiler(ours: Options) -> Callable[..., Any]:
+def _inner_compiler(ours: Options, key: keys.Key | None) -> Callable[..., Any]:
     if ours.inner == "inductor":
         from torch._inductor.compile_fx import compile_fx_inner
 
-        return _staged(compile_fx_inner)
+        return _staged(compile_fx_inner, key)
     if ours.inner == "eager":
         return lambda gm, inputs, **kwargs: _boxed(_without_fakes(gm).forward)
     given = ours.inner
     return lambda gm, inputs, **kwargs: _boxed(given(gm, inputs))  # type: ignore[operator]
 
 
-def _staged(compile_inner: Callable[..., Any]) -> Callable[..., Any]:
+def _staged(compile_inner: Callable[..., Any], key: keys.Key | None) -> Callable[..., Any]:
     def inner(*args: Any, **kwargs: Any) -> Any:
         progress.stage("Inductor")
-        return compile_inner(*args, **kwargs)
+        with keys.left_to_inductor(key):
+            return compile_inner(*args, **kwargs)
 
     return inner
 
@@ -268,18 +290,6 @@ def _boxed(fn: Callable[..., Any]) -> Callable[..., Any]:
     if getattr(fn, "_boxed_call", False):
         return fn
     return cast(Callable[..., Any], make_boxed_func(fn))
-
-
-def _report_declines(record: GraphRecord, ours: Options) -> None:
-    for lifted, plan in record.states:
-        if isinstance(plan, Plan):
-            log.info("%s: %s %s", record.name(lifted.state), lifted.program.signature, plan)
-    for why in record.declined:
-        log.info("declined %s", why)
-        if ours.on_decline == "warn":
-            warnings.warn(f"kvbuffer declined {why}", stacklevel=2)
-    if record.declined and ours.on_decline == "raise":
-        raise DeclinedError("; ".join(map(str, record.declined)))
 
 
 __all__ = ["GraphRecord", "IRError", "kvbuffer", "observers"]

@@ -51,7 +51,6 @@ def plan_for(graph: LiftedGraph, found: Lifted, ours: Options, call: Call) -> Ou
     problem = validate(graph, found)
     if problem is not None:
         return problem, None
-    _tell_of_loss(prediction, ours)
     built = targets.build(chosen)
     if built == chosen.target:
         return chosen, prediction
@@ -60,19 +59,24 @@ def plan_for(graph: LiftedGraph, found: Lifted, ours: Options, call: Call) -> Ou
     return explain_choice(found, ours, machine, built, call)
 
 
-def _tell_of_loss(prediction: Prediction, ours: Options) -> None:
-    """Once for a process: what was asked for is predicted to be slower than doing nothing."""
-    global _told_of_loss
+def loss_of(prediction: Prediction, ours: Options) -> str:
+    """That what was asked for is predicted to be slower than doing nothing, "" when it is not."""
     best = prediction.choice
-    if ours.flush == "auto" or best is None or best.gain > LOSS or _told_of_loss:
-        return
-    _told_of_loss = True
-    warnings.warn(
+    if ours.flush == "auto" or best is None or best.gain > LOSS:
+        return ""
+    return (
         f"flush={ours.flush} is predicted to take {duration(best.seconds)} a step, Inductor alone "
         f"{duration(prediction.plain.seconds)}, for a state of {prediction.state_bytes / 1e6:.3g} MB: flush='auto' "
-        "would leave it to Inductor (this is said once)",
-        stacklevel=2,
+        "would leave it to Inductor (this is said once)"
     )
+
+
+def tell_of_loss(message: str) -> None:
+    """Once for a process."""
+    global _told_of_loss
+    if not _told_of_loss:
+        _told_of_loss = True
+        warnings.warn(message, stacklevel=2)
 
 
 def timed(found: Lifted, ours: Options, machine: Machine, target: str, call: Call) -> Mapping[int, float]:

@@ -5,6 +5,6 @@ Start with numbers.py. Imports nothing of the compiler; generated kernels are ti
 """
 
 from kvbuffer_compile.machine.numbers import Machine, Speed
-from kvbuffer_compile.machine.stored import keep, load, machine_for, measured_again
+from kvbuffer_compile.machine.stored import identity, keep, load, machine_for, measured_again
 
-__all__ = ["Machine", "Speed", "keep", "load", "machine_for", "measured_again"]
+__all__ = ["Machine", "Speed", "identity", "keep", "load", "machine_for", "measured_again"]

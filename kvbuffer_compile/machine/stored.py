@@ -33,6 +33,18 @@ def machine_for(device: torch.device | str) -> Machine:
     return _machines[key]
 
 
+def identity(device: torch.device | str, measured: bool) -> str:
+    """What tells this machine from others, for as long as nothing is measured again. measured: the numbers as well,
+    but those of kernels, which are timed later and once for each measurement."""
+    device = torch.device(device)
+    name = _name(device)
+    if not measured:
+        return name
+    known = _machines.get((device.type, name)) or load(machine_path(device, name)) or machine_for(device)
+    speeds = [(s.bytes, s.read, s.copy, s.update) for s in known.speeds]
+    return repr((name, known.threads, known.cache, known.last, known.launch, known.rate, speeds))
+
+
 def measured_again(device: torch.device | str) -> Machine:
     """The numbers of a device as it is now, in place of those that were kept."""
     device = torch.device(device)

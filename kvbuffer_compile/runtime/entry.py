@@ -42,13 +42,13 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def enter_with_rows(compiled: Compiled, inputs: Sequence[Any]) -> Compiled:
-    """A graph with rewritten steps, given the aliases of guarded states. inputs: examples of its own."""
+def enter_with_rows(compiled: Compiled, inputs: Sequence[Any], shared: Sequence[int]) -> Compiled:
+    """A graph with rewritten steps, given the aliases of guarded states. inputs: examples of its own. shared: positions
+    of outputs that may be inputs (`outputs_that_share_memory`)."""
     _thread.rewritten = True
     seen = dispatch_watch.watch(touched_below)
     positions = tuple(i for i, x in enumerate(inputs) if may_be_state(x))
     unseen = () if seen else _wrappers(inputs)
-    shared = _outputs_that_share_memory()
 
     def enter(*args: Any) -> Any:
         given = list(args)
@@ -65,14 +65,14 @@ def enter_with_rows(compiled: Compiled, inputs: Sequence[Any]) -> Compiled:
     return enter
 
 
-def _outputs_that_share_memory() -> list[int]:
-    """Positions of the outputs of the graph compiled last that are inputs, or views of such."""
+def outputs_that_share_memory() -> list[int]:
+    """Positions of the outputs of the graph compiled last, or now, that are inputs, or views of such."""
     context = torch._guards.TracingContext.try_get()
     outputs = [] if context is None or context.fw_metadata is None else context.fw_metadata.output_info
     return [i for i, output in enumerate(outputs) if output.output_type.name in ("is_input", "alias_of_input")]
 
 
-def _with_owners(out: Any, shared: list[int], states: list[Tensor]) -> Any:
+def _with_owners(out: Any, shared: Sequence[int], states: list[Tensor]) -> Any:
     """Outputs with the user's tensors in place of their aliases, and views of them guarded."""
     given = list(out)
     with plain_calls():
