@@ -126,13 +126,13 @@ def _fake_mode(inputs: list[Node]) -> Any:
 class Operands:
     """Expressions without reads as nodes in state coordinates. compute: the dtype of arithmetic done for them.
 
-    tokens: how many tokens each value has, in a dim of their own behind the lanes; None for no such dim.
+    token: the index of tokens, which has a dim of its own behind the lanes; None for no such dim.
     """
 
     def __init__(
-        self, inserter: Inserter, place: Coordinates, values: Values, state: Node, tokens: Size | None
+        self, inserter: Inserter, place: Coordinates, values: Values, state: Node, token: TokenAtom | None
     ) -> None:
-        self.token = None if tokens is None else TokenAtom(tokens)
+        self.token = token
         self.inserter = inserter
         self.place = place
         self.values = values
@@ -172,9 +172,10 @@ class Operands:
 
     def floating(self, node: Node) -> Node:
         """The node, as numbers of the compute dtype if it holds truth values or integers."""
-        return node if node.meta["val"].dtype.is_floating_point else self._converted(node)
+        return node if node.meta["val"].dtype.is_floating_point else self.converted(node)
 
-    def _converted(self, node: Node) -> Node:
+    def converted(self, node: Node) -> Node:
+        """The node as numbers of the compute dtype."""
         if node.meta["val"].dtype == self.compute:
             return node
         return self.inserter.call(torch.ops.prims.convert_element_type.default, node, self.compute)
@@ -194,7 +195,7 @@ class Operands:
             own: Kind = "scalar" if number else self.kind(a)
             node = self.node(a, own)
             if node.meta["val"].dtype != torch.bool:
-                node = self._converted(node)
+                node = self.converted(node)
             given.append(self.inserter.call(aten.unsqueeze.default, node, -1) if own != kind else node)
         return self.inserter.call(overload("aten.where.self" if fn.startswith("aten.where") else fn), *given)
 
