@@ -120,6 +120,8 @@ def state_tensor(lifted: Lifted) -> Tensor:
 
 
 def _ladder(case: Case) -> tuple[int, ...]:
+    if case.block:  # whole blocks, at least one
+        return tuple(range(case.tokens, max(FLUSHES[-1], case.tokens) + 1, case.tokens))
     return FLUSHES_TRITON if case.target == "triton" and case.tokens == 1 else FLUSHES
 
 
@@ -147,8 +149,12 @@ def _asked(prediction: Prediction, flush: int) -> int:
 def _fastest(prediction: Prediction, case: Case, machine: Machine) -> int | None:
     """The fastest candidate when it promises enough; of equals, within a few percent, the shorter buffer.
 
-    Several tokens at once take the flush length that one token would, so that both graphs share their rows.
+    Several tokens at once take the flush length that one token would, so that both graphs share their rows. A block is
+    another recurrence than its tokens one by one.
     """
+    if case.block:
+        best = min(range(len(prediction.candidates)), key=lambda i: prediction.candidates[i].seconds)
+        return best if prediction.candidates[best].gain >= MIN_GAIN.get(prediction.target, MIN_GAIN_KERNEL) else None
     alone = prediction if case.tokens == 1 else predict(replace(case, tokens=1), machine, _ladder(case))
     least = min(c.seconds for c in alone.candidates)
     order = [i for i, c in enumerate(alone.candidates) if c.seconds <= EQUAL * least]
@@ -177,12 +183,23 @@ def duration(seconds: float) -> str:
 def _no_gain(lifted: Lifted, prediction: Prediction) -> Declined:
     best = min(prediction.candidates, key=lambda c: c.seconds)
     needed = MIN_GAIN.get(prediction.target, MIN_GAIN_KERNEL)
-    reason = (
+    reason = _of_block(lifted, prediction) + (
         f"{best.variant} with L={best.flush} is predicted to take {duration(best.seconds)} a step "
         f"({prediction.target}) and Inductor {duration(prediction.plain.seconds)}: {best.gain:.2f}x, {needed:g}x is "
         f"needed; state {prediction.state_bytes / 1e6:.3g} MB; {prediction.formula}; an integer flush is obeyed"
     )
     return Declined(lifted.state.name, "no-gain", reason, lifted.source)
+
+
+def _of_block(lifted: Lifted, prediction: Prediction) -> str:
+    """What is different about several tokens by one product."""
+    if not lifted.block:
+        return ""
+    count, rows = hint(lifted.tokens), prediction.slot_bytes * hint(lifted.tokens)
+    return (
+        f"the {count} tokens of a call read the state by one product and write it once already, and their rows are "
+        f"{rows / 1e6:.3g} MB: "
+    )
 
 
 # ------------------------------------------------------------------------------------------------ numbers
@@ -216,6 +233,8 @@ def make_case(
         slots=lifted.slots is not None,
         others=max(call.bytes - own, 0),
         states=max(call.states, 1),
+        block=lifted.block,
+        within=sum(o.plus is not None for o in lifted.outputs),
     )
 
 

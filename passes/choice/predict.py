@@ -106,6 +106,7 @@ def predict(case: Case, machine: Machine, flushes: tuple[int, ...]) -> Predictio
 
     def candidate(variant: Variant, flush: int) -> Candidate:
         moved, seconds = serve(case, machine, counts, variant, flush)
+        seconds += _within(case) / machine.rate
         return Candidate(variant, flush, moved, seconds, plain_seconds / seconds)
 
     ladder = sorted(set(flushes) | {1} if case.tokens == 1 else set(flushes))
@@ -131,7 +132,7 @@ def with_measured(prediction: Prediction, case: Case, times: Mapping[int, float]
 
 def _variant(case: Case, flush: int) -> Variant:
     if case.tokens > 1:
-        return "verify"
+        return "block" if case.block else "verify"
     return "buffered" if flush > 1 else "recurrent"
 
 
@@ -156,7 +157,11 @@ def _counts(case: Case) -> _Counts:
     known = cost.numbers(case.program, case.lanes, case.sizes, **widths, T=case.tokens)
     plain = cost.recurrent(case.program).map(lambda e: e.subs(known))
     shadow = case.shadow_width > 0
-    log = cost.buffered(case.program, case.sequence, case.row_widths, shadow=shadow).map(lambda e: e.subs(known))
+    log = cost.buffered(case.program, case.sequence, case.row_widths, shadow=shadow)
+    if case.block:  # its tokens do not walk each other's rows
+        walks = sum(isinstance(op, Read) for op in case.program.ops) * cost.slot(case.program, case.sequence).walk
+        log = log.plus(row_operations=-cost.T * (cost.T - 1) / 2 * walks)
+    log = log.map(lambda e: e.subs(known))
     computed_widths = (case.compute_width,) * len(case.row_widths)
     sizes = [cost.slot(case.program, case.sequence, w).size.subs(known) for w in (case.row_widths, computed_widths)]
     at = sympy.lambdify(cost.L, [getattr(log, name) for name in _FIELDS], "math")
@@ -189,6 +194,10 @@ def _seconds(case: Case, machine: Machine, moved: float, operations: float, laun
 
 
 def _plain(case: Case, machine: Machine, counts: _Counts) -> tuple[float, float]:
+    if case.block:  # products of matrices, one for each read and the update of all tokens
+        moved = PLAIN_PASSES * case.state_bytes + counts.recurrent.operands
+        launches = len(case.program.ops) * PLAIN_LAUNCHES.get(machine.device, 2.0)
+        return moved, _seconds(case, machine, moved, float(counts.recurrent.operations), launches)
     passes = PLAIN_PASSES + PLAIN_STRIDED_READ.get(machine.device, 0.0) * case.strided
     moved = passes * case.tokens * case.state_bytes + counts.recurrent.operands
     launches = PLAIN_LAUNCHES.get(machine.device, 2.0) * case.tokens
@@ -199,6 +208,11 @@ def _plain(case: Case, machine: Machine, counts: _Counts) -> tuple[float, float]
         each = max(each, PLAIN_NARROW if case.state_width < case.compute_width else 0.0)
         operations = each * (1.0 if case.strided else PLAIN_CONTIGUOUS) * case.tokens * case.elements
     return moved, _seconds(case, machine, moved, operations, launches)
+
+
+def _within(case: Case) -> float:
+    """Operations of the products that a block adds to reads, as matrix products."""
+    return case.within * prod(case.lanes) * 2 * case.tokens**2 * sum(case.sizes)
 
 
 def _kernel(case: Case, machine: Machine, counts: _Counts, variant: Variant, flush: int) -> tuple[float, float]:

@@ -11,9 +11,9 @@ outputs   the reads that the rest of the graph still needs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.fx import GraphModule, Node
@@ -23,12 +23,12 @@ from kvbuffer_compile.passes.algebra.operands import Inserter
 from kvbuffer_compile.passes.algebra.terms import Refusal
 from kvbuffer_compile.passes.lift.assemble import Assembled, assemble, trimmed
 from kvbuffer_compile.passes.lift.reasons import others, refused, told
-from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Refused
+from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
 from kvbuffer_compile.passes.reading.captured import candidates, copied, guards_of, source, written
 from kvbuffer_compile.passes.storage.donated import stored_back
 from kvbuffer_compile.passes.storage.pools import taken
 from kvbuffer_compile.passes.storage.stacked import apart, stacks
-from kvbuffer_compile.passes.tokens.blocks import as_block
+from kvbuffer_compile.passes.tokens.blocks import as_block, at_once
 from kvbuffer_compile.passes.tokens.composites import opened
 from kvbuffer_compile.passes.tokens.periods import Tokens, tokens, whole
 from kvbuffer_compile.passes.tokens.sequences import opened_sequences, sequence_of, tokens_of
@@ -94,7 +94,7 @@ def _programs(graph: LiftedGraph) -> list[Assembled]:
             graph.refused.clear()
             walks = _walks(graph)
         count(walks)
-        blocks = _blocks(graph, walks)
+        blocks = at_once(walks, partial(_trial, graph, walks))
         apart = [walk for walk in walks if walk.state not in blocks]
         queries = taken_apart(apart, Inserter(graph.gm.graph)) if guards == guards_of(graph.gm) else {}
         if queries:
@@ -117,20 +117,14 @@ def _walks(graph: LiftedGraph) -> list[Walk]:
             walks.append(walk.run())
             walk.sequence = sequence_of(walk)
         except Refusal as refusal:
-            _refuse(graph, refused(walk, refusal, stored.get(state)))
+            graph.refused += filter(None, [refused(walk, refusal, stored.get(state))])
     return walks
 
 
-def _blocks(graph: LiftedGraph, walks: list[Walk]) -> set[Node]:
-    """The states that all tokens of a call read at once, and whose programs are found so."""
-    blocks = [as_block(walk) for walk in walks]
-    if not any(blocks):
-        return set()
-    bits, inserter, found = _dependence(graph.gm, walks), Inserter(graph.gm.graph), set()
-    for i, walk in enumerate(blocks):
-        with suppress(Refusal):
-            found |= set() if walk is None else {_assemble(walk, bits, i, inserter).walk.state}
-    return found
+def _trial(graph: LiftedGraph, walks: list[Walk]) -> Callable[[int, Walk], Assembled]:
+    """Assembles one of the walks, or another in its place."""
+    bits, inserter = _dependence(graph.gm, walks), Inserter(graph.gm.graph)
+    return lambda i, walk: _assemble(walk, bits, i, inserter)
 
 
 # ------------------------------------------------------------------------------------------- assembling
@@ -146,11 +140,7 @@ def _assembled(graph: LiftedGraph, walks: list[Walk], guards: int) -> Iterator[A
         try:
             yield _assemble(walk, bits, i, inserter)
         except Refusal as refusal:
-            _refuse(graph, refused(walk, refusal, walk.write))
-
-
-def _refuse(graph: LiftedGraph, found: Refused | None) -> None:
-    graph.refused += [] if found is None else [found]
+            graph.refused += filter(None, [refused(walk, refusal, walk.write)])
 
 
 def _assemble(walk: Walk, bits: dict[Node, int], index: int, inserter: Inserter) -> Assembled:
@@ -231,8 +221,8 @@ def _finish(graph: LiftedGraph, assembled: list[Assembled]) -> list[Lifted]:
 def _lifted(one: Assembled, live: set[Node], inserter: Inserter) -> Lifted:
     nodes = [n for n in one.reads if n in live]
     shown = tuple(one.reads[n] for n in nodes)
-    at_once = one.walk.sequence is not None or one.walk.block is not None
-    parts = whole(trimmed(one.program, shown)) if at_once else _tokens(one.program, shown)
+    counted = one.walk.sequence is not None or one.walk.block is not None
+    parts = whole(trimmed(one.program, shown)) if counted else _tokens(one.program, shown)
     by_name = {v.name: node for v, node in one.operands.items()}
     operands = [[by_name[v.name] for v in inputs] for inputs in parts.inputs]
     walk = one.walk

@@ -156,7 +156,7 @@ def _fingerprint(obligation: Obligation) -> str:
         what = f"{n.meta['val'].dtype} {shape(n)} {is_repeated(n)}" if is_tensor(n) else str(n.meta.get("val"))
         call = "cut" if region.is_cut(n) else f"{n.target} {_numbered(n.args, number)} {_numbered(n.kwargs, number)}"
         lines.append(f"{call} {what}")
-    outputs = [(o.perm, len(o.shape), o.index, o.token, number.get(o.plus)) for o in lifted.outputs]
+    outputs = [(o.perm, len(o.shape), o.index, o.token, o.plus and number[o.plus]) for o in lifted.outputs]
     lines.append(f"{[number[n] for n in obligation.ends]} {outputs} {_entangled(obligation)}")
     return "\n".join(lines)
 

@@ -14,6 +14,8 @@ happens once, in the turn of the first token, or of the last if it stands behind
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 
@@ -34,14 +36,29 @@ aten = torch.ops.aten
 MOST = 64  # tokens of a block: the longest flush that is looked at; more are a prompt
 
 
+def at_once(walks: list[Walk], trial: Callable[[], Callable[[int, Walk], object]]) -> set[Node]:
+    """The states that all tokens of a call read at once. trial: gives what raises Refusal if the walk that is to stand
+    in the place of the i-th makes no program."""
+    blocks = [as_block(walk) for walk in walks]
+    if not any(blocks):
+        return set()
+    attempt, found = trial(), set()
+    for i, walk in enumerate(blocks):
+        with suppress(Refusal):
+            if walk is not None:
+                attempt(i, walk)
+                found.add(walk.state)
+    return found
+
+
 def as_block(walk: Walk) -> Walk | None:
     """The walk with its reads by the tokens of a block; None when they are not all by equally many queries."""
     foreign = {node: _foreign(walk, read) for node, read in walk.reads.items()}
-    found = [atoms[0] if len(atoms) == 1 else None for atoms in foreign.values()]
-    if walk.sequence is not None or walk.apart or walk.after is None or None in found or not found:
+    found = [atoms[0] for atoms in foreign.values() if len(atoms) == 1 and atoms[0].at is None]
+    if walk.sequence is not None or walk.apart or walk.after is None or len(found) < len(foreign) or not found:
         return None
     size = found[0].size
-    if any(a.size != size or a.at is not None for a in found) or hint(size, walk.state.meta["val"].shape) > MOST:
+    if any(a.size != size for a in found) or hint(size, next(iter(walk.reads)).meta["val"].shape) > MOST:
         return None
     block = copy(walk)
     block.block = token = TokenAtom(size)

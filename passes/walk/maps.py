@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from torch.fx import Node
 

@@ -43,8 +43,19 @@ from kvbuffer_compile.passes.reading.forms import (
     Write,
     operands,
 )
-from kvbuffer_compile.passes.reading.labels import Atom, Dim, Labels, TokenAtom, aligned, atoms_of, broadcast
-from kvbuffer_compile.passes.reading.labels import fresh, regroup, resolve, resolved
+from kvbuffer_compile.passes.reading.labels import (
+    Atom,
+    Dim,
+    Labels,
+    TokenAtom,
+    aligned,
+    atoms_of,
+    broadcast,
+    fresh,
+    regroup,
+    resolve,
+    resolved,
+)
 from kvbuffer_compile.passes.reading.variation import is_zero
 from kvbuffer_compile.passes.walk import words
 from kvbuffer_compile.passes.walk.images import Pieces, rearranged, together
@@ -269,8 +280,7 @@ class Walk:
         assert isinstance(outputs, list | tuple)
         at = {i: x for i, x in enumerate(outputs) if isinstance(x, Node) and x in self.values}
         if self.write is not None or len(at) > 1 or self.state in at.values():
-            value = next(iter(at.values()))
-            raise Refusal(value, "escapes", words.RETURNED)
+            raise Refusal(next(iter(at.values())), "escapes", words.RETURNED)
         ((self.returned, value),) = at.items()
         self.after = self._whole(value)
 
