@@ -82,7 +82,8 @@ class Inserter:
                     return self.call(aten.sym_size.int, node, dim)
         factors = sympy.Mul.make_args(size)
         if len(factors) < 2:
-            raise Refusal(self._inputs[0], "dynamic-size", f"no input of the graph has the size {size}")
+            reason = f"no input has the size {size}, which is known at run time only: compile with dynamic=False"
+            raise Refusal(self._inputs[0], "dynamic-size", reason)
         return self._times([int(f) if f.is_Integer else f for f in factors])
 
     def _specialised(self, size: Size) -> Size:
@@ -212,7 +213,9 @@ class Operands:
         varying = self.values.vary(node, labels)
         free = [a for a in flat if a.at is None or a is self.token]
         if len(set(free)) < len(free):
-            raise Refusal(node, "diagonal", "an operand runs along one axis of the state twice")
+            raise Refusal(
+                node, "diagonal", "an operand is a matrix over one axis of the state: take its diagonal first"
+            )
         if any(len(dim) > 1 for dim in labels):
             node = self.inserter.call(aten.reshape.default, node, [self.inserter.size(a.size) for a in flat])
             labels = tuple((a,) for a in flat)

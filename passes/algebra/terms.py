@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from kvbuffer_compile.ir.program import REDUCTIONS
-from kvbuffer_compile.passes.reading.forms import WIDEST
+from kvbuffer_compile.passes.reading.forms import WIDEST, WIDEST_BLOCK
 from kvbuffer_compile.passes.reading.labels import Atom, Dim, Labels, Size, fixed, renamed, resolved
 
 Number = float | int | bool
@@ -56,8 +56,9 @@ def in_part(node: Node) -> Refusal:
 def prefill(node: Node, count: Size, what: str) -> Refusal:
     """More tokens in one call than are taken apart."""
     reason = (
-        f"{count} {what} in one call, more than the {WIDEST} that are taken apart: a prefill or a wide block, which "
-        f"runs as it is; calls of at most {WIDEST} tokens are buffered"
+        f"{count} {what} in one call, more than the {WIDEST} that are taken apart one by one: a prompt, which runs as "
+        f"it is; calls of at most {WIDEST} tokens are buffered, and of at most {WIDEST_BLOCK} if all of them read one "
+        "state by one product and are added to it by one product"
     )
     return Refusal(node, "prefill", reason)
 

@@ -64,7 +64,10 @@ def explain_choice(
         prediction = with_measured(prediction, case, times)
     chosen = _asked(prediction, wanted[0]) if wanted else _fastest(prediction, case, machine)
     if most is None:
-        reason = "nothing bounds the number of tokens of one call, and their rows must fit in the buffer"
+        reason = (
+            "nothing bounds the number of tokens of one call, and their rows must fit in the buffer: give it a bound "
+            "by torch._dynamo.mark_dynamic(x, dim, min=1, max=16), or compile with dynamic=False"
+        )
         return Declined(lifted.state.name, "dynamic-size", reason, lifted.source), prediction
     if chosen is None:
         return _no_gain(lifted, prediction), prediction

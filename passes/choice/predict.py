@@ -35,8 +35,9 @@ PLAIN_STRIDED_READ = {"cpu": 2.0}
 # Mamba-2), 16 to 44 (GDN, KDA, RWKV-7), at least 12 with 16 bits; reads that are contiguous were taken for half.
 PLAIN_OPERATIONS, PLAIN_OPERATIONS_MORE, PLAIN_CONTIGUOUS = 6.0, 10.0, 0.5
 PLAIN_NARROW = 12.0
+BLOCK_UPDATE = 4.0  # passes: the product is written, read with the state, and the sum is written
 # Blocks of tokens are products of matrices. One thread of an EPYC did, for 2, 4, 8, 16 and 32 rows, 1.6, 2.7, 4.0, 4.8
-# and 5.1 times as many operations a second as products with a vector (baddbmm with cached matrices of 64 x 64).
+# and 5.1 times as many operations a second as machine.rate says (baddbmm with cached matrices of 64 x 64).
 PRODUCTS, PRODUCTS_HALF = 5.5, 3.0
 PLAIN_LAUNCHES = {"cpu": 1.0}  # GPU: 2, one kernel for the reductions and one for the update
 # Generated C++ reached 0.67 to 0.73 of the read floor's bandwidth over a period of 16 steps.
@@ -197,8 +198,10 @@ def _seconds(case: Case, machine: Machine, moved: float, operations: float, laun
 
 
 def _plain(case: Case, machine: Machine, counts: _Counts) -> tuple[float, float]:
-    if case.block:  # products of matrices, one for each read and the update of all tokens
-        moved = PLAIN_PASSES * case.state_bytes + counts.recurrent.operands
+    if case.block:  # a product of matrices for each read, and one for the update of all tokens, stored and added
+        reads = sum(isinstance(op, Read) for op in case.program.ops)
+        passes = reads + BLOCK_UPDATE if machine.device == "cpu" else PLAIN_PASSES
+        moved = passes * case.state_bytes + counts.recurrent.operands
         launches = len(case.program.ops) * PLAIN_LAUNCHES.get(machine.device, 2.0)
         operations = counts.recurrent.operations / _products(case.tokens)
         return moved, _seconds(case, machine, moved, operations, launches)

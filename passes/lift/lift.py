@@ -186,7 +186,7 @@ def _acyclic(graph: LiftedGraph, assembled: list[Assembled]) -> list[Assembled]:
     kept: list[int] = []
     for i, one in enumerate(assembled):
         if _reaches(i, i, needs, {*kept, i}):
-            reason = "two states feed each other within one step, so neither can be updated as a whole"
+            reason = "two states feed each other within one step: read one before it is updated, or update them in turn"
             graph.refused.append(told(one.walk.state, Refusal(one.walk.state, "entangled", reason)))
         else:
             kept.append(i)

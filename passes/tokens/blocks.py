@@ -28,12 +28,12 @@ from kvbuffer_compile.passes.algebra.operands import Operands
 from kvbuffer_compile.passes.algebra.terms import Expr, Leaf, Refusal, Term, add, counted, leaves
 from kvbuffer_compile.passes.algebra.versions import ReadOut, Version, chain, relative
 from kvbuffer_compile.passes.reading.arguments import shape
+from kvbuffer_compile.passes.reading.forms import WIDEST_BLOCK
 from kvbuffer_compile.passes.reading.labels import Atom, TokenAtom, hint, renamed, resolved
 from kvbuffer_compile.passes.walk.order import DecayEvent, Event, Ordering, ReadEvent, steps
 from kvbuffer_compile.passes.walk.walk import Walk
 
 aten = torch.ops.aten
-MOST = 64  # tokens of a block: the longest flush that is looked at; more are a prompt
 
 
 def at_once(walks: list[Walk], trial: Callable[[], Callable[[int, Walk], object]]) -> set[Node]:
@@ -58,7 +58,7 @@ def as_block(walk: Walk) -> Walk | None:
     if walk.sequence is not None or walk.apart or walk.after is None or len(found) < len(foreign) or not found:
         return None
     size = found[0].size
-    if any(a.size != size for a in found) or hint(size, next(iter(walk.reads)).meta["val"].shape) > MOST:
+    if any(a.size != size for a in found) or hint(size, next(iter(walk.reads)).meta["val"].shape) > WIDEST_BLOCK:
         return None
     block = copy(walk)
     block.block = token = TokenAtom(size)

@@ -2,79 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-import kvbuffer_compile
 from kvbuffer_compile.backend import GraphRecord, compile_graph, observers
+from kvbuffer_compile.errors import Declined
+from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.options import Options
+from kvbuffer_compile.passes.choice.choose import choose
 from kvbuffer_compile.passes.lift.lift import lift
 from kvbuffer_compile.passes.proof.validate import validate
+from tests.spelled.block_forms import STEPS, B, H, K, Step, V, delta, gated, linear, operands
 from tests.spelled.lifting import traced
+from tests.support.machines import CPU
 from tests.support.oracle import check, check_steps
 
-B, H, K, V = 2, 3, 8, 12
-Step = Callable[..., Tensor]
-
-
-def linear(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """Every token reads all tokens of its block."""
-    S.add_(k.mT @ v)
-    return q @ S
-
-
-def gated(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """One decay a block, and one of each row behind the update."""
-    S.mul_(g[..., :1, None]).add_(torch.einsum("bhtk,bhtv->bhkv", k, v)).mul_(g[..., 1, None, None])
-    return 0.5 * torch.einsum("bhtk,bhkv->bhtv", q, S)
-
-
-def retention(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """Chunkwise, with a decay for each token (arXiv 2307.08621, section 2.3)."""
-    c = g.log().cumsum(-1)
-    inside = (c[..., :, None] - c[..., None, :]).tril().exp().tril() * (q @ k.mT)
-    out = (q * c.exp()[..., None]) @ S + inside @ v
-    S.mul_(c[..., -1, None, None].exp()).add_((k * (c[..., -1:] - c).exp()[..., None]).mT @ v)
-    return out
-
-
-def delta(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """The delta rule in chunks (arXiv 2406.06484, equations 8 to 11)."""
-    scaled, eye = k * g[..., None], torch.eye(k.shape[-2], dtype=S.dtype)
-    solved = torch.linalg.solve_triangular(
-        (scaled @ k.mT).tril(-1) + eye, torch.cat([scaled, v * g[..., None]], -1), upper=False
-    )
-    w, u = solved.split([K, V], -1)
-    new = u - w @ S
-    out = q @ S + (q @ k.mT).tril() @ new
-    S.add_(k.mT @ new)
-    return out
-
-
-def batched(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """All tokens take one gradient step from the same state, and read where it leads to."""
-    error = (v - k @ S) * g[..., None]
-    S.add_(torch.bmm(k.mT.reshape(-1, K, k.shape[2]), error.flatten(0, 1)).view_as(S))
-    return torch.bmm(q.reshape(B * H, -1, K), S.reshape(B * H, K, V)).unflatten(0, (B, H))
-
-
-def columns(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """Reads over the other axis, of a state whose columns forget."""
-    S.mul_(g[..., :1, None] * v[..., 0, None, :].sigmoid()).add_(k.mT @ v)
-    return v @ S.mT
-
-
-STEPS = {f.__name__: f for f in (linear, gated, retention, delta, batched, columns)}
 SIGNATURES = dict(linear="RU", gated="RDUD", retention="RDU", delta="RRU", batched="RRU", columns="RDU")
-
-
-def operands(tokens: int, g: torch.Generator) -> list[Tensor]:
-    q, k, v = (torch.randn(B, H, tokens, n, generator=g) for n in (K, K, V))
-    return [q, normalize(k, dim=-1), v, 0.5 + 0.5 * torch.rand(B, H, tokens, generator=g)]
 
 
 def run(step: Step, tokens: int, **options: object) -> GraphRecord:
@@ -163,13 +107,16 @@ def test_prompts_are_left_alone() -> None:
     assert not graph.found and [r.why.rule for r in graph.refused] == ["prefill"]
 
 
-@pytest.mark.parametrize("tokens", [16, 32])
-def test_wide_blocks_are_declined_by_their_numbers(tokens: int) -> None:
-    """The state's way is shared by all tokens already; what is left is predicted, not assumed."""
-    g = torch.Generator().manual_seed(0)
-    given = [torch.randn(8, 8, tokens, n, generator=g) for n in (64, 64, 64)] + [torch.rand(8, 8, tokens, generator=g)]
-    with torch.no_grad():
-        report = kvbuffer_compile.explain(linear, torch.zeros(8, 8, 64, 64), *given, options={"inner": "eager"})
-    (state,) = report.states
-    assert (state.status, state.rule) == ("declined", "no-gain")
-    assert f"the {tokens} tokens of a call read the state by one product" in state.reason and "MB" in state.reason
+@pytest.mark.parametrize(("lanes", "tokens", "flush"), [((16, 32), 4, 24), ((16, 32), 32, None), ((2, 2), 4, None)])
+def test_blocks_are_chosen_by_their_numbers(lanes: tuple[int, int], tokens: int, flush: int | None) -> None:
+    """A few tokens on states of 34 MB gain; many share the state's way already, and small states lie in a cache."""
+    sizes = [(*lanes, 128, 128), *[(*lanes, tokens, 128)] * 3, (*lanes, tokens)]
+    graph = lift(traced(linear, [torch.zeros(1).expand(n).contiguous() for n in sizes]))
+    plan = choose(graph.found[0], Options(), CPU, "cpp")
+    if flush is not None:
+        assert isinstance(plan, Plan) and (plan.variant, plan.flush) == ("block", flush)
+        return
+    assert isinstance(plan, Declined) and plan.rule == "no-gain"
+    assert f"the {tokens} tokens of a call read the state by one product" in plan.reason and "MB" in plan.reason
+    asked = choose(graph.found[0], Options(flush=32), CPU, "cpp")
+    assert isinstance(asked, Plan) and asked.variant == "block", "an integer is obeyed"
