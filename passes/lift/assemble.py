@@ -43,7 +43,7 @@ from kvbuffer_compile.passes.lifted import Output
 from kvbuffer_compile.passes.reading.arguments import shape
 from kvbuffer_compile.passes.reading.labels import TokenAtom, resolved
 from kvbuffer_compile.passes.reading.variation import Values
-from kvbuffer_compile.passes.tokens.blocks import BlockOrdering, once, sum_within
+from kvbuffer_compile.passes.tokens.blocks import BlockOrdering, once, separate, sum_within
 from kvbuffer_compile.passes.tokens.chained import chained
 from kvbuffer_compile.passes.tokens.sequences import all_tokens, tokens_of
 from kvbuffer_compile.passes.walk.maps import Opening
@@ -98,6 +98,7 @@ def assemble(walk: Walk, axes: Axes, tainted: Tainted, inserter: Inserter) -> As
     ordering = BlockOrdering(walk, factoring) if walk.block else Ordering(chained(walk, factoring), factoring)
     events = [opening.event(e) for e in ordering.events()]
     within = ordering.within if isinstance(ordering, BlockOrdering) else {}
+    separate(events, within)
     exprs = [*(x for e in events for x in _exprs(e)), *(x for ws in within.values() for w in ws for x in w.exprs)]
     outside = [leaf for x in exprs for leaf in leaves(x) if leaf.node not in walk.reads]
     place = coordinates(walk.state, walk.home, axes, values, outside, walk.reads.values())

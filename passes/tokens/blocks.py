@@ -30,7 +30,7 @@ from kvbuffer_compile.passes.algebra.versions import ReadOut, Version, chain, re
 from kvbuffer_compile.passes.reading.arguments import shape
 from kvbuffer_compile.passes.reading.forms import WIDEST_BLOCK
 from kvbuffer_compile.passes.reading.labels import Atom, TokenAtom, hint, renamed, resolved
-from kvbuffer_compile.passes.walk.order import DecayEvent, Event, Ordering, ReadEvent, steps
+from kvbuffer_compile.passes.walk.order import DecayEvent, Event, Ordering, ReadEvent, Step, UpdateEvent
 from kvbuffer_compile.passes.walk.walk import Walk
 
 aten = torch.ops.aten
@@ -99,16 +99,16 @@ class BlockOrdering(Ordering):
         self.within: dict[Node, list[Within]] = {}
 
     def events(self) -> list[Event]:
-        assert self.walk.after is not None
-        line = chain(self.walk.after.version)
-        if len(line) != 2:
-            reason = "the state is updated more than once between reads of all tokens of a block: update it once a call"
-            raise Refusal(line[-1].node, "block", reason)
-        first, last = steps(self.walk)
-        reads = [self._old(read, line[0]) for read in self.walk.reads.values()]
-        before = [replace(e, once=0) for e in self._decay(first) if isinstance(e, DecayEvent)]
-        behind = [replace(e, once=-1) for e in self._decay(last) if isinstance(e, DecayEvent)]
-        return [*reads, *before, *self._updates(first), *behind]
+        after = self.walk.after
+        assert after is not None
+        root = chain(after.version)[0]
+        reads = [self._old(read, root) for read in self.walk.reads.values()]
+        step = Step(*relative(after.version, root), after.version.node, [])
+        behind = Step([after.factors], [], after.version.node, [])
+        return [*reads, *self._once(step, 0), *self._updates(step), *self._once(behind, -1)]
+
+    def _once(self, step: Step, at: int) -> list[Event]:
+        return [replace(e, once=at) for e in self._decay(step) if isinstance(e, DecayEvent)]
 
     def _old(self, read: ReadOut, root: Version) -> Event:
         decays, addends = relative(read.version, root)
@@ -132,6 +132,19 @@ class BlockOrdering(Ordering):
             reason = "beside a product over the tokens of a block something is added once: give it a token of its own"
             raise Refusal(self.walk.state, "block", reason)
         return super()._sides(term)
+
+
+def separate(events: list[Event], within: dict[Node, list[Within]]) -> None:
+    """Refusal when an update needs a read with what the block adds to it, which is known behind the step only."""
+    for event in events:
+        for expr in (event.left, event.right) if isinstance(event, UpdateEvent) else ():
+            for leaf in leaves(expr):
+                if within.get(leaf.node):
+                    reason = (
+                        "what a block adds to the state depends on a read of what it has added before: read the state "
+                        "before the first product is added to it, or make two calls of it"
+                    )
+                    raise Refusal(leaf.node, "block", reason)
 
 
 def _is_counted(leaf: Leaf) -> bool:

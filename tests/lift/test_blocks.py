@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given, note, settings
 from torch import Tensor
 
 from kvbuffer_compile.backend import GraphRecord, compile_graph, observers
@@ -13,7 +16,9 @@ from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.choose import choose
 from kvbuffer_compile.passes.lift.lift import lift
 from kvbuffer_compile.passes.proof.validate import validate
+from tests.lift.test_spellings import SETTINGS
 from tests.spelled.block_forms import STEPS, B, H, K, Step, V, delta, gated, linear, operands
+from tests.spelled.block_spellings import Block, blocks
 from tests.spelled.lifting import traced
 from tests.support.machines import CPU
 from tests.support.oracle import check, check_steps
@@ -21,24 +26,60 @@ from tests.support.oracle import check, check_steps
 SIGNATURES = dict(linear="RU", gated="RDUD", retention="RDU", delta="RRU", batched="RRU", columns="RDU")
 
 
-def run(step: Step, tokens: int, **options: object) -> GraphRecord:
+def run(step: Step, tokens: int, **options: Any) -> GraphRecord:
     """Ten calls compiled, in eager mode and in float64: outputs and the state at the end, by the oracle."""
     g = torch.Generator().manual_seed(0)
     start, calls = torch.randn(B, H, K, V, generator=g), [operands(tokens, g) for _ in range(10)]
+    return run_beside((step, step), start, calls, **options)
+
+
+def run_beside(step: tuple[Any, Any], start: Tensor, calls: list[list[Tensor]], **options: Any) -> GraphRecord:
+    """step: and the same in float64."""
     states = [start.clone(), start.clone(), start.double()]
     records: list[GraphRecord] = []
-    gm = traced(step, [states[0], *calls[0]])
+    gm = traced(step[0], [states[0], *calls[0]])
     with observers.also(records.append), torch.no_grad():
-        ours = Options(inner="eager", **options)
+        ours = Options(**{"inner": "eager", **options})
         compiled = compile_graph(gm, [states[0], *calls[0]], ours=ours, is_inference=True)
         outs = [
-            [compiled([states[0], *given])[0] for given in calls],
-            [step(states[1], *given) for given in calls],
-            [step(states[2], *(x.double() for x in given)) for given in calls],
+            [tuple(compiled([states[0], *given])) for given in calls],
+            [step[0](states[1], *given) for given in calls],
+            [step[1](states[2], *(x.double() for x in given)) for given in calls],
         ]
-    check_steps(*outs)
+    outs = [[x if isinstance(x, tuple) else (x,) for x in each] for each in outs]
+    for i in range(len(outs[0][0])):
+        check_steps(*([x[i] for x in each] for each in outs))
     check(states[0] + 0, states[1], states[2], "state")
     return records[0]
+
+
+def sweep(examples: int, derandomize: bool) -> None:
+    seen: list[bool] = []
+
+    @settings(max_examples=examples, derandomize=derandomize, **SETTINGS)
+    @given(blocks())
+    def each(block: Block) -> None:
+        note(block.text)
+        g = torch.Generator().manual_seed(0)
+        start, calls = block.start(g), [block.draws(g) for _ in range(4)]
+        steps = (block.function(), block.function(wide=True))
+        record = run_beside(steps, start, calls, flush=2 * block.sizes["T"], target="aten")
+        assert not [plan for _, plan in record.states if isinstance(plan, Declined)], record.states
+        seen.append(bool(record.rewritten) and record.rewritten[0][0].block)
+        note(str([(r.state, r.why) for r in record.refused]))
+        assert seen[-1]
+
+    each()
+    assert len(seen) >= examples and sum(seen) >= 0.99 * len(seen)
+
+
+def test_spellings_of_blocks() -> None:
+    sweep(25, derandomize=True)
+
+
+@pytest.mark.nightly
+def test_many_spellings_of_blocks() -> None:
+    sweep(500, derandomize=False)
 
 
 @pytest.mark.parametrize("tokens", [2, 16, 32])
