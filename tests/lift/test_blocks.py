@@ -17,7 +17,7 @@ from kvbuffer_compile.passes.choice.choose import choose
 from kvbuffer_compile.passes.lift.lift import lift
 from kvbuffer_compile.passes.proof.validate import validate
 from tests.lift.test_spellings import SETTINGS
-from tests.spelled.block_forms import STEPS, B, H, K, Step, V, delta, gated, linear, operands
+from tests.spelled.block_forms import NONE, STEPS, B, H, K, Step, V, delta, gated, linear, operands
 from tests.spelled.block_spellings import Block, blocks
 from tests.spelled.lifting import traced
 from tests.support.machines import CPU
@@ -111,33 +111,13 @@ def test_lifting_takes_no_longer_for_more_tokens() -> None:
     assert len(sizes) == 1
 
 
-def once_beside(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """Something is added once beside what each token adds: four tokens are taken apart instead."""
-    S.add_(k.mT @ v).add_(k[..., 0, :, None] * v[..., 1, None, :])
-    return q @ S
-
-
-def mixed_after_the_read(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """What one token stores depends on what others read."""
-    S.add_(k.mT @ ((q @ k.mT).tril() @ (k @ S)))
-    return q @ S
-
-
-def twice(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """A second block that begins where the first one ends."""
-    S.add_(k.mT @ v)
-    out = q @ S
-    S.add_(v.mT[..., :K, :] @ (v - k @ S))
-    return out
-
-
 def test_what_is_no_block() -> None:
     g = torch.Generator().manual_seed(0)
     state, few, many = torch.randn(B, H, K, V, generator=g), operands(4, g), operands(32, g)
-    graph = lift(traced(once_beside, [state, *few]))
+    graph = lift(traced(NONE["once_beside"], [state, *few]))
     ((found,), _) = graph.found, graph.refused
     assert not found.block and found.program.signature.count("U") == 5 and validate(graph, found) is None
-    for step in (once_beside, mixed_after_the_read, twice):
+    for step in NONE.values():
         graph = lift(traced(step, [state, *many]))
         assert not graph.found and [r.why.rule for r in graph.refused] == ["prefill"], step.__name__
 

@@ -59,7 +59,28 @@ def columns(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return v @ S.mT
 
 
+def once_beside(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Something is added once beside what each token adds: four tokens are taken apart instead."""
+    S.add_(k.mT @ v).add_(k[..., 0, :, None] * v[..., 1, None, :])
+    return q @ S
+
+
+def mixed_after_the_read(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """What one token stores depends on what others read."""
+    S.add_(k.mT @ ((q @ k.mT).tril() @ (k @ S)))
+    return q @ S
+
+
+def twice(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """A second block that begins where the first one ends."""
+    S.add_(k.mT @ v)
+    out = q @ S
+    S.add_(v.mT[..., :K, :] @ (v - k @ S))
+    return out
+
+
 STEPS = {f.__name__: f for f in (linear, gated, retention, delta, batched, columns)}
+NONE = {f.__name__: f for f in (once_beside, mixed_after_the_read, twice)}
 
 
 def operands(tokens: int, g: torch.Generator) -> list[Tensor]:
