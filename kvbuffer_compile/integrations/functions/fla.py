@@ -33,8 +33,8 @@ MOMENTUM = (
 )
 LEVELS = "a state for each power of two tokens, merged as a counter says: no recurrence of one matrix"
 NONLINEAR = (
-    "a mini-batch of tokens takes a gradient step through a layer norm, and is not written down here; its token in plain "
-    "torch is served"
+    "a mini-batch of tokens takes a gradient step through a layer norm, and is not written down here; its token in "
+    "plain torch is served"
 )
 TURNING = (
     "reads slots through a table that turns with a sum of angles beside the state, and is not written down here; its "
