@@ -104,6 +104,31 @@ def test_in_cpp(name: str) -> None:
     assert [plan.variant for _, plan in record.rewritten] == ["block"]
 
 
+def in_a_pool(pool: Tensor, at: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    S = pool[at] * g[..., :1, None] + k.mT @ v
+    pool[at] = S
+    return q @ S
+
+
+@pytest.mark.parametrize("target", ["aten", "cpp"])
+def test_in_a_pool_of_slots(target: str) -> None:
+    """Every other slot stays as it is."""
+    g = torch.Generator().manual_seed(0)
+    pools = [x := torch.randn(5, H, K, V, generator=g), x.clone(), x.double()]
+    records: list[GraphRecord] = []
+    options = {"inner": "eager", "target": target, "flush": 8}
+    run, outs = torch.compile(in_a_pool, backend="kvbuffer", fullgraph=True, options=options), ([], [], [])
+    with observers.also(records.append), torch.no_grad():
+        for n in range(7):
+            given, at = operands(4, g), torch.tensor([n % 5, (n + 2) % 5])
+            outs[0].append(run(pools[0], at, *given))
+            outs[1].append(in_a_pool(pools[1], at, *given))
+            outs[2].append(in_a_pool(pools[2], at, *(x.double() for x in given)))
+    check_steps(*outs)
+    check(pools[0] + 0, pools[1], pools[2], "pool")
+    assert [plan.variant for _, plan in records[-1].rewritten] == ["block"]
+
+
 def test_lifting_takes_no_longer_for_more_tokens() -> None:
     """Nothing is written out for each of them: counted in nodes."""
     g = torch.Generator().manual_seed(0)
