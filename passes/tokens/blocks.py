@@ -67,7 +67,8 @@ def as_block(walk: Walk) -> Walk | None:
 
 
 def _foreign(walk: Walk, read: ReadOut) -> list[Atom]:
-    return [a for dim in resolved(read.labels) for a in dim if a not in walk.own_atoms]
+    own = walk.own_atoms
+    return [a for dim in resolved(read.labels) for a in dim if a not in own]
 
 
 def _by_tokens(read: ReadOut, atom: Atom, token: Atom) -> ReadOut:
