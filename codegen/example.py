@@ -21,7 +21,7 @@ def example(plan: Plan, lanes: tuple[int, ...], tokens: int, device: str | torch
     def operand(v: Var) -> torch.Tensor:
         sizes = tuple(n if lane in v.lanes else 1 for lane, n in zip(plan.program.lanes, lanes, strict=True))
         tail = {"scalar": (), "key": plan.sizes[:1], "value": plan.sizes[1:]}[v.kind]
-        return zeros((*sizes, *((tokens,) if plan.variant == "verify" else ()), *tail), plan.compute)
+        return zeros((*sizes, *((tokens,) if plan.several else ()), *tail), plan.compute)
 
     sequences = plan.sequences(lanes)
     cursor = zeros((4, sequences), torch.int32)

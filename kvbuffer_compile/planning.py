@@ -10,8 +10,9 @@ from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.machine import Machine, machine_for
 from kvbuffer_compile.options import Options
-from kvbuffer_compile.passes.choice.choose import duration, explain_choice, likely_flush, plans_of, state_tensor
+from kvbuffer_compile.passes.choice.choose import explain_choice, likely_flush, plans_of, state_tensor
 from kvbuffer_compile.passes.choice.predict import Prediction
+from kvbuffer_compile.passes.choice.words import duration
 from kvbuffer_compile.passes.lift.reasons import EMPTY
 from kvbuffer_compile.passes.lifted import Call, Lifted, LiftedGraph
 from kvbuffer_compile.passes.proof.validate import validate

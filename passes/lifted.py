@@ -20,6 +20,7 @@ class Output:
 
     value: output number `index` of the program in its canonical shape [*lanes(, K or V)] at full lane sizes; of a step
     of several tokens that of token `token`, or [*lanes, T(, K or V)] when `token` is None. shape: ints or size nodes.
+    plus: a node of the value's shape that is added to it first: what the tokens of a block add to its reads.
     """
 
     node: Node
@@ -27,6 +28,7 @@ class Output:
     shape: tuple[int | Node, ...]
     index: int = 0
     token: int | None = None
+    plus: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Lifted:
     one of the program's outputs replaces. write: the copy_ node that stores the next state, or None when it is
     returned: then `returned` is its position among the graph's outputs. source: "file:line" of the model code that
     updates the state. several: the graph runs the program for several tokens; operands are [*lanes, T(, K or V)].
-    slots: which rows of a pool the sequences are, when the state is one (pools.py).
+    slots: which rows of a pool the sequences are, when the state is one (pools.py). block: all tokens read the state as
+    it was before the first of them.
     """
 
     state: Node
@@ -51,6 +54,7 @@ class Lifted:
     source: str = ""
     several: bool = False
     slots: Node | None = None
+    block: bool = False
 
     @property
     def tokens(self) -> int | torch.SymInt:

@@ -149,6 +149,8 @@ def _replace(graph: Graph, lifted: Lifted, op: Any, extra: list[Node]) -> None:
             value = _call(graph, operator.getitem, (step, output.index)) if many else step
             if output.token is not None:
                 value = _call(graph, aten.select.int, (value, lifted.layout.lanes, output.token))
+            if output.plus is not None:
+                value = _call(graph, aten.add.Tensor, (value, output.plus))
             output.node.replace_all_uses_with(_restored(graph, value, output))
     if lifted.write is not None:
         graph.erase_node(lifted.write)

@@ -24,6 +24,7 @@ from importlib import resources
 import torch
 
 from kvbuffer_compile.codegen.cpp import entry
+from kvbuffer_compile.codegen.cpp.block import BlockItem
 from kvbuffer_compile.codegen.cpp.item import Item
 from kvbuffer_compile.codegen.cpp.log import axes, row_types, updates
 from kvbuffer_compile.codegen.cpp.tree import TreeItem
@@ -73,7 +74,7 @@ def _op(n: int, count: int) -> str:
 
 def _emit_piece(out: Source, plan: Plan, piece: Piece) -> None:
     _call(out, plan, piece)
-    kind = {"verify": VerifyItem, "tree": TreeItem}.get(plan.variant, Item)
+    kind = {"verify": VerifyItem, "block": BlockItem, "tree": TreeItem}.get(plan.variant, Item)
     item = kind(out, plan, piece)
     item.emit()
     if entry.shared(plan, piece):

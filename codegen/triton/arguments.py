@@ -31,7 +31,7 @@ def arguments(plan: Plan, split: Kind | None) -> list[Argument]:
     for v in plan.program.inputs:
         found += _operand(plan, v)
     found += [Argument(f"out_{n}", f"outputs[{n}]") for n, _ in enumerate(plan.program.outputs)]
-    if plan.variant == "verify":
+    if plan.several:
         found += [Argument("T", "tokens"), Argument("TOKENS", "triton.next_power_of_2(tokens)", True)]
         found += [Argument("QUERIES", "queries", True), Argument("MATRIX", "matrix", True)]
         found += [Argument("PRECISION", "precision", True)]
@@ -90,7 +90,7 @@ def _operand(plan: Plan, v: Var) -> Iterator[Argument]:
     for m, lane in enumerate(lanes):
         if lane in v.lanes:
             yield Argument(f"in_{v}_{lane}", f"stride(operands[{n}], {m})")
-    if plan.variant == "verify":
+    if plan.several:
         yield Argument(f"in_{v}_t", f"stride(operands[{n}], {len(lanes)})")
     if v.kind != "scalar":
         yield Argument(f"in_{v}_last", f"operands[{n}].stride(-1)")
@@ -131,7 +131,7 @@ class Launcher:
         c = self.config
         head = "state, cursor, tickets, rows, operands, "
         head += f"block={c.block}, warps={c.warps}, fold={c.fold}, stages={c.stages}"
-        head += f", matrix={c.matrix}" if self.plan.variant == "verify" else ""
+        head += f", matrix={c.matrix}" if self.plan.several else ""
         head += f", registers={c.registers}" if c.registers else ""
         with self.out.block(f"def launch({head})"):
             self._contract()
@@ -169,7 +169,7 @@ class Launcher:
             dims += [*middle, *([str(self.values.size(v.kind))] if v.kind != "scalar" else [])]
             return f"{v} [{', '.join(dims)}]"
 
-        middle = ("T",) if plan.variant == "verify" else ()
+        middle = ("T",) if plan.several else ()
         rows = ", ".join(shape(v, lanes, str(plan.capacity)) for v in plan.program.logged)
         scale = ", ".join([*lanes, *map(str, plan.scale_shape(()))])
         shadow = f"; {_short(plan.read_dtype)} shadow of the state, its scale [{scale}]" if plan.shadowed else ""
@@ -179,7 +179,7 @@ class Launcher:
             state=f"{_short(plan.state_dtype)}, {plan.layout}",
             log="" if plan.variant == "recurrent" else LOG.format(rows=rows, shadow=shadow),
             operands=", ".join(shape(v, lanes, *middle) for v in plan.program.inputs),
-            matrix=(MATRIX if plan.variant == "verify" else "") + (REGISTERS if self.config.registers else ""),
+            matrix=(MATRIX if plan.several else "") + (REGISTERS if self.config.registers else ""),
         )
         self.out.lines(text)
 
@@ -198,7 +198,7 @@ class Launcher:
 
     def _outputs(self) -> None:
         tokens = ""
-        if self.plan.variant == "verify":
+        if self.plan.several:
             self.out.line(f"tokens = max(x.shape[{self.plan.layout.lanes}] for x in operands)")
             self.out.line(f"queries = max(16, {self.width or 1} * triton.next_power_of_2(tokens))")
             self.out.line('precision = "ieee" if torch.version.hip else "tf32x3"')

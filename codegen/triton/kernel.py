@@ -2,7 +2,7 @@
 
 recurrent   s is the tile of the state; read it, fold the token in, write it
 buffered    s and the owed rows stand for the state (rows.py); on a flush they are written back as one
-verify      the same for T tokens (verify.py)
+verify      the same for T tokens, of which each sees those before it, or none as a block (verify.py)
 
 What does not depend on the cursor is loaded before it, and all of the cursor at once: a program that waits for memory
 three times in a row cannot stream.
@@ -33,7 +33,7 @@ class Kernel:
         self.tickets = Tickets(plan, values)
         self.fold = Fold(out, plan, values, self.rows)
         self.shadow = self.fold.shadow
-        self.verify = plan.variant == "verify"
+        self.verify = plan.several
 
     def emit(self) -> None:
         if self.plan.variant != "recurrent":

@@ -30,12 +30,12 @@ SLOTS = 64  # owed rows that can be
 
 
 def applies(plan: Plan, schedule: Schedule) -> bool:
-    """Whether a verify step can read by matrix products.
+    """Whether a step of several tokens can read by matrix products.
 
     All reads run along one axis, and no query or decay along it needs another read or a sum over the axis.
     """
     reads = schedule.stages[0].reads
-    if plan.variant != "verify" or plan.compute.itemsize != 4 or schedule.fold is None or not reads:
+    if not plan.several or plan.compute.itemsize != 4 or schedule.fold is None or not reads:
         return False
     if any(stage.reads for stage in schedule.stages[1:]) or len({r.x.kind for r in reads}) > 1:
         return False
@@ -63,10 +63,11 @@ class Matrix:
         self.kind: Kind = self.reads[0].x.kind
         self.other: Kind = "value" if self.kind == "key" else "key"
         self.steps = [step for stage in schedule.stages for step in stage.steps]
-        self.factor = {"key": self.fold.key, "value": self.fold.value}[self.kind]
+        alone = plan.variant == "block"  # no token sees another
+        self.factor = None if alone else {"key": self.fold.key, "value": self.fold.value}[self.kind]
         self.width = queries(plan, schedule)
         self.slots = power_of_two(plan.capacity)
-        self.grams = [] if self.factor else [n for n in range(len(self.fold.rows)) if self._laid(n)]
+        self.grams = [] if self.factor or alone else [n for n in range(len(self.fold.rows)) if self._laid(n)]
 
     def _laid(self, n: int) -> bool:
         """Whether the n-th rows of all tokens can be computed part by part, before any read."""

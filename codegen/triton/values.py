@@ -190,7 +190,7 @@ class Values:
 
     def _operand(self, v: Var, token: str) -> str:
         at = [f"at_{lane} * in_{v}_{lane}" for lane in self.plan.program.lanes if lane in v.lanes]
-        at += [f"{token} * in_{v}_t"] if self.plan.variant == "verify" else []
+        at += [f"{token} * in_{v}_t"] if self.plan.several else []
         at += [f"{v.kind} * in_{v}_last"] if v.kind != "scalar" else []
         masks = self.mask(v.kind) if v.kind != "scalar" else ""
         other = ", other=0.0" if masks else ""

@@ -32,11 +32,10 @@ class Fresh:
         self.stages = schedule.stages
         self.first = schedule.stages[0].reads
         self.fold: Fold = schedule.fold
-        self.factors: dict[Kind, Var | None] = {
-            "scalar": self.fold.scalar,
-            "key": self.fold.key,
-            "value": self.fold.value,
-        }
+        fold, self.alone = self.fold, plan.variant == "block"  # no token sees another
+        factors: dict[Kind, Var | None] = {"scalar": fold.scalar, "key": fold.key, "value": fold.value}
+        self.factors = {} if self.alone else factors
+        self.seen = () if self.alone else fold.rows
         self.matrix = Matrix(out, plan, values, rows, schedule) if applies(plan, schedule) else None
 
     def read_ahead(self) -> None:
@@ -78,7 +77,7 @@ class Fresh:
         """What the loop over tokens carries."""
         if self.matrix and self.matrix.weighs:
             self.out.line(f"fresh_weight = tl.zeros([TOKENS], {self.values.real})")
-        for n, _ in enumerate(self.fold.rows):
+        for n, _ in enumerate(self.seen):
             for kind in AXES:
                 zeros = f"tl.zeros([TOKENS, {self.values.length(kind)}], {self.values.real})"
                 with self._where_needed(kind, n):
@@ -94,7 +93,7 @@ class Fresh:
                 self._fade(out, read)
         with self.unless_matrix("else"):
             self._read_vector(out, read)
-        for n in range(len(self.fold.rows)):
+        for n in range(len(self.seen)):
             self._add_fresh(out, read, n)
 
     def _read_vector(self, out: str, read: Old) -> None:
@@ -117,7 +116,7 @@ class Fresh:
 
     def _query(self, read: Old) -> str:
         """What the tokens so far leave of a query."""
-        if not self.factors[read.x.kind]:
+        if not self.factors.get(read.x.kind):
             return self.values.name(read.x)
         self.out.line(f"query = {self.values.name(read.x)} * now_{read.x.kind}")
         return "query"
@@ -125,7 +124,7 @@ class Fresh:
     def _fade(self, out: str, read: Old) -> None:
         gates: list[Kind] = ["scalar", read.out.kind]
         for kind in gates:
-            if self.factors[kind]:
+            if self.factors.get(kind):
                 self.out.line(f"{out} *= now_{kind}")
 
     def _start_fading(self) -> None:
@@ -142,7 +141,7 @@ class Fresh:
         """What the token leaves of the rows before it, and its own rows beside them."""
         name, fold = self.values.name, self.fold
         self._fade_on()
-        for n, (left, right) in enumerate(fold.rows):
+        for n, (left, right) in enumerate(self.seen):
             gates = [name(fold.scalar)] if fold.scalar else []
             gates += [f"{name(fold.key)}[None, :]"] if fold.key else []
             self._insert("key", n, gates, name(left))

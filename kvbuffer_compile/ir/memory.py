@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kvbuffer_compile.ir.program import REDUCTIONS, Kind, Map, Program, Var, run
+from kvbuffer_compile.ir.program import REDUCTIONS, Decay, Kind, Map, Program, Var, run
+from kvbuffer_compile.ir.program import operands as used
 from kvbuffer_compile.process.surroundings import product
 
 
@@ -55,6 +56,22 @@ def run_tokens(program: Program, memory: Any, operands: Sequence[Tensor], axis: 
     return [torch.stack([env[v.name] for env in runs], axis) for v in program.outputs]
 
 
+def run_block(program: Program, memory: Dense, operands: Sequence[Tensor], axis: int) -> list[Tensor]:
+    """The same where all tokens read the memory as it was before the first of them: values of all tokens at once, then
+    the decays and updates of token after token. No read of the program stands behind one of these."""
+    values = run(program, AtOnce(memory), dict(zip((v.name for v in program.inputs), operands, strict=True)))
+    count = max(x.shape[axis] for x in operands)
+    each = {n: x.expand(*(count if i == axis else s for i, s in enumerate(x.shape))) for n, x in values.items()}
+    for t in range(count):
+        for event in program.events:
+            now = [each[v.name].select(axis, t) for v in used(event)]
+            if isinstance(event, Decay):
+                memory.decay(now[0], event.factor.kind)
+            else:
+                memory.update(now[0], now[1], (event.left.kind, event.right.kind))
+    return [each[v.name] for v in program.outputs]
+
+
 class Readable(Protocol):
     """Anything a contraction can be taken of."""
 
@@ -81,6 +98,30 @@ class Dense:
 
     def update(self, left: Tensor, right: Tensor, kinds: tuple[Kind, Kind]) -> None:
         self.state = self.state + along(left, kinds[0]) * along(right, kinds[1])
+
+    def map(self, op: Map, args: list[Any]) -> Tensor:
+        return apply_map(op, args)
+
+
+class Many(Protocol):
+    """A state that answers n queries of each lane at once: [*lanes, n, K] by [*lanes, n, V], or back."""
+
+    def read_many(self, x: Tensor, kind: Kind) -> Tensor: ...
+
+
+@dataclass
+class AtOnce:
+    """What the tokens of a block see, values with a dim of tokens behind the lanes: the state, and nothing of each
+    other."""
+
+    state: Many
+
+    def decay(self, factor: Tensor, kind: Kind) -> None: ...
+
+    def update(self, left: Tensor, right: Tensor, kinds: tuple[Kind, Kind]) -> None: ...
+
+    def read(self, x: Tensor, kind: Kind) -> Tensor:
+        return self.state.read_many(x, kind)
 
     def map(self, op: Map, args: list[Any]) -> Tensor:
         return apply_map(op, args)

@@ -4,8 +4,9 @@ The calling convention of every step op, whoever implements it (ATen, C++, Trito
 
     recurrent   step(state!, *operands)                         -> [outputs]
     buffered    step(state!, cursor!, *rows!, *operands)        -> [outputs]
-    shadowed    buffered, verify and tree with read_dtype: step(state!, cursor!, *rows!, shadow!, shadow_scale!, ...)
+    shadowed    all but recurrent, with read_dtype: step(state!, cursor!, *rows!, shadow!, shadow_scale!, ...)
     verify      the same for T tokens in one call, T >= 1 known at run time from the operands
+    block       the same for T tokens that all read the state as it was before the call, and its rows owed
     tree        verify for a tree of T drafts: step(state!, cursor!, *rows!, parents, *operands) -> [outputs]
     slots       each but tree with one more operand in front of the others: step(..., slots, *operands)
 
@@ -22,9 +23,9 @@ The calling convention of every step op, whoever implements it (ATen, C++, Trito
     scale      float32 [*lanes, V], or [*lanes, K] where reads contract V: what one in the shadow stands for; 0 where
                there is no shadow; NaN where there is none and none is to be made before the next flush
     operands   one tensor for each of program.inputs, [*lanes(, K or V)], size 1 along lanes where it does not vary,
-               any strides and float dtype; for verify [*lanes, T(, K or V)]
+               any strides and float dtype; for verify and block [*lanes, T(, K or V)]
     outputs    one contiguous tensor for each of program.outputs, [*lanes(, K or V)], in the plan's compute dtype;
-               for verify [*lanes, T(, K or V)]
+               for verify and block [*lanes, T(, K or V)]
     slots      int32 or int64 [B]: the state is a pool of N slots, of which the step takes these as its B sequences and
                leaves all others alone. cursor and rows are those of all N slots, operands and outputs of the B.
                Negative ones count from the end; of equal ones each sees the same state, and the last is stored
@@ -39,6 +40,9 @@ every sequence, with slots for those of the step. Rolling back is subtracting fr
 With a shadow, a step that flushes makes it anew from the state it has written, and one that finds none makes it from
 the state it reads, unless that holds nothing. Both read the state itself; every other step reads the shadow, never the
 state. Rows are always folded into the state itself. A kernel may read the state where the shadow would do.
+
+In a block step no token sees another: reads are of (state, rows) alone, whatever the tokens in front add. No read of
+its program stands behind a decay or an update, and what is stored is stored as in a verify step.
 
 A tree step flushes in the same way. Each node sees the state, the rows owed and its ancestors, in order of the path.
 All T rows are stored in node order behind the owed ones, and cursor[0] stays: whatever comes next, be it a step, a
@@ -62,7 +66,7 @@ from kvbuffer_compile.ir.program import Program, Var
 from kvbuffer_compile.ir.shadow import scale_kind
 
 SHADOW = ("shadow", "shadow_scale")  # the step op's arguments for one
-Variant = Literal["recurrent", "buffered", "verify", "tree"]
+Variant = Literal["recurrent", "buffered", "verify", "block", "tree"]
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ class Plan:
     @property
     def several(self) -> bool:
         """Whether operands and outputs have an axis of tokens behind the lanes."""
-        return self.variant in ("verify", "tree")
+        return self.variant in ("verify", "block", "tree")
 
     def shares_rows(self, other: Plan) -> bool:
         """Whether rows written under one plan can be read under the other (decode and verify of one recurrence)."""

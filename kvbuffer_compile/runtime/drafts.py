@@ -90,7 +90,9 @@ def check_graph(tree: Tree, states: Sequence[Spliced], args: list[Any]) -> None:
     """ValueError when a graph cannot step over the tree, before anything has happened."""
     for state in states:
         if state.plan.variant != "verify" or state.plan.slots:
-            raise ValueError("draft_tree(parents): a graph of one token, without a buffer or on a pool takes no tree")
+            raise ValueError(
+                "draft_tree(parents): graphs of one token, of a block, without a buffer or on a pool take none"
+            )
         if state.tokens.of(args) != tree.parents.shape[1]:
             raise ValueError(
                 f"draft_tree(parents): {tree.parents.shape[1]} parents for {state.tokens.of(args)} tokens of the graph"

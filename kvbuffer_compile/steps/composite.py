@@ -19,7 +19,7 @@ from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Decay, Kind, Update, Var, run
 from kvbuffer_compile.process.at_once import at_once
 from kvbuffer_compile.process.surroundings import product
-from kvbuffer_compile.steps.read_ahead import OTHER, common_lanes, run_ahead
+from kvbuffer_compile.steps.read_ahead import OTHER, common_lanes, run_ahead, run_at_once
 from kvbuffer_compile.steps.shadows import by_sequence, in_place_of, renewed, shadow_in
 
 
@@ -162,7 +162,7 @@ def recurrent_step(plan: Plan, state: Tensor, operands: Sequence[Tensor]) -> tup
 def buffered_step(
     plan: Plan, state: Tensor, cursor: Tensor, rows: Sequence[Tensor], operands: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """One buffered step of one token, or of T tokens for the verify variant, as defined in plan.py.
+    """One buffered step of one token, or of T tokens for the verify and block variants, as defined in plan.py.
 
     rows: and the shadow, where the plan has one. Rows go to free slots, where they are nobody's; the last thing that
     happens is that the cursor counts them.
@@ -173,7 +173,6 @@ def buffered_step(
     shape = plan.layout.sizes(state.shape)
     stored = condense(plan, base, owed_slots(plan, owed), rows)
     values = run_tokens(plan, stored, inputs_of_tokens(plan, operands), shape)
-
     active = owed >= 0
     for v, row in zip(plan.program.logged, rows, strict=True):
         store(row, values[v], owed, active, v.kind)
@@ -197,12 +196,13 @@ def inputs_of_tokens(plan: Plan, operands: Sequence[Tensor]) -> dict[str, Tensor
 
 def run_tokens(plan: Plan, stored: Stored, inputs: dict[str, Tensor], shape: tuple[int, ...]) -> dict[Var, Tensor]:
     """Outputs and logged values of some tokens, a dim like in the inputs, on a stored state. shape: [*lanes, K, V]."""
-    axis, some = token_dim(plan), next(iter(inputs.values()))
+    axis, wanted = token_dim(plan), (*plan.program.outputs, *plan.program.logged)
+    if plan.variant == "block":
+        return run_at_once(plan.program, stored, inputs, axis, wanted)
     count = max(x.shape[axis] for x in inputs.values())
     rows = count * sum(isinstance(event, Update) for event in plan.program.events)
-    lanes = shape[:-2] if plan.layout.sequence else (1, *shape[:-2])
-    left, right = (some.new_zeros(*lanes, rows, n) for n in plan.sizes)
-    wanted = (*plan.program.outputs, *plan.program.logged)
+    lanes = (1, *shape[:-2])[plan.layout.sequence :]
+    left, right = (next(iter(inputs.values())).new_zeros(*lanes, rows, n) for n in plan.sizes)
     return run_ahead(plan.program, stored, (left, right), inputs, axis, wanted)
 
 

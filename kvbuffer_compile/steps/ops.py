@@ -49,7 +49,7 @@ def use_cpp(plan: Plan) -> None:
     if len(cut) == 1:
         build.load(plan)
         return
-    if plan.variant == "tree" or (plan.variant == "verify" and plan.slots):
+    if plan.variant in ("tree", "block") or (plan.variant == "verify" and plan.slots):
         raise EmitError(f"no C++ kernel for {plan.variant} steps with {cut[0].calls[0].fn} on {plan}")
     kernels = [_piece_op(one, n, piece) for n, piece in enumerate(cut)]
     build.load(one)

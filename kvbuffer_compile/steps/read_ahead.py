@@ -11,27 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvbuffer_compile.ir.memory import apply_map, widen
+from kvbuffer_compile.ir.memory import AtOnce, Many, apply_map, widen
 from kvbuffer_compile.ir.program import Kind, Map, Program, Var, run
 from kvbuffer_compile.process.surroundings import product
 
 OTHER: dict[Kind, Kind] = {"key": "value", "value": "key"}
 
 
-class Stored(Protocol):
-    """A state [*lanes, K, V] that answers n queries of each lane at once: [*lanes, n, K] by [*lanes, n, V], or back."""
-
-    def read_many(self, x: Tensor, kind: Kind) -> Tensor: ...
-
-
 def run_ahead(
     program: Program,
-    stored: Stored,
+    stored: Many,
     room: tuple[Tensor, Tensor],
     inputs: Mapping[str, Tensor],
     axis: int,
@@ -46,6 +40,15 @@ def run_ahead(
     memory = Tokens(stored, *room, by_token, ahead)
     runs = [memory.run(program, t) for t in range(count)]
     return {v: x if (x := known[v.name]) is not None else torch.stack([r[v.name] for r in runs], axis) for v in wanted}
+
+
+def run_at_once(
+    program: Program, stored: Many, inputs: Mapping[str, Tensor], axis: int, wanted: Iterable[Var]
+) -> dict[Var, Tensor]:
+    """The wanted values for every token of a block, which sees what is stored and nothing of the others."""
+    count = max(x.shape[axis] for x in inputs.values())
+    env = run(program, AtOnce(stored), {n: expanded(x, axis, count) for n, x in inputs.items()})
+    return {v: env[v.name] for v in wanted}
 
 
 def expanded(x: Tensor, dim: int, size: int) -> Tensor:
@@ -88,7 +91,7 @@ class Sight:
     def map(self, op: Map, args: list[Any]) -> Tensor | None:
         return None if any(a is None for a in args) else apply_map(op, args)
 
-    def ahead(self, stored: Stored, axis: int, count: int) -> list[Tensor | None]:
+    def ahead(self, stored: Many, axis: int, count: int) -> list[Tensor | None]:
         """For each query what the stored state adds to its read, for every token; None where it is not known."""
         for _, _, fades in self.queries if count > 1 else ():
             for kind, gate in self.fades.items():
@@ -131,7 +134,7 @@ class Tokens:
 
     def __init__(
         self,
-        stored: Stored,
+        stored: Many,
         left: Tensor,
         right: Tensor,
         known: Mapping[str, Sequence[Tensor]],

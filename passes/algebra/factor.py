@@ -21,8 +21,10 @@ from kvbuffer_compile.passes.algebra.terms import (
     Number,
     Refusal,
     Term,
+    counted,
     held,
     leaves,
+    mean,
     prefill,
     product,
 )
@@ -61,11 +63,15 @@ class Axes:
 
 
 class Factoring:
-    """Factorisation for one choice of axes. Raises Refusal("full-rank") with the node that cannot be opened."""
+    """Factorisation for one choice of axes. Raises Refusal("full-rank") with the node that cannot be opened.
 
-    def __init__(self, values: Values, axes: Axes) -> None:
+    token: the index of the tokens of a block. A sum over as many is one over its tokens, and stays one term.
+    """
+
+    def __init__(self, values: Values, axes: Axes, token: Atom | None = None) -> None:
         self.values = values
         self.axes = axes
+        self.token = token
 
     def along(self, factor: Factor) -> frozenset[str]:
         """The axes along which a factor may vary."""
@@ -169,14 +175,14 @@ class Factoring:
         terms = self._summed(form.x, self.open(form.x, inner), index)
         if form.fn == "sum":
             return terms
-        count = 1
-        for atom in resolve(index):
-            count *= int(atom.size)  # _summed has refused symbolic sizes
-        return self._product(terms, [(1 / count,)])
+        return self._product(terms, [(mean(form.x, resolve(index)),)])
 
     def _summed(self, node: Node, terms: list[Term], index: Dim) -> list[Term]:
         """The terms with a contracted index held at each of its positions in turn."""
         for atom in resolve(index):
+            if self.token is not None and atom.size == self.token.size:
+                terms = [tuple(counted(f, atom, self.token) for f in t) for t in terms]
+                continue
             if not isinstance(atom.size, int) or atom.size * len(terms) > WIDEST:
                 raise prefill(node, atom.size, "products of a key and a value are added to the state")
             terms = [tuple(held(f, atom, i) for f in t) for t in terms for i in range(atom.size)]

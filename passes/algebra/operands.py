@@ -82,7 +82,8 @@ class Inserter:
                     return self.call(aten.sym_size.int, node, dim)
         factors = sympy.Mul.make_args(size)
         if len(factors) < 2:
-            raise Refusal(self._inputs[0], "dynamic-size", f"no input of the graph has the size {size}")
+            reason = f"no input has the size {size}, which is known at run time only: compile with dynamic=False"
+            raise Refusal(self._inputs[0], "dynamic-size", reason)
         return self._times([int(f) if f.is_Integer else f for f in factors])
 
     def _specialised(self, size: Size) -> Size:
@@ -126,13 +127,13 @@ def _fake_mode(inputs: list[Node]) -> Any:
 class Operands:
     """Expressions without reads as nodes in state coordinates. compute: the dtype of arithmetic done for them.
 
-    tokens: how many tokens each value has, in a dim of their own behind the lanes; None for no such dim.
+    token: the index of tokens, which has a dim of its own behind the lanes; None for no such dim.
     """
 
     def __init__(
-        self, inserter: Inserter, place: Coordinates, values: Values, state: Node, tokens: Size | None
+        self, inserter: Inserter, place: Coordinates, values: Values, state: Node, token: TokenAtom | None
     ) -> None:
-        self.token = None if tokens is None else TokenAtom(tokens)
+        self.token = token
         self.inserter = inserter
         self.place = place
         self.values = values
@@ -172,9 +173,10 @@ class Operands:
 
     def floating(self, node: Node) -> Node:
         """The node, as numbers of the compute dtype if it holds truth values or integers."""
-        return node if node.meta["val"].dtype.is_floating_point else self._converted(node)
+        return node if node.meta["val"].dtype.is_floating_point else self.converted(node)
 
-    def _converted(self, node: Node) -> Node:
+    def converted(self, node: Node) -> Node:
+        """The node as numbers of the compute dtype."""
         if node.meta["val"].dtype == self.compute:
             return node
         return self.inserter.call(torch.ops.prims.convert_element_type.default, node, self.compute)
@@ -194,7 +196,7 @@ class Operands:
             own: Kind = "scalar" if number else self.kind(a)
             node = self.node(a, own)
             if node.meta["val"].dtype != torch.bool:
-                node = self._converted(node)
+                node = self.converted(node)
             given.append(self.inserter.call(aten.unsqueeze.default, node, -1) if own != kind else node)
         return self.inserter.call(overload("aten.where.self" if fn.startswith("aten.where") else fn), *given)
 
@@ -211,7 +213,9 @@ class Operands:
         varying = self.values.vary(node, labels)
         free = [a for a in flat if a.at is None or a is self.token]
         if len(set(free)) < len(free):
-            raise Refusal(node, "diagonal", "an operand runs along one axis of the state twice")
+            raise Refusal(
+                node, "diagonal", "an operand is a matrix over one axis of the state: take its diagonal first"
+            )
         if any(len(dim) > 1 for dim in labels):
             node = self.inserter.call(aten.reshape.default, node, [self.inserter.size(a.size) for a in flat])
             labels = tuple((a,) for a in flat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -9,8 +10,8 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from kvbuffer_compile.ir.program import REDUCTIONS
-from kvbuffer_compile.passes.reading.forms import WIDEST
-from kvbuffer_compile.passes.reading.labels import Atom, Dim, Labels, Size, fixed, resolved
+from kvbuffer_compile.passes.reading.forms import WIDEST, WIDEST_BLOCK
+from kvbuffer_compile.passes.reading.labels import Atom, Dim, Labels, Size, fixed, renamed, resolved
 
 Number = float | int | bool
 
@@ -55,8 +56,9 @@ def in_part(node: Node) -> Refusal:
 def prefill(node: Node, count: Size, what: str) -> Refusal:
     """More tokens in one call than are taken apart."""
     reason = (
-        f"{count} {what} in one call, more than the {WIDEST} that are taken apart: a prefill or a wide block, which "
-        f"runs as it is; calls of at most {WIDEST} tokens are buffered"
+        f"{count} {what} in one call, more than the {WIDEST} that are taken apart one by one: a prompt, which runs as "
+        f"it is; calls of at most {WIDEST} tokens are buffered, and of at most {WIDEST_BLOCK} if all of them read one "
+        "state by one product and are added to it by one product"
     )
     return Refusal(node, "prefill", reason)
 
@@ -135,19 +137,26 @@ def settled_factor(factor: Factor) -> Factor:
 
 def held(factor: Factor, atom: Atom, at: int) -> Factor:
     """The factor with one index held at a position."""
-    match factor:
-        case Mask(condition, keep):
-            return Mask(_held(condition, atom, at), keep)
-        case _:
-            return _held(factor, atom, at)
+    return _relabelled(factor, lambda labels: fixed(labels, atom, at))
 
 
-def _held(expr: Expr, atom: Atom, at: int) -> Expr:
+def counted(factor: Factor, atom: Atom, token: Atom) -> Factor:
+    """The factor with one index as that of the tokens of a block."""
+    return _relabelled(factor, lambda labels: renamed(labels, atom, token))
+
+
+def _relabelled(factor: Factor, change: Callable[[Labels], Labels]) -> Factor:
+    if isinstance(factor, Mask):
+        return Mask(_changed(factor.condition, change), factor.keep)
+    return _changed(factor, change)
+
+
+def _changed(expr: Expr, change: Callable[[Labels], Labels]) -> Expr:
     match expr:
         case Leaf(node, labels):
-            return Leaf(node, fixed(labels, atom, at))
+            return Leaf(node, change(labels))
         case Call(fn, args):
-            return Call(fn, tuple(_held(a, atom, at) for a in args))
+            return Call(fn, tuple(_changed(a, change) for a in args))
         case _:
             return expr
 

@@ -16,7 +16,9 @@ class Case:
     program.logged. strided: reads that contract an axis of the state that is not its innermost one.
     capacity: slots that the user wants at least, 0 for none. target: "aten", "cpp" or "triton". tokens: of one step.
     slots: the sequences are taken out of a pool. others: bytes that one call of the graph touches besides the state.
-    states: how many it steps. shadow_width: of a shadow that is read in the state's place, 0 for none.
+    states: how many it steps. shadow_width: of a shadow that is read in the state's place, 0 for none. block: its
+    tokens see the state, and nothing of each other; within: reads to which the graph adds what they would see, a
+    product of T x T numbers a lane.
     """
 
     program: Program
@@ -35,6 +37,8 @@ class Case:
     others: int = 0
     states: int = 1
     shadow_width: int = 0
+    block: bool = False
+    within: int = 0
 
     @property
     def elements(self) -> int:

@@ -22,12 +22,12 @@ from kvbuffer_compile.passes.choice.predict import (
     FLUSHES_TRITON,
     MIN_GAIN,
     MIN_GAIN_KERNEL,
-    Candidate,
     Prediction,
     predict,
     with_measured,
 )
 from kvbuffer_compile.passes.choice.reads import possible_read
+from kvbuffer_compile.passes.choice.words import no_gain, why
 from kvbuffer_compile.passes.choice.working_set import hint
 from kvbuffer_compile.passes.lifted import ALONE, Call, Lifted
 
@@ -64,10 +64,13 @@ def explain_choice(
         prediction = with_measured(prediction, case, times)
     chosen = _asked(prediction, wanted[0]) if wanted else _fastest(prediction, case, machine)
     if most is None:
-        reason = "nothing bounds the number of tokens of one call, and their rows must fit in the buffer"
+        reason = (
+            "nothing bounds the number of tokens of one call, and their rows must fit in the buffer: give it a bound "
+            "by torch._dynamo.mark_dynamic(x, dim, min=1, max=16), or compile with dynamic=False"
+        )
         return Declined(lifted.state.name, "dynamic-size", reason, lifted.source), prediction
     if chosen is None:
-        return _no_gain(lifted, prediction), prediction
+        return no_gain(lifted, prediction), prediction
     prediction = replace(prediction, chosen=chosen)
     best = prediction.candidates[chosen]
     plan = Plan(
@@ -83,7 +86,7 @@ def explain_choice(
         target=target,
         slots=lifted.slots is not None,
         read_dtype=read if best.variant != "recurrent" else None,
-        why=_why(prediction, best, asked=bool(wanted)),
+        why=why(prediction, best, asked=bool(wanted)),
     )
     return _too_wide(lifted, plan) or plan, prediction
 
@@ -121,6 +124,8 @@ def state_tensor(lifted: Lifted) -> Tensor:
 
 def _ladder(case: Case, timed: Iterable[int]) -> tuple[int, ...]:
     """Flush lengths to compare, beside 1. timed: those whose steps were."""
+    if case.block:  # whole blocks, at least one
+        return tuple(range(case.tokens, max(FLUSHES[-1], case.tokens) + 1, case.tokens))
     return tuple(timed) if case.target == "triton" and case.tokens == 1 else _flushes(case)
 
 
@@ -172,35 +177,16 @@ def _asked(prediction: Prediction, flush: int) -> int:
 
 
 def _fastest(prediction: Prediction, case: Case, machine: Machine) -> int | None:
-    """The fastest candidate when it promises enough."""
-    best = _order(prediction)[0] if case.tokens == 1 else _asked(prediction, _shared_flush(case, machine))
+    """The fastest candidate when it promises enough. A block is another recurrence than its tokens one by one, and not
+    timed on GPUs."""
+    if case.block and case.target == "triton":
+        return None
+    if case.tokens == 1 or case.block:
+        best = _order(prediction)[0]
+    else:
+        best = _asked(prediction, _shared_flush(case, machine))
     needed = MIN_GAIN.get(prediction.target, MIN_GAIN_KERNEL)
     return best if prediction.candidates[best].gain >= needed else None
-
-
-def _why(prediction: Prediction, best: Candidate, asked: bool) -> str:
-    verb = f"flush={best.flush} as asked" if asked else f"{best.variant}, L={best.flush}"
-    seen = "predicted" if best.measured is None else f"expected, its kernel measured at {duration(best.measured)}"
-    return (
-        f"{prediction.formula}; {verb}: {duration(best.seconds)} a step {seen}, Inductor "
-        f"{duration(prediction.plain.seconds)} ({best.gain:.2f}x), state {prediction.state_bytes / 1e6:.3g} MB"
-    )
-
-
-def duration(seconds: float) -> str:
-    """A time for people, three digits."""
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
-
-
-def _no_gain(lifted: Lifted, prediction: Prediction) -> Declined:
-    best = min(prediction.candidates, key=lambda c: c.seconds)
-    needed = MIN_GAIN.get(prediction.target, MIN_GAIN_KERNEL)
-    reason = (
-        f"{best.variant} with L={best.flush} is predicted to take {duration(best.seconds)} a step "
-        f"({prediction.target}) and Inductor {duration(prediction.plain.seconds)}: {best.gain:.2f}x, {needed:g}x is "
-        f"needed; state {prediction.state_bytes / 1e6:.3g} MB; {prediction.formula}; an integer flush is obeyed"
-    )
-    return Declined(lifted.state.name, "no-gain", reason, lifted.source)
 
 
 # ------------------------------------------------------------------------------------------------ numbers
@@ -234,6 +220,8 @@ def make_case(
         slots=lifted.slots is not None,
         others=max(call.bytes - own, 0),
         states=max(call.states, 1),
+        block=lifted.block,
+        within=sum(o.plus is not None for o in lifted.outputs),
     )
 
 

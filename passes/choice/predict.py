@@ -35,6 +35,10 @@ PLAIN_STRIDED_READ = {"cpu": 2.0}
 # Mamba-2), 16 to 44 (GDN, KDA, RWKV-7), at least 12 with 16 bits; reads that are contiguous were taken for half.
 PLAIN_OPERATIONS, PLAIN_OPERATIONS_MORE, PLAIN_CONTIGUOUS = 6.0, 10.0, 0.5
 PLAIN_NARROW = 12.0
+BLOCK_UPDATE = 4.0  # passes: the product is written, read with the state, and the sum is written
+# Blocks of tokens are products of matrices. One thread of an EPYC did, for 2, 4, 8, 16 and 32 rows, 1.6, 2.7, 4.0, 4.8
+# and 5.1 times as many operations a second as machine.rate says (baddbmm with cached matrices of 64 x 64).
+PRODUCTS, PRODUCTS_HALF = 5.5, 3.0
 PLAIN_LAUNCHES = {"cpu": 1.0}  # GPU: 2, one kernel for the reductions and one for the update
 # Generated C++ reached 0.67 to 0.73 of the read floor's bandwidth over a period of 16 steps.
 KERNEL_EFFICIENCY = {"cpu": 0.7}  # GPU: 1, the recurrent kernel moved 1.13 times the bytes of a copy in the same time
@@ -107,6 +111,7 @@ def predict(case: Case, machine: Machine, flushes: tuple[int, ...]) -> Predictio
 
     def candidate(variant: Variant, flush: int) -> Candidate:
         moved, seconds = serve(case, machine, counts, variant, flush)
+        seconds += _within(case) / (machine.rate * _products(case.tokens))
         return Candidate(variant, flush, moved, seconds, plain_seconds / seconds)
 
     ladder = sorted(set(flushes) | {1} if case.tokens == 1 else set(flushes))
@@ -136,7 +141,7 @@ def with_measured(prediction: Prediction, case: Case, times: Mapping[int, float]
 
 def _variant(case: Case, flush: int) -> Variant:
     if case.tokens > 1:
-        return "verify"
+        return "block" if case.block else "verify"
     return "buffered" if flush > 1 else "recurrent"
 
 
@@ -161,7 +166,11 @@ def _counts(case: Case) -> _Counts:
     known = cost.numbers(case.program, case.lanes, case.sizes, **widths, T=case.tokens)
     plain = cost.recurrent(case.program).map(lambda e: e.subs(known))
     shadow = case.shadow_width > 0
-    log = cost.buffered(case.program, case.sequence, case.row_widths, shadow=shadow).map(lambda e: e.subs(known))
+    log = cost.buffered(case.program, case.sequence, case.row_widths, shadow=shadow)
+    if case.block:  # its tokens do not walk each other's rows
+        walks = sum(isinstance(op, Read) for op in case.program.ops) * cost.slot(case.program, case.sequence).walk
+        log = log.plus(row_operations=-cost.T * (cost.T - 1) / 2 * walks)
+    log = log.map(lambda e: e.subs(known))
     computed_widths = (case.compute_width,) * len(case.row_widths)
     sizes = [cost.slot(case.program, case.sequence, w).size.subs(known) for w in (case.row_widths, computed_widths)]
     at = sympy.lambdify(cost.L, [getattr(log, name) for name in _FIELDS], "math")
@@ -194,6 +203,13 @@ def _seconds(case: Case, machine: Machine, moved: float, operations: float, laun
 
 
 def _plain(case: Case, machine: Machine, counts: _Counts) -> tuple[float, float]:
+    if case.block:  # a product of matrices for each read, and one for the update of all tokens, stored and added
+        reads = sum(isinstance(op, Read) for op in case.program.ops)
+        passes = reads + BLOCK_UPDATE if machine.device == "cpu" else PLAIN_PASSES
+        moved = passes * case.state_bytes + counts.recurrent.operands
+        launches = len(case.program.ops) * PLAIN_LAUNCHES.get(machine.device, 2.0)
+        operations = counts.recurrent.operations / _products(case.tokens)
+        return moved, _seconds(case, machine, moved, operations, launches)
     passes = PLAIN_PASSES + PLAIN_STRIDED_READ.get(machine.device, 0.0) * case.strided
     moved = passes * case.tokens * case.state_bytes + counts.recurrent.operands
     launches = PLAIN_LAUNCHES.get(machine.device, 2.0) * case.tokens
@@ -204,6 +220,16 @@ def _plain(case: Case, machine: Machine, counts: _Counts) -> tuple[float, float]
         each = max(each, PLAIN_NARROW if case.state_width < case.compute_width else 0.0)
         operations = each * (1.0 if case.strided else PLAIN_CONTIGUOUS) * case.tokens * case.elements
     return moved, _seconds(case, machine, moved, operations, launches)
+
+
+def _products(tokens: int) -> float:
+    """How many times machine.rate products of matrices do that have as many rows."""
+    return PRODUCTS * tokens / (tokens + PRODUCTS_HALF)
+
+
+def _within(case: Case) -> float:
+    """Operations of the products that a block adds to reads, as matrix products."""
+    return case.within * prod(case.lanes) * 2 * case.tokens**2 * sum(case.sizes)
 
 
 def _kernel(case: Case, machine: Machine, counts: _Counts, variant: Variant, flush: int) -> tuple[float, float]:

@@ -43,6 +43,7 @@ from kvbuffer_compile.passes.lifted import Output
 from kvbuffer_compile.passes.reading.arguments import shape
 from kvbuffer_compile.passes.reading.labels import TokenAtom, resolved
 from kvbuffer_compile.passes.reading.variation import Values
+from kvbuffer_compile.passes.tokens.blocks import BlockOrdering, once, separate, sum_within
 from kvbuffer_compile.passes.tokens.chained import chained
 from kvbuffer_compile.passes.tokens.sequences import all_tokens, tokens_of
 from kvbuffer_compile.passes.walk.maps import Opening
@@ -54,51 +55,65 @@ Tainted = Callable[[Node], bool]
 
 @dataclass
 class Assembled:
-    """A program with all its reads as outputs. operands: node of each input; outputs: read node -> where it goes."""
+    """A program with all its reads as outputs. operands: node of each input; outputs: read node -> where it goes;
+    within: read node -> what the tokens of a block add to it."""
 
     walk: Walk
     place: Coordinates
     program: Program
     operands: dict[Var, Node]
     reads: dict[Node, Var]
+    within: dict[Node, Node]
 
     def output(self, node: Node, inserter: Inserter, index: int, token: int | None) -> Output:
         """How the program's value of a read (its output `index`, of one token) is brought into the dims of its node."""
         kind = self.reads[node].kind
         labels = resolved(self.walk.reads[node].labels)
         parts = [*self.place.lanes, self.place.axis(kind)]
+        within = self.within.get(node)
         if self.walk.sequence is not None:
             node = all_tokens(node)
-        if (tokens := tokens_of(self.walk.sequence)) is not None:
-            counting = (TokenAtom(tokens),)
-            labels = (*labels[:-1], counting, labels[-1])
-            parts.insert(-1, counting)
+        if (counting := _counting(self.walk)) is not None:
+            labels = labels if self.walk.block else (*labels[:-1], (counting,), labels[-1])
+            parts.insert(-1, (counting,))
         where = {atom: i for i, part in enumerate(parts) for atom in part}
         met = list(dict.fromkeys(where[a] for dim in labels for a in dim))
         empty = [i for i, part in enumerate(parts) if not part]
-        return Output(node, tuple(empty + met), tuple(inserter.size(n) for n in shape(node)), index, token)
+        sizes = tuple(inserter.size(n) for n in shape(node))
+        return Output(node, tuple(empty + met), sizes, index, token, within)
+
+
+def _counting(walk: Walk) -> TokenAtom | None:
+    """The index of the tokens of a block or a sequence."""
+    tokens = tokens_of(walk.sequence)
+    return walk.block if tokens is None else TokenAtom(tokens)
 
 
 def assemble(walk: Walk, axes: Axes, tainted: Tainted, inserter: Inserter) -> Assembled:
     """The program of a walk. Refusal with the reason when there is none for these axes."""
     values = Values(walk.reads)
-    factoring = Factoring(values, axes)
+    factoring = Factoring(values, axes, walk.block)
     opening = Opening(values, axes, walk.reads, tainted)
     _supported(walk)
-    events = [opening.event(e) for e in Ordering(chained(walk, factoring), factoring).events()]
-    outside = [leaf for e in events for x in _exprs(e) for leaf in leaves(x) if leaf.node not in walk.reads]
+    ordering = BlockOrdering(walk, factoring) if walk.block else Ordering(chained(walk, factoring), factoring)
+    events = [opening.event(e) for e in ordering.events()]
+    within = ordering.within if isinstance(ordering, BlockOrdering) else {}
+    separate(events, within)
+    exprs = [*(x for e in events for x in _exprs(e)), *(x for ws in within.values() for w in ws for x in w.exprs)]
+    outside = [leaf for x in exprs for leaf in leaves(x) if leaf.node not in walk.reads]
     place = coordinates(walk.state, walk.home, axes, values, outside, walk.reads.values())
     _contiguous(walk, place)
-    lowering = Lowering(walk, Operands(inserter, place, values, walk.state, tokens_of(walk.sequence)))
+    lowering = Lowering(walk, Operands(inserter, place, values, walk.state, _counting(walk)))
     for event in events:
         lowering.event(event)
     inputs = tuple(lowering.inputs)
     program = Program(place.names, inputs, tuple(lowering.ops), tuple(lowering.reads.values()))
-    return Assembled(walk, place, verify(program), lowering.inputs, lowering.reads)
+    sums = {node: total for node, ws in within.items() if (total := sum_within(lowering.outside, ws)) is not None}
+    return Assembled(walk, place, verify(program), lowering.inputs, lowering.reads, sums)
 
 
 def _supported(walk: Walk) -> None:
-    own = frozenset(a for dim in resolved(walk.home) for a in dim)
+    own = walk.own_atoms | {walk.block}
     for read in walk.reads.values():
         foreign = [a.size for dim in resolved(read.labels) for a in dim if a not in own]
         if foreign:
@@ -123,7 +138,7 @@ def _exprs(event: Event) -> tuple[Expr, ...]:
             return (value,)
         case UpdateEvent(left, right, _):
             return (left, right)
-        case DecayEvent(factor, _):
+        case DecayEvent(factor):
             return (factor,)
 
 
@@ -144,14 +159,14 @@ class Lowering:
         match event:
             case ReadEvent(node, value, _):
                 self.reads[node] = self._var(value)
-            case DecayEvent(factor, node):
+            case DecayEvent(factor, node, once_at):
                 if not self._is_outside(factor):
                     reason = (
                         "the decay depends on a read of the same state: rows that wait in a buffer could not be "
                         "decayed without it; compute the gate from the token"
                     )
                     raise Refusal(node, "decay-from-read", reason)
-                self.ops.append(Decay(self._var(factor)))
+                self.ops.append(Decay(self._var(factor) if once_at is None else self._input(factor, once_at)))
             case UpdateEvent(left, right, _):
                 self.ops.append(Update(self._var(left), self._var(right)))
 
@@ -195,9 +210,10 @@ class Lowering:
             return self._argument(expr)
         return self._map("aten.ne.Scalar", (self._var(expr), 0))
 
-    def _input(self, expr: Expr) -> Var:
+    def _input(self, expr: Expr, once_at: int | None = None) -> Var:
         kind = self.outside.kind(expr)
         node = self.outside.floating(self.outside.node(expr, kind))
+        node = node if once_at is None else once(self.outside, node, once_at)
         if (node, kind) not in self._nodes:
             lanes = self.outside.place.along(self.outside.atoms(expr))
             var = self._nodes[node, kind] = Var(f"x{len(self.inputs)}", kind, lanes)

@@ -1,6 +1,7 @@
 """Lift: find the recurrences in a captured graph by their algebra.
 
 walk      each candidate state forwards: versions, reads, the next state           (walk.py)
+blocks    several tokens by one product each: their index stays a dim of operands    (blocks.py)
 queries   reads of several queries or tokens at once into one read for each         (queries.py)
 axes      which indices are the key and the value axis, from what reads contract    (order.py)
 factor    decays, addends and keys into factors that run along one axis             (factor.py)
@@ -10,8 +11,9 @@ outputs   the reads that the rest of the graph still needs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.fx import GraphModule, Node
@@ -21,11 +23,12 @@ from kvbuffer_compile.passes.algebra.operands import Inserter
 from kvbuffer_compile.passes.algebra.terms import Refusal
 from kvbuffer_compile.passes.lift.assemble import Assembled, assemble, trimmed
 from kvbuffer_compile.passes.lift.reasons import others, refused, told
-from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Refused
+from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
 from kvbuffer_compile.passes.reading.captured import candidates, copied, guards_of, source, written
 from kvbuffer_compile.passes.storage.donated import stored_back
 from kvbuffer_compile.passes.storage.pools import taken
 from kvbuffer_compile.passes.storage.stacked import apart, stacks
+from kvbuffer_compile.passes.tokens.blocks import as_block, at_once
 from kvbuffer_compile.passes.tokens.composites import opened
 from kvbuffer_compile.passes.tokens.periods import Tokens, tokens, whole
 from kvbuffer_compile.passes.tokens.sequences import opened_sequences, sequence_of, tokens_of
@@ -91,10 +94,13 @@ def _programs(graph: LiftedGraph) -> list[Assembled]:
             graph.refused.clear()
             walks = _walks(graph)
         count(walks)
-        queries = taken_apart(walks, Inserter(graph.gm.graph)) if guards == guards_of(graph.gm) else {}
+        blocks = at_once(walks, partial(_trial, graph, walks))
+        apart = [walk for walk in walks if walk.state not in blocks]
+        queries = taken_apart(apart, Inserter(graph.gm.graph)) if guards == guards_of(graph.gm) else {}
         if queries:
             graph.refused.clear()
             walks = [adopt(walk, queries) for walk in _walks(graph)]
+        walks = [(as_block(walk) if walk.state in blocks else None) or walk for walk in walks]
         assembled = list(_assembled(graph, walks, guards))
         if guards == guards_of(graph.gm):
             return assembled
@@ -111,8 +117,14 @@ def _walks(graph: LiftedGraph) -> list[Walk]:
             walks.append(walk.run())
             walk.sequence = sequence_of(walk)
         except Refusal as refusal:
-            _refuse(graph, refused(walk, refusal, stored.get(state)))
+            graph.refused += filter(None, [refused(walk, refusal, stored.get(state))])
     return walks
+
+
+def _trial(graph: LiftedGraph, walks: list[Walk]) -> Callable[[int, Walk], Assembled]:
+    """Assembles one of the walks, or another in its place."""
+    bits, inserter = _dependence(graph.gm, walks), Inserter(graph.gm.graph)
+    return lambda i, walk: _assemble(walk, bits, i, inserter)
 
 
 # ------------------------------------------------------------------------------------------- assembling
@@ -128,11 +140,7 @@ def _assembled(graph: LiftedGraph, walks: list[Walk], guards: int) -> Iterator[A
         try:
             yield _assemble(walk, bits, i, inserter)
         except Refusal as refusal:
-            _refuse(graph, refused(walk, refusal, walk.write))
-
-
-def _refuse(graph: LiftedGraph, found: Refused | None) -> None:
-    graph.refused += [] if found is None else [found]
+            graph.refused += filter(None, [refused(walk, refusal, walk.write)])
 
 
 def _assemble(walk: Walk, bits: dict[Node, int], index: int, inserter: Inserter) -> Assembled:
@@ -178,7 +186,7 @@ def _acyclic(graph: LiftedGraph, assembled: list[Assembled]) -> list[Assembled]:
     kept: list[int] = []
     for i, one in enumerate(assembled):
         if _reaches(i, i, needs, {*kept, i}):
-            reason = "two states feed each other within one step, so neither can be updated as a whole"
+            reason = "two states feed each other within one step: read one before it is updated, or update them in turn"
             graph.refused.append(told(one.walk.state, Refusal(one.walk.state, "entangled", reason)))
         else:
             kept.append(i)
@@ -213,7 +221,8 @@ def _finish(graph: LiftedGraph, assembled: list[Assembled]) -> list[Lifted]:
 def _lifted(one: Assembled, live: set[Node], inserter: Inserter) -> Lifted:
     nodes = [n for n in one.reads if n in live]
     shown = tuple(one.reads[n] for n in nodes)
-    parts = _tokens(one.program, shown) if one.walk.sequence is None else whole(trimmed(one.program, shown))
+    counted = one.walk.sequence is not None or one.walk.block is not None
+    parts = whole(trimmed(one.program, shown)) if counted else _tokens(one.program, shown)
     by_name = {v.name: node for v, node in one.operands.items()}
     operands = [[by_name[v.name] for v in inputs] for inputs in parts.inputs]
     walk = one.walk
@@ -228,7 +237,8 @@ def _lifted(one: Assembled, live: set[Node], inserter: Inserter) -> Lifted:
         write=walk.write,
         returned=walk.returned,
         source=source(walk.after.version.node) or source(walk.write or walk.state),
-        several=parts.count > 1 or tokens_of(walk.sequence) is not None,
+        several=parts.count > 1 or tokens_of(walk.sequence) is not None or walk.block is not None,
+        block=walk.block is not None,
     )
 
 
@@ -275,6 +285,7 @@ def _live(graph: LiftedGraph, assembled: Iterable[Assembled]) -> set[Node]:
     stack += [n for n in graph.gm.graph.nodes if n.op == "call_function" and n.is_impure() and n not in writes]
     stack += [n for one in assembled for n in one.operands.values()]
     stack += [pool.slots for pool in graph.pools]
+    stack += [n for one in assembled for n in one.within.values()]
     live: set[Node] = set()
     while stack:
         node = stack.pop()

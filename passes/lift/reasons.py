@@ -51,8 +51,8 @@ _ENDS = Contract | Reduce | Variance | Opaque | Metadata | Constant  # of what i
 
 EMPTY = "the state has an axis of size 0: it holds nothing that could be buffered"
 VECTOR = (
-    "it is added to element by element, so what a token adds is as large as itself and there is nothing to "
-    "buffer; it is left to the compiler"
+    "it is added to element by element, so what a token adds is as large as itself and there is nothing to buffer; the "
+    "compiler reads and writes all of it at every token, as much as one more column of a matrix that it lies beside"
 )
 CACHE = (
     "values are put in, moved along or taken out, and nothing is decayed or added to: a cache or a shift register, no "

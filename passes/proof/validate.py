@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from kvbuffer_compile.errors import Declined
-from kvbuffer_compile.ir.memory import Dense, run_tokens
+from kvbuffer_compile.ir.memory import Dense, run_block, run_tokens
 from kvbuffer_compile.ir.program import run
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph
 from kvbuffer_compile.passes.proof.evaluate import LARGE, Limit, cost, difference, evaluate
@@ -95,7 +95,8 @@ class Obligation:
         """All nodes whose values are compared, and the state."""
         lifted = self.lifted
         both = [n for pair in self.pairs for n in pair]
-        return [lifted.state, *lifted.operands, *(o.node for o in lifted.outputs), self.next_state, *both]
+        plus = [o.plus for o in lifted.outputs if o.plus is not None]
+        return [lifted.state, *lifted.operands, *(o.node for o in lifted.outputs), *plus, self.next_state, *both]
 
 
 def _obligation(graph: LiftedGraph, lifted: Lifted) -> Obligation:
@@ -146,7 +147,7 @@ def _fingerprint(obligation: Obligation) -> str:
     """The program with the part of the graphs it stands for, up to names: equal text, equal computation."""
     lifted, region = obligation.lifted, obligation.region
     number: dict[Node, int] = {}
-    lines = [str(lifted.program), str(lifted.layout), str(lifted.sizes), str(lifted.several)]
+    lines = [str(lifted.program), str(lifted.layout), str(lifted.sizes), f"{lifted.several} {lifted.block}"]
     for n in region.order(obligation.ends):
         if (source := region.source(n)) is not None:
             number[n] = number[source]
@@ -155,7 +156,7 @@ def _fingerprint(obligation: Obligation) -> str:
         what = f"{n.meta['val'].dtype} {shape(n)} {is_repeated(n)}" if is_tensor(n) else str(n.meta.get("val"))
         call = "cut" if region.is_cut(n) else f"{n.target} {_numbered(n.args, number)} {_numbered(n.kwargs, number)}"
         lines.append(f"{call} {what}")
-    outputs = [(o.perm, len(o.shape), o.index, o.token) for o in lifted.outputs]
+    outputs = [(o.perm, len(o.shape), o.index, o.token, o.plus and number[o.plus]) for o in lifted.outputs]
     lines.append(f"{[number[n] for n in obligation.ends]} {outputs} {_entangled(obligation)}")
     return "\n".join(lines)
 
@@ -235,6 +236,7 @@ def _compare(obligation: Obligation, extents: Extents, values: dict[Node, Any]) 
     for output in lifted.outputs:
         value, want = outputs[output.index], values[output.node]
         got = value if output.token is None else value.select(lifted.layout.lanes, output.token)
+        got = got if output.plus is None else got + values[output.plus]
         got = got.permute(output.perm).reshape(want.shape)
         if error := difference(got, want):
             return f"read {output.node} differs by {error:.1e}"
@@ -248,7 +250,7 @@ def _run(lifted: Lifted, memory: Dense, operands: list[Tensor]) -> list[Tensor]:
     if not lifted.several:
         env = run(program, memory, {v.name: x for v, x in zip(program.inputs, operands, strict=True)})
         return [_full(env[v.name], memory.state, v.kind) for v in program.outputs]
-    return run_tokens(program, memory, operands, axis)
+    return (run_block if lifted.block else run_tokens)(program, memory, operands, axis)
 
 
 def _full(value: Tensor, state: Tensor, kind: str) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 from torch.fx import Node
 
 Operand = Node | float | int | bool
+WIDEST_BLOCK = 64  # tokens of a block: the longest flush that is looked at; more are a prompt
 WIDEST = 16  # positions that are looked at one by one; terms of a sum, the largest rank among them
 
 

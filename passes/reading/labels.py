@@ -36,7 +36,7 @@ class Atom:
 
 
 class TokenAtom(Atom):
-    """The index that counts the tokens of a sequence, held at whichever is studied."""
+    """The index that counts the tokens of a sequence, or of a block, held at whichever is studied."""
 
     def __init__(self, size: Size) -> None:
         super().__init__(size, 0)
@@ -204,6 +204,11 @@ def fixed(labels: Labels, atom: Atom, at: int) -> Labels:
         where[part] = _pin(part.size, at % part.size)
         at //= part.size
     return tuple(tuple(where.get(a, a) for a in resolve(dim)) for dim in labels)
+
+
+def renamed(labels: Labels, atom: Atom, other: Atom) -> Labels:
+    """The labels with another atom in the place of one that was not split."""
+    return tuple(tuple(other if a is atom else a for a in resolve(dim)) for dim in labels)
 
 
 def aligned(labels: Labels, sizes: Sequence[Size]) -> Labels:

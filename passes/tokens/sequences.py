@@ -109,7 +109,10 @@ def sequence_of(walk: Walk) -> Node | None:
             continue
         found.add(node)
     if len(found) > 1:
-        reason = "beside a call that decodes several tokens, something else is done to the state"
+        reason = (
+            "beside a call that decodes several tokens, something else is done to the state, once for all of them: do "
+            "it in a call of its own, or decode token by token"
+        )
         raise Refusal(walk.state, "several-sequences", reason)
     return found.pop()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from torch.fx import Node
 
@@ -55,8 +56,8 @@ class Opening:
                 return ReadEvent(node, self.expr(value), stage)
             case UpdateEvent(left, right, node):
                 return UpdateEvent(self.expr(left), self.expr(right), node)
-            case DecayEvent(factor, node):
-                return DecayEvent(self.expr(factor), node)
+            case DecayEvent(factor):
+                return replace(event, factor=self.expr(factor))
 
     def expr(self, expr: Expr) -> Expr:
         """An expression with its leaves opened."""

@@ -52,8 +52,11 @@ class ReadEvent:
 
 @dataclass(frozen=True)
 class DecayEvent:
+    """once: of the tokens of a block, the one in whose turn it happens."""
+
     factor: Expr
     node: Node
+    once: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def _inner(walk: Walk) -> frozenset[Atom]:
 
 
 def _ordered(home: list[Atom], axis: frozenset[Atom]) -> Dim:
-    return tuple(a for a in home if a in axis)
+    return tuple(filter(axis.__contains__, home))
 
 
 def _values(walk: Walk, key: frozenset[Atom]) -> Iterator[Dim]:
@@ -219,20 +222,22 @@ class Ordering:
         return product(tuple(left)), product(tuple(right))
 
     def _read(self, read: ReadOut, version: Version, decay: Term, stage: int) -> Event:
-        axis = self._axis(read)
         decays, addends = relative(read.version, version)
         terms = [_without((*t, *read.factors), decay) for t in decays]
-        keys: dict[Expr, list[Expr]] = {}
-        for term in (t for whole in terms if whole is not None for t in self.factoring.terms(whole)):
-            x, post = self._split(term, axis)
-            keys.setdefault(settled(post), []).append(x)
-        fetched = [mul(Fetch(add(*xs), axis == "key", stage), post) for post, xs in keys.items()]
-        fixes = [self._fix(t, axis) for a in addends for t in self.factoring.terms((*a, *read.factors))]
+        fetched = self._fetched(read, [t for t in terms if t is not None], stage)
+        fixes = [self._fix(t, self._axis(read)) for a in addends for t in self.factoring.terms((*a, *read.factors))]
         return ReadEvent(read.node, add(*fetched, *fixes), stage)
 
+    def _fetched(self, read: ReadOut, terms: list[Term], stage: int) -> list[Expr]:
+        """Reads by these products, those with one factor behind them together."""
+        axis, keys = self._axis(read), dict[Expr, list[Expr]]()
+        for term in (t for whole in terms for t in self.factoring.terms(whole)):
+            x, post = self._split(term, axis)
+            keys.setdefault(settled(post), []).append(x)
+        return [mul(Fetch(add(*xs), axis == "key", stage), post) for post, xs in keys.items()]
+
     def _axis(self, read: ReadOut) -> str:
-        (axis,) = self.axes.of(read.contracted)
-        return axis
+        return next(iter(self.axes.of(read.contracted)))
 
     def _split(self, term: Term, axis: str) -> tuple[Expr, Expr]:
         """What is contracted (per-head scalars too), and what multiplies the result."""
@@ -292,8 +297,4 @@ def _without(term: Term, decay: Term) -> Term | None:
 
 
 def _full_decay(node: Node) -> Refusal:
-    reason = (
-        "the decay varies along both axes of the state, so each element forgets at a rate of its own: it must be one "
-        "factor a head, a row or a column"
-    )
-    return Refusal(node, "full-decay", reason)
+    return Refusal(node, "full-decay", words.FULL_DECAY)

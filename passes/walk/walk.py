@@ -47,6 +47,7 @@ from kvbuffer_compile.passes.reading.labels import (
     Atom,
     Dim,
     Labels,
+    TokenAtom,
     aligned,
     atoms_of,
     broadcast,
@@ -67,8 +68,9 @@ class Walk:
 
     values: what depends on the state, as one image of it, or as several with an index held at different positions
     (images.py). reads: by node; apart: reads of several pieces in one node; write: the copy_ that stores the next
-    state; after: the next state; returned: its position among the outputs when it is not stored; active: an addition or
-    a contraction was met; sequence: the call that decodes several tokens at once, of which one was walked through.
+    state; after: the next state; returned: its position among the outputs if it is not stored; active: something was
+    added or contracted; sequence: the call of several tokens of which one was walked through; block: the index of the
+    tokens that all reads are of at once (blocks.py).
     """
 
     def __init__(self, state: Node, order: dict[Node, int]) -> None:
@@ -83,12 +85,12 @@ class Walk:
         self.returned: int | None = None
         self.active = False
         self.sequence: Node | None = None
+        self.block: TokenAtom | None = None
         self.order = order
 
     def run(self) -> Walk:
         """Visit every use, in graph order."""
-        pending: list[tuple[int, Node]] = []
-        queued: set[Node] = set()
+        pending, queued = list[tuple[int, Node]](), set[Node]()
 
         def push(users: Iterable[Node]) -> None:
             for user in users:
@@ -278,16 +280,14 @@ class Walk:
         assert isinstance(outputs, list | tuple)
         at = {i: x for i, x in enumerate(outputs) if isinstance(x, Node) and x in self.values}
         if self.write is not None or len(at) > 1 or self.state in at.values():
-            value = next(iter(at.values()))
-            raise Refusal(value, "escapes", words.RETURNED)
+            raise Refusal(next(iter(at.values())), "escapes", words.RETURNED)
         ((self.returned, value),) = at.items()
         self.after = self._whole(value)
 
     def _whole(self, node: Node) -> Lin:
-        first, *others = self.values[node]
-        if others:
+        if len(self.values[node]) > 1:
             raise Refusal(node, "escapes", words.ALL_RETURNED)
-        return first
+        return self.values[node][0]
 
     def _finish(self) -> None:
         if self.after is None:

@@ -13,6 +13,11 @@ TWICE = "the state is stored twice in one call: store what it is in the end"
 RETURNED = "the state itself is returned from the graph, which needs it in memory: return what is read"
 ALL_RETURNED = "the states of several tokens are returned from the graph: return the last one and what is read"
 TRANSPOSED = "the next state is stored with its axes in another order: transpose what is read instead"
+FULL_DECAY = (
+    "the decay varies along both axes of the state, so each element forgets at a rate of its own (as in Mamba-1): it "
+    "must be one factor a head, a row or a column, or a product of these; else no few rows can stand for what is owed, "
+    "and there is nothing to be done"
+)
 MIXED = (
     "the state is added to itself with heads, rows or columns mixed, as by a mean over them: each element may only be "
     "scaled, mix what is read instead"

@@ -67,7 +67,7 @@ def make_plan(program: Program, variant: str, flush: int = 3, capacity: int = 0,
 class Session:
     """A generated step and the definition, side by side on equal buffers. Unused slots hold NaN.
 
-    Verify steps take turns between matrix products and vectors.
+    Steps of several tokens take turns between matrix products and vectors.
     """
 
     def __init__(self, plan: Plan, limits: list[int], state: Tensor | None = None, block: int = 4) -> None:
@@ -90,7 +90,7 @@ class Session:
 
     def step(self, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """One step of both: (got, expected) outputs."""
-        if self.plan.variant == "verify":
+        if self.plan.several:
             self.options["matrix"] = self.steps % 2 == 0
             self.steps += 1
         got = self.module.launch(self.state, self.cursor, self.tickets, self.rows, inputs, **self.options)

@@ -37,9 +37,9 @@ from kvbuffer_compile.passes.reading.forms import (
 )
 from kvbuffer_compile.passes.reading.labels import Atom, resolve
 from kvbuffer_compile.passes.storage import pools, stacked
-from kvbuffer_compile.passes.tokens import chained, composites, lists
+from kvbuffer_compile.passes.tokens import blocks, chained, composites, lists
 from kvbuffer_compile.passes.walk import images, low_rank, order, queries, walk
-from tests.spelled import forms, graph_forms, near_misses, scan_forms
+from tests.spelled import block_forms, forms, graph_forms, near_misses, scan_forms
 from tests.spelled.lifting import TOLERANCE, capture, disagreement, evaluate, traced, unlike
 from tests.support.steps import GROUPED_EQUAL, Sizes, grouped_cases
 
@@ -151,6 +151,10 @@ def battery() -> Iterator[tuple[str, Callable[..., Any], tuple[Tensor, ...]]]:
     for form in _SCANS:
         g = torch.Generator().manual_seed(0)
         yield form.name, form.step, (*form.start(g, EQUAL), *form.inputs(EQUAL, g))
+    for name, step in (*block_forms.STEPS.items(), *block_forms.NONE.items()):
+        g = torch.Generator().manual_seed(0)
+        state = torch.randn(block_forms.B, block_forms.H, block_forms.K, block_forms.V, generator=g)
+        yield f"block {name}", step, (state, *block_forms.operands(5, g))
     for case in grouped_cases():
         yield case.name, case.step, case.make(GROUPED_EQUAL)
     for name, (step, _) in near_misses.NEAR_MISSES.items():
@@ -350,6 +354,12 @@ MUTANTS = (
     Mutant("queries joined backwards", queries, "_stacked", lambda f: lambda nodes, *rest: f(nodes[::-1], *rest)),
     Mutant("one product of several", low_rank._Product, "_term",
            lambda f: lambda self, insert, term: f(self, insert, self.terms[0])),
+    # blocks of tokens
+    Mutant("a block decays at its other end", assemble, "once", lambda f: lambda ops, node, at: f(ops, node, -1 - at)),
+    Mutant("a block decays at each token", assemble, "once", lambda f: lambda ops, node, at: node),
+    Mutant("a block sees nothing of itself", assemble, "sum_within", _constant(None)),
+    Mutant("added once is added at each token", blocks, "_is_counted", _constant(True)),
+    Mutant("a block feeds itself", assemble, "separate", _constant(None)),
     # fused calls, and calls on lists
     Mutant("lists are subtracted", lists, "_one",
            lambda f: lambda insert, node, at, call:

@@ -127,9 +127,9 @@ def test_wide_calls_are_called_a_prefill() -> None:
         S.add_(k.mT @ v)
         return q @ S
 
-    shapes = [(B, H, K, V), (B, H, 64, K), (B, H, 64, K), (B, H, 64, V)]
+    shapes = [(B, H, K, V), (B, H, 65, K), (B, H, 65, K), (B, H, 65, V)]
     (state,) = kvbuffer_compile.explain(block, *map(torch.rand, shapes), options=FAST).states
-    assert state.rule == "prefill" and "64 queries" in state.reason and "at most 16 tokens" in state.reason
+    assert state.rule == "prefill" and "65 queries" in state.reason and "at most 16 tokens" in state.reason
 
 
 def positions(x: Tensor, pos: Tensor, freq: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ import sys
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
+import importlib
 import logging
+import pkgutil
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -70,11 +72,10 @@ def _in_place(held: dict[str, Any], result: tuple[Any, ...]) -> Tensor:
 
 def layer_row(name: str) -> Row:
     """One layer with the library's own cache: a prompt, then token by token, compiled and as the library runs it."""
-    import fla.layers
     from fla.models.utils import FLACache
 
     torch.manual_seed(0)
-    layer = getattr(fla.layers, name)(layer_idx=0, **calls.LAYERS[name]).eval()
+    layer = _layer(name)(layer_idx=0, **calls.LAYERS[name]).eval()
     for parameter in layer.parameters():  # models fill in what layers leave at zero, or as it was in memory
         if not parameter.isfinite().all() or not parameter.any():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -98,6 +99,14 @@ def layer_row(name: str) -> Row:
         if name in calls.NO_PROMPT:
             return _row(name, records, None, calls.NO_PROMPT[name])
         return _row(name, records, _error(ours, list(run(layer))))
+
+
+def _layer(name: str) -> Any:
+    """A layer by its name: not all are exported by the package itself."""
+    import fla.layers
+
+    modules = (importlib.import_module(f"fla.layers.{m.name}") for m in pkgutil.iter_modules(fla.layers.__path__))
+    return next(vars(module)[name] for module in modules if name in vars(module))
 
 
 def _compiled(step: Any) -> Any:

@@ -259,8 +259,8 @@ def rotated_and_returned(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, 
     return read(new, q), new
 
 
-def block_of_32(S: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q, k [B, H, 32, K]: as wide as a prefill."""
+def prompt(S: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q, k [B, H, 65, K]: more tokens than a block has."""
     S.add_(k.mT @ v)
     return q @ S
 
@@ -283,8 +283,8 @@ def _queries(s: Sizes, g: torch.Generator) -> tuple[Tensor, ...]:
     return (torch.randn(s.B, s.H, 3, s.K, generator=g), *operands("kvgb")(s, g))
 
 
-def _block(s: Sizes, g: torch.Generator) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(s.B, s.H, 32, n, generator=g) for n in (s.K, s.K, s.V))
+def _prompt(s: Sizes, g: torch.Generator) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(s.B, s.H, 65, n, generator=g) for n in (s.K, s.K, s.V))
 
 
 _TOKEN = operands("qkvgb")
@@ -330,7 +330,7 @@ NEAR = (
     (_form(longhorn_of_channels, "", inputs=operands("qkvd")), "full-decay"),
     (Form("previous_product", (), previous_product, ("BHKV", "BHKV"), _TOKEN), "full-rank overwritten"),
     (_form(rotated, ""), "rotation"),
-    (_form(block_of_32, "", inputs=_block), "prefill"),
+    (_form(prompt, "", inputs=_prompt), "prefill"),
     (Form("cached", (), cached, ("BHKV", "BHKV"), _TOKEN), "cache nonlinear"),
     (Form("titans", (), titans, ("BHKV", "BHKV"), operands("qkvgb")), "coupled full-rank"),
 )

@@ -14,7 +14,7 @@ from torch.func import functionalize
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from kvbuffer_compile.ir.memory import Dense
+from kvbuffer_compile.ir.memory import Dense, run_block
 from kvbuffer_compile.ir.program import Kind, run, verify
 from kvbuffer_compile.passes.lift.lift import lift
 from kvbuffer_compile.passes.lifted import Lifted, LiftedGraph, Part
@@ -157,13 +157,18 @@ def disagreement(graph: LiftedGraph, lifted: Lifted, values: dict[Node, Any], sc
         assert node.meta["val"].dtype.is_floating_point
         assert lifted.state not in ancestors(node), f"{node} depends on the state"
     tokens = [{n: x.select(at, t) if lifted.several else x for n, x in inputs.items()} for t in range(count)]
-    runs = [run(verify(lifted.program), memory, token) for token in tokens]
+    if lifted.block:
+        outs = run_block(verify(lifted.program), memory, list(inputs.values()), at)
+        by_token = [dict(zip((v.name for v in lifted.program.outputs), (x.select(at, t) for x in outs), strict=True))
+                    for t in range(count)]  # fmt: skip
+    runs = by_token if lifted.block else [run(verify(lifted.program), memory, token) for token in tokens]
     worst = 0.0
     for output in lifted.outputs:
         shape = [n if isinstance(n, int) else values[n] for n in output.shape]
         v = lifted.program.outputs[output.index]
         each = [env[v.name].expand(full_shape(lifted, lanes, v.kind)) for env in runs]
         got = each[output.token or 0] if not lifted.several or output.token is not None else torch.stack(each, at)
+        got = got if output.plus is None else got + values[output.plus]
         worst = max(worst, distance(got.permute(output.perm).reshape(shape), values[output.node]))
     after = lifted.layout.canonical(values[next_state(graph, lifted)].contiguous())
     return max(worst, distance(memory.state, after))

@@ -21,7 +21,7 @@ from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Decay, Map, Program, Read, Update, Var
 from kvbuffer_compile.options import Options
 from tests import zoo
-from tests.spelled import forms, graph_forms, near_misses, scan_forms
+from tests.spelled import block_forms, forms, graph_forms, near_misses, scan_forms
 from tests.spelled.lifting import traced
 from tests.support.steps import Sizes
 
@@ -152,6 +152,14 @@ def of_scans(steps: Iterable[Any]) -> Iterator[Row]:
     return of_forms(scan_forms.form(step, 3) for step in steps)
 
 
+def of_blocks() -> Iterator[Row]:
+    """The reads of a block are of the state before it; where a token reads others of its block, the graph adds that."""
+    for name, step in block_forms.STEPS.items():
+        g = torch.Generator().manual_seed(0)
+        state = torch.randn(block_forms.B, block_forms.H, block_forms.K, block_forms.V, generator=g)
+        yield from of_step(name, step, (state, *block_forms.operands(16, g)))
+
+
 def of_near_misses() -> Iterator[Row]:
     yield from of_forms(form for form, _ in graph_forms.NEAR)
     yield from of_scans(scan_forms.NEAR)
@@ -193,6 +201,7 @@ def sections() -> dict[str, Any]:
     return {
         **{title: partial(_of_family, names) for title, names in FAMILIES.items()},
         "In the forms that graphs give them": lambda: of_forms(graph_forms.GRAPH_FORMS),
+        "Blocks of 16 tokens": of_blocks,
         "Several tokens by an associative scan": lambda: of_scans(scan_forms.CAPTURED),
         "Near-misses": of_near_misses,
         "Architectures of transformers": lambda: (r for a in zoo.ARCHS.values() for r in of_architecture(a)),

@@ -58,7 +58,8 @@ REPEATED = (
 ARRIVALS = {  # how an operand is given, and how it becomes [B, heads, ...]
     "": ("{x}",), "token": ("{x}[:, 0]", "{x}.squeeze(1)", "{x}.transpose(1, 2)[:, :, 0]", "{x}.unbind(1)[0]"),
     "heads": ("{x}[:, :, 0]", "{x}.squeeze(2)", "{x}.select(2, -1)"),
-    "padded": ("{x}[..., :-1]", "{x}.narrow(-1, 0, {x}.shape[-1] - 1)"),
+    "padded": ("{x}[..., :-1]", "{x}.narrow(-1, 0, {x}.shape[-1] - 1)"), "expanded": ("{x}",),
+    "features": ("{x}.unflatten(-1, (-1, {n}))[:, 0]", "{x}.view({B}, 1, -1, {n}).squeeze(1)"),
 }  # fmt: skip
 
 
@@ -233,15 +234,23 @@ class Speller:
         heads = s.G if shared else s.H
         tail = {"key": (s.K,), "value": (s.V,)}.get(kind, ())
         forms = ["", "", "token", "heads"] + (["padded"] if tail and make != "key" else [])
+        forms += ["features"] if tail else ["expanded"]
         form = self.w.pick(forms if kind != "head" and make != "mask" else [""])
-        lead = {"token": (s.B, 1, heads), "heads": (s.B, heads, 1), "padded": (s.B, heads)}.get(form, (s.B, heads))
+        lead = {"token": (s.B, 1, heads), "heads": (s.B, heads, 1), "padded": (s.B, heads), "features": (s.B, 1)}
+        lead = lead.get(form, (s.B, heads))
         if kind == "head":
             lead = (heads,)
         elif make == "mask":
             lead = (s.B,)
-        self.inputs.append(((*lead, *(n + (form == "padded") for n in tail)), MAKERS[make]))
+        many = heads if form == "features" else 1  # heads and channels in one dim, as a linear layer gives them
+        maker, sizes = MAKERS[make], (*lead, *(many * n + (form == "padded") for n in tail))
+        if form == "expanded":  # outside of the graph: a stride of 0
+            sizes, maker = (*lead[:-1], 1), lambda x: MAKERS[make](x).expand(lead)
+        self.inputs.append((sizes, maker))
         name = f"i{len(self.inputs) - 1}"
+        self.w.names["n"], letters = (tail or (1,))[0], self.w.names["n"]
         x = self.w.new(say_arrival(form), view=Value(name, name), x=Value(name, name))
+        self.w.names["n"] = letters
         if make == "mask":
             x = self.w.new("{x}[:, None].expand({B}, {H})", view=x, x=x)
         elif kind == "head":

@@ -27,9 +27,9 @@ OUTER = (
 )
 ADD = (  # a product o to the matrix S
     "{S} + {o}", "{o} + {S}", "torch.add({S}, {o})", "{S} - (-{o})", "torch.sub({S}, {o}, alpha=-1)",
-    "torch.add({S}, {o} * 0.5, alpha=2)",
+    "torch.add({S}, {o} * 0.5, alpha=2)", "torch._foreach_add([{S}], [{o}])[0]",
 )  # fmt: skip
-ADD_ = ("{S}.add_({o})", "{S} += {o}", "{S}.sub_(-{o})")
+ADD_ = ("{S}.add_({o})", "{S} += {o}", "{S}.sub_(-{o})", "torch._foreach_add_([{S}], [{o}])")
 WRITE = (  # a product given by its factors
     "torch.addcmul({S}, {l}.unsqueeze(-1), {r}.unsqueeze(-2))",
     "torch.baddbmm({S}.reshape(-1, {I}, {J}), {l}.reshape(-1, {I}, 1), {r}.reshape(-1, 1, {J})).reshape({shape})",
@@ -64,7 +64,9 @@ SCALE = (  # the matrix by what broadcasts with it
     "torch.addcmul({S}, {S}, {A} - 1)", "torch.div({S}, {A}.reciprocal())",
     "torch.lerp({S}, torch.zeros_like({S}), 1 - {A})",
 )  # fmt: skip
-SCALE_ = ("{S}.mul_({A})", "{S} *= {A}", "{S}.div_(1 / {A})", "{S}.copy_({S} * {A})")
+SCALE_ = (
+    "{S}.mul_({A})", "{S} *= {A}", "{S}.div_(1 / {A})", "{S}.copy_({S} * {A})", "torch._foreach_mul_([{S}], [{A}])",
+)  # fmt: skip
 DIAGONAL = {
     "scalar": ("torch.einsum('{n},{n}ij->{n}ij', {a}, {S})",),
     "i": ("torch.einsum('{n}i,{n}ij->{n}ij', {a}, {S})", "torch.diag_embed({a}) @ {S}"),

@@ -20,16 +20,26 @@ BEHIND = "A_log=None dt_bias=None chunk_size=64"  # taken out of keyword argumen
 SUMS = "initial_A_state=None"
 SQUASH = "x=1.5 eps=1e-6 log_atk_scale=None"
 FLIPPED = "transpose_state_layout>state_v_first=False"
-CONJUGATE = "reads its state some 30 times a token (conjugate gradients): nothing is gained by not writing it once"
+CONJUGATE = (
+    "reads one of its states some 30 times a token (conjugate gradients), so that writing it once is no matter; the "
+    "other one, of keys and values, is buffered where the layer is written out in plain torch"
+)
 NO_STATE = "takes no state: it computes whole sequences at once"
 VECTOR = "its state is a vector: a token's update would be as large as the state"
 NO_RECURRENCE = "a sum over tokens, which keeps no state"
 MOMENTUM = (
-    "two matrices feed each other: every token adds the whole of one to the other, which no few rows can stand for"
+    "two matrices feed each other: every token adds the whole of one to the other, which no few rows can stand for; "
+    "the delta rules without momentum are served"
 )
 LEVELS = "a state for each power of two tokens, merged as a counter says: no recurrence of one matrix"
-NONLINEAR = "the update is no linear function of the state: a layer norm lies between what is read and what is written"
-TURNING = "reads slots through a table that turns with a sum of angles beside the state: not written down here"
+NONLINEAR = (
+    "a mini-batch of tokens takes a gradient step through a layer norm, and is not written down here; its token in "
+    "plain torch is served"
+)
+TURNING = (
+    "reads slots through a table that turns with a sum of angles beside the state, and is not written down here; its "
+    "token in plain torch is studied like any other"
+)
 GDN_CHUNK = f"q k v g beta {STATE} {NORM} {SIGMOID} state_v_first=False {PACKED} chunk_indices=None cp_context=None"
 GDN_STEP = (
     f"q k v {GATES} {STATE} {NORM} {IN_KERNEL} A_log=None dt_bias=None {SIGMOID} state_v_first=False cu_seqlens=None **"
@@ -165,7 +175,8 @@ UNSERVED: dict[str, str] = {
     **dict.fromkeys(("chunk_mesa_net", "mesa_net_decoding_one_step"), CONJUGATE),
     **dict.fromkeys(("fused_recurrent_hgrn", "chunk_hgrn", "fused_recurrent_rwkv4"), VECTOR),
     **dict.fromkeys(("fused_recurrent_cyfa", "chunk_cyfa"), TURNING),
-    **dict.fromkeys(("chunk_ttt_linear", "fused_chunk_ttt_linear", "chunk_titans_linear"), NONLINEAR),
+    **dict.fromkeys(("chunk_ttt_linear", "fused_chunk_ttt_linear"), NONLINEAR),
+    "chunk_titans_linear": MOMENTUM,
     "chunk_log_linear_attn": LEVELS,
     "fused_chunk_based": NO_STATE,
     **{f"chunk_local_cumsum{of}": NO_RECURRENCE for of in ("", "_scalar", "_vector")},
