@@ -20,6 +20,8 @@ class Config:
 
     warps, stages: as Triton takes them. matrix: whether a verify step reads by matrix products.
     registers: that a thread may have on NVIDIA's GPUs, 0 as many as the assembler thinks best.
+    part: of a buffered step that streams the state, elements of the contracted axis at a time, a power of two; stages
+    of them are on their way. 0 for one that holds its tile at once.
     """
 
     block: int
@@ -28,6 +30,7 @@ class Config:
     stages: int = 1
     matrix: bool = False
     registers: int = 0
+    part: int = 0
 
 
 # float32 values that a thread may hold in each phase of a kernel, beside what it needs to work on them: from compiling
@@ -85,6 +88,11 @@ def _registers(plan: Plan, schedule: Schedule, config: Config) -> int:
         return 0
     held = phases(plan, schedule, config)["products"]
     return REGISTERS["many" if _gates(plan) or held > FEW * 32 * config.warps else "few"]
+
+
+def whole(plan: Plan, schedule: Schedule, config: Config) -> bool:
+    """Whether one program streams all of a head: then it shares no rows with others."""
+    return config.part > 0 and config.block >= _axis(plan, schedule)[1]
 
 
 def _axis(plan: Plan, schedule: Schedule) -> tuple[int, int]:

@@ -35,11 +35,11 @@ TAKEN = frozenset(
     """tl torch triton libdevice step arrive state cursor tickets tile program lane sequence owed limit live flush kept
     t s T TOKENS BLOCK TILES EVICT FOLD QUERIES MATRIX PRECISION key value key_ok value_ok age used later dot token
     query part ahead chunk n fold float range asked asked_token queries result shadow shadow_scale scale exact lacks
-    folded largest exponent unit half""".split()
+    folded largest exponent unit half slot start""".split()
 )
 PREFIXES = tuple(
     """in_ row_ out_ at_ size_ state_ left_ right_ later_ after_ fade_ fresh_ carry_ now_ run_ next_ slot_ cursor_
-    tickets_ weight_ last_ met_ gram_ all_ key_ value_ half_ scale_""".split()
+    tickets_ weight_ last_ met_ gram_ all_ key_ value_ half_ scale_ part_ raw_ base_ sum_ add_""".split()
 )
 
 
@@ -72,7 +72,9 @@ class Values:
         self.real = DTYPES[plan.compute]
 
     def name(self, v: Var) -> str:
-        """The local that holds v."""
+        """The local that holds v, or a part of it."""
+        if self.index[v.kind] not in ("", v.kind):
+            return f"part_{v.name}"
         taken = v.name in TAKEN or v.name.startswith(PREFIXES) or keyword.iskeyword(v.name)
         return f"{v.name}_v" if taken or v.name.endswith(("_v", "_rows")) else v.name
 
@@ -191,7 +193,7 @@ class Values:
     def _operand(self, v: Var, token: str) -> str:
         at = [f"at_{lane} * in_{v}_{lane}" for lane in self.plan.program.lanes if lane in v.lanes]
         at += [f"{token} * in_{v}_t"] if self.plan.variant == "verify" else []
-        at += [f"{v.kind} * in_{v}_last"] if v.kind != "scalar" else []
+        at += [f"{self.index[v.kind]} * in_{v}_last"] if v.kind != "scalar" else []
         masks = self.mask(v.kind) if v.kind != "scalar" else ""
         other = ", other=0.0" if masks else ""
         return f"tl.load({' + '.join([f'in_{v}', *at])}{masks}{other}).to({self.real})"
