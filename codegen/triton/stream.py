@@ -9,8 +9,9 @@ rows is done once a head. A step that flushes takes a branch of its own:
     flush    s = s faded + met_n^T free_n, one product of matrices a part, stored; out = sum over parts of s query
 
 met_n is the side of the rows that runs along the contracted axis, free_n the other one. Sums are kept as tiles and
-reduced once. Only where a gate runs along the contracted axis are rows taken part by part as well, each beside the part
-of the state that it fades; else once, asked for before the state and used behind it.
+reduced once. Rows are asked for before the state and used behind it, but for gates along the contracted axis, which
+fade the queries: those are spread over the parts from registers (tl.gather). A part's rows beside each part of the
+state instead took twice the instructions, as a tile of 16 by 16 has work for only one of four warps.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Stream:
         self.after = [s for s in first.steps if s not in self.before]
         self.updates = range(len(rows.updates))
         self.gated = kind in rows.fades
+        # Whether a part of the state and a tile of rows have one shape: then they are summed as one.
+        self.alike = kind == "key" and part == rows.all_slots and len(self.updates) > 0
 
     def define(self) -> None:
         """The functions by which several tiles are summed at once."""
@@ -82,43 +85,59 @@ class Stream:
     # ------------------------------------------------------------------------------------------- the branches
 
     def _steady(self, late: list[str]) -> None:
-        if not self.gated:
+        queries = [s for s in self.queries if s not in self.before]
+        if self.gated:
+            self.rows.at_once((self.kind,))
+            self.values.steps(queries)
+            for read in self.reads:
+                self.out.line(f"asked_{read.out} = {self._query(read)} * fade_{self.kind}")
+        else:
             late = late + self.rows.at_once((self.kind,), ahead=True)
-        with self._parts("STAGES"):
-            if self.gated:
-                self.rows.at_once((self.kind,))
+        with self._parts("STAGES", loaded=not self.gated):
             self.out.line(f"s = {self.values.load_state('live', 'EVICT')}")
-            self._add("s", f" * fade_{self.kind}" if self.gated else "")
-            if self.gated:
-                for name, tile in self._products():
-                    self.out.line(f"{name} += {tile}")
+            index = f"{self.values.index[self.kind]}.to(tl.int32)"
+            self._add("s", f"tl.gather(asked_{{}}, {index}, 0)" if self.gated else "")
         self.out.lines("\n".join(late))
         if not self.gated:
-            self.values.steps(s for s in self.queries if s not in self.before)
-            for name, tile in self._products():
-                self.out.line(f"{name} = {tile}")
+            self.values.steps(queries)
+        for name, tile in self._products():
+            self.out.line(f"{name} = {tile}")
         self._sum([name for name, _ in self._products()], 1)
-        self._sum(self._bases(), self.axis)
-        self._add_rows()
         gates: list[Kind] = ["scalar", self.other]
+        fades = "".join(f" * fade_{k}" for k in gates if k in self.rows.fades)
+        if not self.alike:
+            self._sum(self._bases(), self.axis)
+            self._add_rows()
         for read, base in zip(self.reads, self._bases(), strict=True):
-            faded = " * ".join([base, *(f"fade_{k}" for k in gates if k in self.rows.fades)])
-            rows = f" + sum_{read.out}" if self.updates else ""
-            self.out.line(f"{self.values.name(read.out)} = {faded}{rows}")
+            across = self.values.across(self.other)
+            faded = fades.replace(f"fade_{self.other}", f"fade_{self.other}{across}") if self.alike else fades
+            rows = f" + {self._rows_tile(read)}" if self.alike else f" + sum_{read.out}" if self.updates else ""
+            self.out.line(f"{base} = {base}{faded}{rows}")
+        if self.alike:
+            self._sum(self._bases(), self.axis)
+        self._name_results()
+
+    def _rows_tile(self, read: Old) -> str:
+        """What each owed row adds to a read, a tile [slots, free axis] to be summed."""
+        return " + ".join(f"({met}{self._weight(n)})[:, None] * {self.free}_{n}" for n, met in self._met(read))
 
     def _add_rows(self) -> None:
         """sum_<out>: what the owed rows add to each read."""
-        for read in self.reads if self.updates else ():
-            tiles = (f"({met}{self._weight(n)})[:, None] * {self.free}_{n}" for n, met in self._met(read))
-            self.out.line(f"sum_{read.out} = {' + '.join(tiles)}")
-        self._sum([f"sum_{r.out}" for r in self.reads] if self.updates else [], 0)
+        if self.updates:
+            for read in self.reads:
+                self.out.line(f"sum_{read.out} = {self._rows_tile(read)}")
+            self._sum([f"sum_{r.out}" for r in self.reads], 0)
+
+    def _name_results(self) -> None:
+        for read, base in zip(self.reads, self._bases(), strict=True):
+            self.out.line(f"{self.values.name(read.out)} = {base}")
 
     def _flush(self) -> None:
         for n in self.updates:
             if weight := self._weight(n):
                 self.out.line(f"{self.free}_{n} = {self.free}_{n} * ({weight.removeprefix(' * ')})[:, None]")
         dtype, real = DTYPES[self.plan.state_dtype], self.values.real
-        with self._parts("1"):
+        with self._parts("1", loaded=True):
             self.rows.at_once((self.kind,))
             fades = [f" * fade_{k}{'' if k == 'scalar' else self.values.across(k)}" for k in self.rows.fades]
             self.out.line(f"s = {self.values.load_state('live', 'EVICT')}{''.join(fades)}")
@@ -127,47 +146,44 @@ class Stream:
             self.values.store_state()
             self._add("s" if dtype == real else f"s.to({dtype}).to({real})")
         self._sum(self._bases(), self.axis)
-        for read, base in zip(self.reads, self._bases(), strict=True):
-            self.out.line(f"{self.values.name(read.out)} = {base}")
+        self._name_results()
 
     # ------------------------------------------------------------------------------------------------- parts
 
     @contextmanager
-    def _parts(self, stages: str) -> Iterator[None]:
-        """The loop over parts of the contracted axis, behind the sums that it fills."""
-        size, name = self.values.size(self.kind), self.values.index[self.kind]
+    def _parts(self, stages: str, loaded: bool) -> Iterator[None]:
+        """The loop over parts of the contracted axis, behind the sums that it fills. loaded: with parts of the queries."""
+        size = self.values.size(self.kind)
         with self.values.part(self.kind, self.part):
             tile = f"[{self.values.length('key')}, {self.values.length('value')}]"
             for base in self._bases():
                 self.out.line(f"{base} = tl.zeros({tile}, {self.values.real})")
-            for met, _ in self._products() if self.gated and stages != "1" else ():
-                self.out.line(f"{met} = tl.zeros([{self.rows.all_slots}, {self.part}], {self.values.real})")
             with self.out.block(f"for start in tl.range(0, {size}, {self.part}, num_stages={stages})"):
                 index = self.values.index[self.kind]
                 self.out.line(f"{index} = (start + tl.arange(0, {self.part})).to(tl.int64)")
                 if self.values.padded(self.kind):
                     self.out.line(f"{index}_ok = {index} < {size}")
-                self._queries()
+                if loaded:
+                    self._load_queries()
                 yield
-        assert self.values.index[self.kind] == name
 
-    def _queries(self) -> None:
-        """The part of each query, zero beyond the axis."""
+    def _load_queries(self) -> None:
+        """The part of each query, from operands."""
         steps = [s for s in self.queries if s.out.kind == self.kind]
         used = self.values.operands(steps, [r.x for r in self.reads])
         self.values.load(v for v in used if v.kind == self.kind)
         self.values.steps(steps)
 
     def _query(self, read: Old) -> str:
+        """A query, or its part, with zeros beyond the axis."""
         name = self.values.name(read.x)
         return f"tl.where({self.values.ok(self.kind)}, {name}, 0.0)" if self.values.padded(self.kind) else name
 
-    def _add(self, tile: str, fade: str = "") -> None:
-        """Add what a part of the state gives to every read."""
+    def _add(self, tile: str, query: str = "") -> None:
+        """Add what a part of the state gives to every read. query: another text for it, with a place for the read."""
         across = self.values.across(self.kind)
         for read, base in zip(self.reads, self._bases(), strict=True):
-            query = f"({self._query(read)}{fade})" if fade else self._query(read)
-            self.out.line(f"{base} += {tile} * {query}{across}")
+            self.out.line(f"{base} += {tile} * {query.format(read.out) or self._query(read)}{across}")
 
     def _bases(self) -> list[str]:
         return [f"base_{r.out}" for r in self.reads]
@@ -178,7 +194,7 @@ class Stream:
         return [(n, f"met_{n}_{read.out}") for n in self.updates]
 
     def _products(self) -> list[tuple[str, str]]:
-        """met_<n>_<out> and the tile [slots, part or axis] that it sums up."""
+        """met_<n>_<out> and the tile [slots, axis] that it sums up."""
         return [
             (met, f"{self.met}_{n} * {self._query(read)}[None, :]") for read in self.reads for n, met in self._met(read)
         ]
