@@ -52,7 +52,9 @@ class Rows:
         self.fades: list[Kind] = sorted({e.factor.kind for e in self.events if isinstance(e, Decay)})
         self.updates = [n for n, e in enumerate(self.events) if isinstance(e, Update)]
         self.slots = min(CHUNK, power_of_two(plan.capacity))
-        self.order, self._late, self._asked = AGE, None, 0
+        self.order = AGE
+        self._late: list[str] | None = None  # where lines that use loaded rows are kept, if not printed at once
+        self._asked = 0
         self.all_slots = max(LEAST, power_of_two(plan.capacity))
 
     def address(self, v: Var, slot: str, tile: bool) -> str:
@@ -86,12 +88,12 @@ class Rows:
         for kind in self.fades:
             self._whole_fade(kind)
 
-    def at_once(self, kinds: Sequence[Kind], ahead: bool = False) -> list[str]:
+    def at_once(self, kinds: Sequence[Kind], order: Order = AGE, ahead: bool = False) -> list[str]:
         """All kept rows as one chunk, but only what runs along an axis of `kinds`; first with "scalar" among them.
 
         ahead: print the loads alone, and return the lines that are to follow: who streams has other things to ask for.
         """
-        self.order, self._late = SLOT, [] if ahead else None
+        self.order, self._late = order, [] if ahead else None
         self._chunk("0", self.all_slots, first=True, kinds=kinds)
         for kind in self.fades:
             if kind in kinds:

@@ -1,8 +1,9 @@
-"""A buffered step that streams the state: all reads of a token in one pass, part by part along the axis they contract.
+"""A buffered step that streams the state: all reads of a token in one pass, part by part along the axis they
+contract.
 
-A program takes a whole head, or a wide tile of the axis that reads leave free. Triton's pipeline keeps the next parts on
-their way through shared memory whatever the program waits for, so the state costs no registers, and what is done with
-rows is done once a head. A step that flushes takes a branch of its own:
+A program takes a whole head, or a wide tile of the axis that reads leave free. Triton's pipeline keeps the next parts
+on their way through shared memory whatever the program waits for, so the state costs no registers, and what is done
+with rows is done once a head. A step that flushes takes a branch of its own:
 
     steady   base = sum over parts of s query; met_n = query with the owed rows of update n
              out  = base faded + sum over slots of met_n free_n
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 
 from kvbuffer_compile.codegen.schedule import Old, Schedule
 from kvbuffer_compile.codegen.triton.matrix import needed, read_axis
-from kvbuffer_compile.codegen.triton.rows import Rows
+from kvbuffer_compile.codegen.triton.rows import SLOT, Rows
 from kvbuffer_compile.codegen.triton.values import DTYPES, Python, Values
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Kind
@@ -38,9 +39,7 @@ def streams(plan: Plan, schedule: Schedule) -> bool:
 class Stream:
     """Prints the reads of a schedule for which `streams` holds. part: elements of the contracted axis at a time."""
 
-    def __init__(
-        self, out: Python, plan: Plan, schedule: Schedule, values: Values, rows: Rows, part: int
-    ) -> None:
+    def __init__(self, out: Python, plan: Plan, schedule: Schedule, values: Values, rows: Rows, part: int) -> None:
         kind = read_axis(schedule)
         assert kind
         self.out, self.plan, self.values, self.rows, self.part = out, plan, values, rows, part
@@ -73,26 +72,25 @@ class Stream:
     def read(self) -> None:
         """All reads of the token, and the steps before the next stage. `kept` rows are owed afterwards."""
         self.values.steps(self.before)
-        late = self.rows.at_once(("scalar", self.other), ahead=True)
         with self.out.block("if flush"):
-            self.out.lines("\n".join(late))
             self._flush()
             self.out.line("kept = 0")
         with self.out.block("else"):
-            self._steady(late)
+            self._steady()
         self.values.steps(self.after)
 
     # ------------------------------------------------------------------------------------------- the branches
 
-    def _steady(self, late: list[str]) -> None:
+    def _steady(self) -> None:
         queries = [s for s in self.queries if s not in self.before]
         if self.gated:
-            self.rows.at_once((self.kind,))
+            self._rows("scalar", self.kind)
             self.values.steps(queries)
             for read in self.reads:
                 self.out.line(f"asked_{read.out} = {self._query(read)} * fade_{self.kind}")
+            late = self._rows(self.other, ahead=True)
         else:
-            late = late + self.rows.at_once((self.kind,), ahead=True)
+            late = self._rows("scalar", "key", "value", ahead=True)
         with self._parts("STAGES", loaded=not self.gated):
             self.out.line(f"s = {self.values.load_state('live', 'EVICT')}")
             index = f"{self.values.index[self.kind]}.to(tl.int32)"
@@ -133,12 +131,13 @@ class Stream:
             self.out.line(f"{self.values.name(read.out)} = {base}")
 
     def _flush(self) -> None:
+        self._rows("scalar", self.other)
         for n in self.updates:
             if weight := self._weight(n):
                 self.out.line(f"{self.free}_{n} = {self.free}_{n} * ({weight.removeprefix(' * ')})[:, None]")
         dtype, real = DTYPES[self.plan.state_dtype], self.values.real
         with self._parts("1", loaded=True):
-            self.rows.at_once((self.kind,))
+            self._rows(self.kind)
             fades = [f" * fade_{k}{'' if k == 'scalar' else self.values.across(k)}" for k in self.rows.fades]
             self.out.line(f"s = {self.values.load_state('live', 'EVICT')}{''.join(fades)}")
             for n in self.updates:
@@ -152,7 +151,7 @@ class Stream:
 
     @contextmanager
     def _parts(self, stages: str, loaded: bool) -> Iterator[None]:
-        """The loop over parts of the contracted axis, behind the sums that it fills. loaded: with parts of the queries."""
+        """The loop over parts of the contracted axis, behind the sums that it fills. loaded: queries are loaded."""
         size = self.values.size(self.kind)
         with self.values.part(self.kind, self.part):
             tile = f"[{self.values.length('key')}, {self.values.length('value')}]"
@@ -189,6 +188,9 @@ class Stream:
         return [f"base_{r.out}" for r in self.reads]
 
     # -------------------------------------------------------------------------------------------------- rows
+
+    def _rows(self, *kinds: Kind, ahead: bool = False) -> list[str]:
+        return self.rows.at_once(kinds, SLOT, ahead)
 
     def _met(self, read: Old) -> list[tuple[int, str]]:
         return [(n, f"met_{n}_{read.out}") for n in self.updates]
