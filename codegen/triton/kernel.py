@@ -39,9 +39,7 @@ class Kernel:
         self.stream = Stream(out, plan, schedule, values, self.rows, part) if part else None
 
     def emit(self) -> None:
-        if self.stream:
-            self.stream.define()
-        elif self.plan.variant != "recurrent":
+        if self.plan.variant != "recurrent" and not self.stream:
             self.fold.define()
             self.out.line()
             self.out.line()

@@ -57,18 +57,6 @@ class Stream:
         # Whether a part of the state and a tile of rows have one shape: then they are summed as one.
         self.alike = kind == "key" and part == rows.all_slots and len(self.updates) > 0
 
-    def define(self) -> None:
-        """The functions by which several tiles are summed at once."""
-        counts = {len(self.reads), len(self.reads) * len(self.updates)} - {0, 1}
-        for count in sorted(counts):
-            left, right = ([f"{x}{n}" for n in range(count)] for x in "ab")
-            self.out.line("@triton.jit")
-            with self.out.block(f"def add_{count}({', '.join([*left, *right])})"):
-                sums = (f"{a} + {b}" for a, b in zip(left, right, strict=True))
-                self.out.line(f"return {', '.join(sums)}")
-            self.out.line()
-            self.out.line()
-
     def read(self) -> None:
         """All reads of the token, and the steps before the next stage. `kept` rows are owed afterwards."""
         self.values.steps(self.before)
@@ -206,9 +194,9 @@ class Stream:
         return f" * weight_{n}" if "scalar" in self.rows.fades else ""
 
     def _sum(self, names: Sequence[str], axis: int) -> None:
-        """Replace tiles by their sums over an axis."""
-        if len(names) == 1:
-            self.out.line(f"{names[0]} = tl.sum({names[0]}, {axis})")
-        elif names:
-            every = ", ".join(names)
-            self.out.line(f"{every} = tl.reduce(({every}), {axis}, add_{len(names)})")
+        """Replace tiles by their sums over an axis, two in one reduction: warps wait for each other once."""
+        for pair in (names[n : n + 2] for n in range(0, len(names), 2)):
+            if len(pair) == 1:
+                self.out.line(f"{pair[0]} = tl.sum({pair[0]}, {axis})")
+            else:
+                self.out.line(f"{pair[0]}, {pair[1]} = tl.split(tl.sum(tl.join({pair[0]}, {pair[1]}), {axis}))")

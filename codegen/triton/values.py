@@ -39,7 +39,7 @@ TAKEN = frozenset(
 )
 PREFIXES = tuple(
     """in_ row_ out_ at_ size_ state_ left_ right_ later_ after_ fade_ fresh_ carry_ now_ run_ next_ slot_ cursor_
-    tickets_ weight_ last_ met_ gram_ all_ key_ value_ half_ scale_ part_ raw_ base_ sum_ add_ asked_""".split()
+    tickets_ weight_ last_ met_ gram_ all_ key_ value_ half_ scale_ part_ raw_ base_ sum_ asked_""".split()
 )
 
 
