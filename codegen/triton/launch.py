@@ -45,6 +45,7 @@ WARPS = (1, 2, 4, 8, 16)
 # tile of rows has slots, so that both are summed as one); bytes side by side where the latter is the contiguous one;
 # parts on their way; elements of a part that a thread has; registers with which four programs of four warps fit.
 WIDE, NARROW, SIDE_BY_SIDE, AHEAD, HELD, OCCUPIED = 128, 16, 64, 4, 16, 128
+MUCH = 90  # values that a thread holds, of float32 states: at 96 (KDA) ptxas aimed at 168 registers and spilled 8 bytes
 # Registers of a thread for matrix products: many with vectors for gates or much to hold. Left to itself, ptxas aimed at
 # 128 or 168 and spilled up to 32 bytes. 168 leave room for three programs of four warps, 255 for two.
 REGISTERS = {"many": 255, "few": 168}
@@ -94,6 +95,9 @@ def _streaming(plan: Plan, schedule: Schedule) -> Iterator[Config]:
         least = max(1, part * block // (HELD * 32))
         found = (Config(block, w, stages=AHEAD, part=part) for w in WARPS if w >= least)
         for config in islice((c for c in found if fits(plan, schedule, c)), 1):
+            held = phases(plan, schedule, config)["stream"] / (32 * config.warps)
+            if held > MUCH and plan.state_dtype.itemsize == 4:
+                config = replace(config, registers=REGISTERS["many"])
             yield config
             yield replace(config, stages=AHEAD - 1)
             yield replace(config, registers=OCCUPIED)
