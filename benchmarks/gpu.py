@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_sides import ROOM, Place, Side, error, fla, inductor, plan_of
+from benchmarks.gpu_sides import ROOM, Place, Side, error, fla, forms, inductor, plan_of
 from kvbuffer_compile.commands.recurrences import RECURRENCES, Recurrence
 
 NAMES = ("gdn", "kda", "mamba2", "gla", "rwkv7")
@@ -137,6 +137,9 @@ def measure(place: Place, r: Recurrence, batch: int, dtype: torch.dtype, copy: f
     row["error"] = max(error(place, r, recurrent, few), error(place, r, buffered, few), error(place, r, verify, few, 4))
     row["recurrent"] = Side(place, r, recurrent, batch, copies).seconds(place, 1 if place.dry else 4)
     row["buffered"] = Side(place, r, buffered, batch, copies).seconds(place, L)
+    for form, config in forms(buffered).items():
+        row[f"error_{form}"] = error(place, r, buffered, few, config=config)
+        row[f"buffered_{form}"] = Side(place, r, buffered, batch, copies, config=config).seconds(place, L)
     for tokens in DRAFTS:
         side = Side(place, r, verify, batch, copies, tokens)
         row[f"verify_{tokens}"] = side.seconds(place, 1 if place.dry else 4)

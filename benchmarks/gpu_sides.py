@@ -13,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbuffer_compile.codegen.schedule import schedule
 from kvbuffer_compile.codegen.standalone.check import Subject, check
 from kvbuffer_compile.codegen.standalone.reference import emit_reference
+from kvbuffer_compile.codegen.triton.launch import Config, space
+from kvbuffer_compile.codegen.triton.load import load
+from kvbuffer_compile.codegen.triton.triton import emit
 from kvbuffer_compile.commands.recurrences import DRAWN, Recurrence
 from kvbuffer_compile.ir.plan import Layout, Plan
 from kvbuffer_compile.ir.program import Decay
@@ -69,8 +73,23 @@ def plan_of(r: Recurrence, variant: str, dtype: torch.dtype, flush: int, capacit
     return Plan(r.program, layout, variant, r.sizes, flush, capacity, dtype, rows, target="triton")  # type: ignore[arg-type]
 
 
-def step_of(plan: Plan, place: Place) -> Callable[..., Tensor]:
-    """The plan's op with its generated kernel behind it."""
+def forms(plan: Plan) -> dict[str, Config]:
+    """The forms of a buffered step, "streamed" and "held", with the likeliest launch of each."""
+    found: dict[str, Config] = {}
+    for config in space(plan, schedule(plan.program, in_place=plan.variant != "buffered")):
+        found.setdefault("streamed" if config.part else "held", config)
+    return found
+
+
+def step_of(plan: Plan, place: Place, config: Config | None = None) -> Callable[..., Any]:
+    """The plan's op with its generated kernel behind it; with a config the kernel alone, launched in that way."""
+    if config:
+        launch = load(emit(plan, config), place.dry).launch
+
+        def step(state: Tensor, cursor: Tensor, *rest: Tensor) -> Any:
+            return launch(state, cursor, ops.tickets_of(cursor), rest[: plan.sides], rest[plan.sides :])
+
+        return step
     op = ops.step_op(plan)
     ops.use_triton(plan, interpret=place.dry)
     return op  # type: ignore[no-any-return]
@@ -79,8 +98,11 @@ def step_of(plan: Plan, place: Place) -> Callable[..., Tensor]:
 class Side:
     """One plan's op on several states in turn, so that none is in the L2 cache when its turn comes."""
 
-    def __init__(self, place: Place, r: Recurrence, plan: Plan, batch: int, copies: int, tokens: int = 1) -> None:
-        self.plan, self.tokens, self.step = plan, tokens, step_of(plan, place)
+    def __init__(
+        self, place: Place, r: Recurrence, plan: Plan, batch: int, copies: int, tokens: int = 1,
+        config: Config | None = None,
+    ) -> None:  # fmt: skip
+        self.plan, self.tokens, self.step = plan, tokens, step_of(plan, place, config)
         lanes = (batch, r.heads)
         shape = (*lanes, *r.sizes)
         self.states = [torch.randn(shape, device=place.device).mul_(0.1).to(plan.state_dtype) for _ in range(copies)]
@@ -120,9 +142,9 @@ class Side:
 # ------------------------------------------------------------------------------------------- correctness
 
 
-def error(place: Place, r: Recurrence, plan: Plan, batch: int, tokens: int = 1) -> float:
+def error(place: Place, r: Recurrence, plan: Plan, batch: int, tokens: int = 1, config: Config | None = None) -> float:
     """Largest relative error of the plan's steps against float64; AssertionError when it is more than it may be."""
-    step = step_of(plan, place)
+    step = step_of(plan, place, config)
     space: dict[str, Any] = {"torch": torch}
     exec(emit_reference(plan.program), space)
 
@@ -133,7 +155,7 @@ def error(place: Place, r: Recurrence, plan: Plan, batch: int, tokens: int = 1) 
         slab.copy_(cursor)
         out = step(state, slab, *rows, *operands)
         cursor.copy_(slab)
-        return [out]
+        return list(out) if isinstance(out, (list, tuple)) else [out]
 
     logged = zip(plan.program.logged, plan.row_dtypes, strict=True) if plan.variant != "recurrent" else ()
     subject = Subject(

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -49,6 +50,32 @@ class Usage:
 
 def usage(plan: Plan, target: str, lanes: tuple[int, ...], tokens: int = 1, config: Config | None = None) -> Usage:
     """Compile the plan's kernel for a target of TARGETS. lanes: sizes of the state's lanes; tokens: of a verify."""
+    started = sum(os.times()[:4])
+    compiled = _compiled(plan, target, lanes, tokens, config)
+    seconds = sum(os.times()[:4]) - started
+    read = _nvidia if TARGETS[target][0] == "cuda" else _amd
+    registers, spills = read(compiled, TARGETS[target][1])
+    return Usage(registers, spills, compiled.metadata.shared, seconds)
+
+
+def instructions(
+    plan: Plan, target: str, lanes: tuple[int, ...], tokens: int = 1, config: Config | None = None
+) -> Counter[str]:
+    """How often each instruction, with its suffixes, stands in the machine code for one of NVIDIA's targets.
+
+    FileNotFoundError where Triton bundles no nvdisasm.
+    """
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(_compiled(plan, target, lanes, tokens, config).asm["cubin"])
+        done = subprocess.run([str(tool), "-c", str(cubin)], capture_output=True, text=True, check=True)
+    return Counter(re.findall(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", done.stdout))
+
+
+def _compiled(plan: Plan, target: str, lanes: tuple[int, ...], tokens: int, config: Config | None) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -63,14 +90,9 @@ def usage(plan: Plan, target: str, lanes: tuple[int, ...], tokens: int = 1, conf
     before = triton.knobs.compilation.always_compile
     triton.knobs.compilation.always_compile = True
     try:
-        started = sum(os.times()[:4])
-        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-        seconds = sum(os.times()[:4]) - started
+        return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     finally:
         triton.knobs.compilation.always_compile = before
-    read = _nvidia if TARGETS[target][0] == "cuda" else _amd
-    registers, spills = read(compiled, TARGETS[target][1])
-    return Usage(registers, spills, compiled.metadata.shared, seconds)
 
 
 def launched(

@@ -22,7 +22,7 @@ class Argument:
     constant: bool = False
 
 
-def arguments(plan: Plan, split: Kind | None) -> list[Argument]:
+def arguments(plan: Plan, split: Kind | None, streamed: bool = False) -> list[Argument]:
     """What the kernel takes. Strides of the state's and the rows' own axes are constants: they hardly ever change,
     and constant offsets cost no registers. All other strides and sizes are run-time numbers."""
     found = [*_state(plan)]
@@ -34,10 +34,13 @@ def arguments(plan: Plan, split: Kind | None) -> list[Argument]:
     if plan.several:
         found += [Argument("T", "tokens"), Argument("TOKENS", "triton.next_power_of_2(tokens)", True)]
         found += [Argument("QUERIES", "queries", True), Argument("MATRIX", "matrix", True)]
+    if streamed:
+        found += [Argument("STAGES", "stages", True)]
+    if streamed or plan.variant == "verify":
         found += [Argument("PRECISION", "precision", True)]
     if plan.variant != "recurrent":
         found += [Argument("EVICT", '"evict_first" if state.nbytes > 2**25 else ""', True)]
-        found += [Argument("FOLD", "min(fold, block)", True)]
+        found += [] if streamed else [Argument("FOLD", "min(fold, block)", True)]
     found += [Argument("TILES", "tiles", True), Argument("BLOCK", "block", True)]
     return found
 
@@ -201,8 +204,9 @@ class Launcher:
         if self.plan.several:
             self.out.line(f"tokens = max(x.shape[{self.plan.layout.lanes}] for x in operands)")
             self.out.line(f"queries = max(16, {self.width or 1} * triton.next_power_of_2(tokens))")
-            self.out.line('precision = "ieee" if torch.version.hip else "tf32x3"')
             tokens = " tokens,"
+        if self.plan.variant == "verify" or self.config.part:
+            self.out.line('precision = "ieee" if torch.version.hip else "tf32x3"')
         real = _short(self.plan.compute)
         tails = {"scalar": "", "key": f" {self.plan.sizes[0]},", "value": f" {self.plan.sizes[1]},"}
         self.out.line("outputs = [")
@@ -216,7 +220,7 @@ class Launcher:
             self.out.line("most = min(registers, 2**16 // (32 * warps))")
             self.out.line('options = {} if torch.version.hip else {"maxnreg": most}')
         self.out.line("step[(programs,)](")
-        for argument in arguments(self.plan, self.values.split):
+        for argument in arguments(self.plan, self.values.split, self.config.part > 0):
             self.out.line(f"    {argument.value},")
         rest = " **options," if self.config.registers else ""
         self.out.line(f"    num_warps=warps, num_stages=stages,{rest}")

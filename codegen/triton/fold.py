@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from kvbuffer_compile.codegen.triton.arguments import arguments
 from kvbuffer_compile.codegen.triton.rows import Rows
-from kvbuffer_compile.codegen.triton.shadow import Shadow
-from kvbuffer_compile.codegen.triton.values import Python, Values
+from kvbuffer_compile.codegen.triton.values import Python, Shadow, Values
 from kvbuffer_compile.ir.plan import SHADOW, Plan
 from kvbuffer_compile.ir.program import Decay, Kind, Var
 

@@ -3,6 +3,7 @@
 recurrent   s is the tile of the state; read it, fold the token in, write it
 buffered    s and the owed rows stand for the state (rows.py); on a flush they are written back as one
 verify      the same for T tokens, of which each sees those before it, or none as a block (verify.py)
+        self.stream = Stream(out, plan, schedule, values, self.rows, part) if part else None
 
 What does not depend on the cursor is loaded before it, and all of the cursor at once: a program that waits for memory
 three times in a row cannot stream.
@@ -17,6 +18,7 @@ from kvbuffer_compile.codegen.schedule import Old, Schedule, steps_for
 from kvbuffer_compile.codegen.triton.arguments import arguments
 from kvbuffer_compile.codegen.triton.fold import Fold
 from kvbuffer_compile.codegen.triton.rows import Rows
+from kvbuffer_compile.codegen.triton.stream import Stream
 from kvbuffer_compile.codegen.triton.tickets import Group, Tickets
 from kvbuffer_compile.codegen.triton.values import Python, Values
 from kvbuffer_compile.codegen.triton.verify import Fresh
@@ -25,30 +27,33 @@ from kvbuffer_compile.ir.program import Var
 
 
 class Kernel:
-    """Prints the kernel `step`."""
+    """Prints the kernel `step`. part: elements of the contracted axis at a time where the state is streamed, else 0."""
 
-    def __init__(self, out: Python, plan: Plan, schedule: Schedule, values: Values) -> None:
+    def __init__(self, out: Python, plan: Plan, schedule: Schedule, values: Values, part: int) -> None:
         self.out, self.plan, self.schedule, self.values = out, plan, schedule, values
         self.rows = Rows(out, plan, values)
         self.tickets = Tickets(plan, values)
         self.fold = Fold(out, plan, values, self.rows)
         self.shadow = self.fold.shadow
         self.verify = plan.several
+        self.stream = Stream(out, plan, schedule, values, self.rows, part) if part else None
 
     def emit(self) -> None:
-        if self.plan.variant != "recurrent":
+        if self.plan.variant != "recurrent" and not self.stream:
             self.fold.define()
             self.out.line()
             self.out.line()
         self.out.line("@triton.jit")
         self.out.line("def step(")
-        for a in arguments(self.plan, self.values.split):
+        for a in arguments(self.plan, self.values.split, self.stream is not None):
             self.out.line(f"    {a.name}{': tl.constexpr' if a.constant else ''},")
         with self.out.block(")"):
             self._place()
             self.values.axes()
             if self.plan.variant == "recurrent":
                 self._recurrent()
+            elif self.stream:
+                self._streamed(self.stream)
             else:
                 self._logged()
 
@@ -119,6 +124,21 @@ class Kernel:
         for left, right in fold.rows:
             self.out.line(f"s += {self.values.name(left)}[:, None] * {self.values.name(right)}[None, :]")
 
+    # -------------------------------------------------------------------------------------------- streamed
+
+    def _streamed(self, stream: Stream) -> None:
+        self.values.load(self._operands())
+        self._cursor()
+        self._state_address()
+        self.out.line("kept = owed")
+        stream.read()
+        self._arrive()
+        for stage in self.schedule.stages[1:]:
+            self.values.steps(stage.steps)
+        self._outputs(zero=False)
+        self._store_owned("kept")
+        self._finish_all()
+
     # ------------------------------------------------------------------------------- buffered and verify
 
     def _logged(self) -> None:
@@ -132,15 +152,10 @@ class Kernel:
         with fresh.unless_matrix() if fresh else nullcontext():
             if (tile := self.shadow.load("s")) != "s":
                 self.out.line(f"s = {tile}")
-        for group in self.tickets.fed_by(None):
-            ticket = f"{self.tickets.ticket(group)}, {self.tickets.expected(group)}"
-            self.out.line(f"last{_suffix(group)} = arrive({ticket})")
+        self._arrive()
         self.out.line()
         self._tokens(fresh) if fresh else self._token()
-        self.out.line()
-        for group in self.tickets.fed_by(None):
-            with self.out.block(f"if last{_suffix(group)}"):
-                self._finish(group)
+        self._finish_all()
 
     def _before_state(self) -> Fresh | None:
         """What the owed rows add to the reads whose queries are known."""
@@ -231,6 +246,18 @@ class Kernel:
         for v in self.plan.program.logged:
             if self.tickets.owned(v):
                 self.rows.store(v, slot)
+
+    def _arrive(self) -> None:
+        """All that others may overwrite has been read."""
+        for group in self.tickets.fed_by(None):
+            ticket = f"{self.tickets.ticket(group)}, {self.tickets.expected(group)}"
+            self.out.line(f"last{_suffix(group)} = arrive({ticket})")
+
+    def _finish_all(self) -> None:
+        self.out.line()
+        for group in self.tickets.fed_by(None):
+            with self.out.block(f"if last{_suffix(group)}"):
+                self._finish(group)
 
     def _finish(self, group: Group) -> None:
         """What the last program of a group writes, and the ticket it takes of the next larger one."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from kvbuffer_compile.codegen.schedule import Schedule
-from kvbuffer_compile.codegen.triton.matrix import PART, applies
-from kvbuffer_compile.codegen.triton.rows import CHUNK
-from kvbuffer_compile.codegen.triton.values import power_of_two
+from kvbuffer_compile.codegen.triton.matrix import PART, applies, read_axis
+from kvbuffer_compile.codegen.triton.rows import CHUNK, LEAST
+from kvbuffer_compile.codegen.triton.stream import streams
+from kvbuffer_compile.codegen.triton.values import AXES, power_of_two
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Update
 
@@ -20,6 +21,8 @@ class Config:
 
     warps, stages: as Triton takes them. matrix: whether a verify step reads by matrix products.
     registers: that a thread may have on NVIDIA's GPUs, 0 as many as the assembler thinks best.
+    part: of a buffered step that streams the state, elements of the contracted axis at a time, a power of two; stages
+    of them are on their way. 0 for one that holds its tile at once.
     """
 
     block: int
@@ -28,15 +31,24 @@ class Config:
     stages: int = 1
     matrix: bool = False
     registers: int = 0
+    part: int = 0
 
 
 # float32 values that a thread may hold in each phase of a kernel, beside what it needs to work on them: from compiling
 # the recurrences of real models ahead of time (benchmarks/triton_aot.py), with nothing spilled.
-LIMITS = {"recurrent": 64, "state": 128, "rows": 150, "fold": 160, "products": 128}
+LIMITS = {"recurrent": 64, "state": 128, "rows": 150, "fold": 160, "products": 128, "stream": 132}
 DRAFTS = 8  # tokens of a verify step that the model counts on
 STAGES = 2  # of the loop over parts in matrix products: the next part is asked for while one is used
 VECTOR = 4  # elements of a tile that one thread holds side by side
 WARPS = (1, 2, 4, 8, 16)
+# A streamed step: elements of the free axis that a program takes, and of the contracted one at a time (as many as a
+# tile of rows has slots, so that both are summed as one); bytes side by side where the latter is the contiguous one;
+# parts on their way; elements of a part that a thread has; registers with which four programs of four warps fit.
+WIDE, NARROW, SIDE_BY_SIDE, AHEAD, HELD, OCCUPIED = 128, 16, 64, 4, 16, 128
+GATED = (
+    100  # the limit of a streamed step with vectors for gates: at 112 (GLA, 256 x 512) ptxas spilled 16 bytes of 255
+)
+MUCH = 90  # values that a thread holds, of float32 states: at 96 (KDA) ptxas aimed at 168 registers and spilled 8 bytes
 # Registers of a thread for matrix products: many with vectors for gates or much to hold. Left to itself, ptxas aimed at
 # 128 or 168 and spilled up to 32 bytes. 168 leave room for three programs of four warps, 255 for two.
 REGISTERS = {"many": 255, "few": 168}
@@ -48,7 +60,11 @@ def configure(plan: Plan, schedule: Schedule) -> Config:
 
     As few warps as can hold it: sums over an axis that several warps share wait for all of them. On an H100, GDN at
     batch 128 and L=16 took 124 us a step with one warp for 32 columns, 139 with two and 155 with four; KDA 134 and 199.
+    A buffered step streams the state where it can: benchmarks/results/gpu_predicted.json has the comparison.
     """
+    for config in _streaming(plan, schedule):
+        if _rows_held(plan, schedule, config) < plan.sizes[0] * plan.sizes[1]:  # RWKV-7 at 64 x 64 has more
+            return config
     _, size = _axis(plan, schedule)
     block = size if schedule.split is None else min(size, 64 if plan.variant == "recurrent" else 32)
     return next(_fitting(plan, schedule, block, applies(plan, schedule)), Config(block, WARPS[-1]))
@@ -57,10 +73,10 @@ def configure(plan: Plan, schedule: Schedule) -> Config:
 def space(plan: Plan, schedule: Schedule) -> list[Config]:
     """The launches worth trying on a GPU, the model's own first: other tiles, more warps, both forms, loads ahead.
 
-    And the model's own with as few registers as ptxas likes, for occupancy.
+    Streamed ones with other tiles, depths and occupancy; the model's own with as few registers as ptxas likes.
     """
     _, size = _axis(plan, schedule)
-    found = [configure(plan, schedule)]
+    found = list(dict.fromkeys([configure(plan, schedule), *_streaming(plan, schedule)]))
     blocks = [b for b in (16, 32, 64, 128) if b <= size] if schedule.split else [found[0].block]
     for matrix in (True, False) if applies(plan, schedule) else (False,):
         for block in blocks:
@@ -68,6 +84,34 @@ def space(plan: Plan, schedule: Schedule) -> list[Config]:
                 ahead = [replace(config, stages=n) for n in (1, 3)] if matrix else []
                 found += [c for c in (config, *ahead) if c not in found]
     return found + [replace(c, registers=0) for c in found[:1] if c.registers]
+
+
+def _streaming(plan: Plan, schedule: Schedule) -> Iterator[Config]:
+    """The launches that stream the state and fit, the likeliest first; none where it cannot be streamed."""
+    kind = read_axis(schedule) if streams(plan, schedule) else None
+    if kind is None:
+        return
+    whole, free = (power_of_two(plan.sizes[n]) for n in (AXES.index(kind), 1 - AXES.index(kind)))
+    inner = "key" if plan.layout.order[-2] > plan.layout.order[-1] else "value"
+    part = min(whole, max(NARROW, SIDE_BY_SIDE // plan.state_dtype.itemsize if kind == inner else 0))
+    for block in (min(free, WIDE), min(free, WIDE) // 2) if schedule.split else (free,):
+        least = max(1, part * block // (HELD * 32))
+        found = (Config(block, w, stages=AHEAD, part=part) for w in WARPS if w >= least)
+        for config in islice((c for c in found if fits(plan, schedule, c)), 1):
+            held = phases(plan, schedule, config)["stream"] / (32 * config.warps)
+            if held > MUCH and plan.state_dtype.itemsize == 4:
+                config = replace(config, registers=REGISTERS["many"])
+            yield config
+            yield replace(config, stages=AHEAD - 1)
+            yield replace(config, registers=OCCUPIED)
+
+
+def _rows_held(plan: Plan, schedule: Schedule, config: Config) -> int:
+    """How many values of rows one program holds that streams the state."""
+    updates = sum(isinstance(e, Update) for e in plan.program.events)
+    contracted = power_of_two(plan.sizes[AXES.index(read_axis(schedule) or "key")])
+    slots = max(LEAST, power_of_two(plan.capacity))
+    return slots * (updates * (config.block + contracted) + _gates(plan) * contracted)
 
 
 def _fitting(plan: Plan, schedule: Schedule, block: int, matrix: bool) -> Iterator[Config]:
@@ -87,6 +131,11 @@ def _registers(plan: Plan, schedule: Schedule, config: Config) -> int:
     return REGISTERS["many" if _gates(plan) or held > FEW * 32 * config.warps else "few"]
 
 
+def whole(plan: Plan, schedule: Schedule, config: Config) -> bool:
+    """Whether one program streams all of a head: then it shares no rows with others."""
+    return config.part > 0 and config.block >= _axis(plan, schedule)[1]
+
+
 def _axis(plan: Plan, schedule: Schedule) -> tuple[int, int]:
     """Which axis is split, the value axis if none is, and its length as a power of two."""
     axis = 1 if schedule.split is None else ("key", "value").index(schedule.split)
@@ -101,7 +150,8 @@ def _gates(plan: Plan) -> int:
 def fits(plan: Plan, schedule: Schedule, config: Config) -> bool:
     """Whether the model says that nothing spills."""
     held = phases(plan, schedule, config)
-    return all(held[phase] <= LIMITS[phase] * 32 * config.warps for phase in held)
+    limits = LIMITS | ({"stream": GATED} if _gates(plan) else {})
+    return all(held[phase] <= limits[phase] * 32 * config.warps for phase in held)
 
 
 def phases(plan: Plan, schedule: Schedule, config: Config) -> dict[str, int]:
@@ -113,6 +163,9 @@ def phases(plan: Plan, schedule: Schedule, config: Config) -> dict[str, int]:
     events = plan.program.events
     updates = sum(isinstance(e, Update) for e in events)
     gates = _gates(plan)
+    if config.part:
+        tiles = config.part * block * (1 + len(schedule.stages[0].reads))
+        return {"stream": tiles + _rows_held(plan, schedule, config)}
     sides = sum(v.kind == ("key", "value")[1 - axis] for v in plan.program.logged)
     vectors = 2 * (sides + updates - 1) + (gates > 0)  # a slot and the next one, and what decays leave
     held = {"fold": whole * config.fold + whole * vectors * max(1, config.fold // VECTOR)}

@@ -20,8 +20,7 @@ from contextlib import contextmanager
 from kvbuffer_compile.codegen import calls
 from kvbuffer_compile.codegen.schedule import Dot, Old, Schedule, Step, Widen, uses
 from kvbuffer_compile.codegen.triton.rows import Rows
-from kvbuffer_compile.codegen.triton.shadow import Shadow
-from kvbuffer_compile.codegen.triton.values import AXES, Python, Values, power_of_two
+from kvbuffer_compile.codegen.triton.values import AXES, Python, Shadow, Values, power_of_two
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import REDUCTIONS, Kind, Map, Var
 
@@ -34,17 +33,21 @@ def applies(plan: Plan, schedule: Schedule) -> bool:
 
     All reads run along one axis, and no query or decay along it needs another read or a sum over the axis.
     """
-    reads = schedule.stages[0].reads
-    if not plan.several or plan.compute.itemsize != 4 or schedule.fold is None or not reads:
+    kind, reads = read_axis(schedule), schedule.stages[0].reads
+    if not plan.several or plan.compute.itemsize != 4 or schedule.fold is None or kind is None:
         return False
-    if any(stage.reads for stage in schedule.stages[1:]) or len({r.x.kind for r in reads}) > 1:
-        return False
-    kind = reads[0].x.kind
-    factor = {"key": schedule.fold.key, "value": schedule.fold.value}[kind]
+    factor = schedule.fold.key if kind == "key" else schedule.fold.value
     steps = [step for stage in schedule.stages for step in stage.steps]
     asked = needed(steps, [*(r.x for r in reads), *([factor] if factor else [])])
     whole = any(isinstance(s, Dot) or (isinstance(s, Map) and s.fn in REDUCTIONS) for s in asked)
     return not whole and power_of_two(plan.capacity) <= SLOTS
+
+
+def read_axis(schedule: Schedule) -> Kind | None:
+    """The axis that all reads contract, where there are reads and none of them waits for another one."""
+    kinds = {r.x.kind for r in schedule.stages[0].reads}
+    waits = any(stage.reads for stage in schedule.stages[1:])
+    return None if waits or len(kinds) != 1 else kinds.pop()
 
 
 def queries(plan: Plan, schedule: Schedule) -> int:
@@ -66,7 +69,7 @@ class Matrix:
         alone = plan.variant == "block"  # no token sees another
         self.factor = None if alone else {"key": self.fold.key, "value": self.fold.value}[self.kind]
         self.width = queries(plan, schedule)
-        self.slots = power_of_two(plan.capacity)
+        self.slots = rows.all_slots
         self.grams = [] if self.factor or alone else [n for n in range(len(self.fold.rows)) if self._laid(n)]
 
     def _laid(self, n: int) -> bool:

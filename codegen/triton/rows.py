@@ -1,14 +1,15 @@
 """Owed rows in Triton: loading them, reading through them, storing new ones. (triton_fold folds them.)
 
 A log keeps each token's decays as they were; what is left of an old row is the product of all later decays. Rows are
-therefore held newest first (age 0, 1, ...), CHUNK at a time, and the products are running products over age of the
-gates one slot later: only products are formed, no ratio and no exp of a sum, so that gates of 0 and 1 and underflow are
-harmless. Slots that are not owed are never loaded: they may hold NaN.
+held newest first (age 0, 1, ...), CHUNK at a time, or all of them as they lie in memory, and the products are running
+products over the gates one slot later: only products are formed, no ratio and no exp of a sum, so that gates of 0 and 1
+and underflow are harmless. Slots that are not owed are never loaded: they may hold NaN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from kvbuffer_compile.codegen.schedule import Old
 from kvbuffer_compile.codegen.triton.values import DTYPES, Python, Values, power_of_two
@@ -16,6 +17,26 @@ from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Decay, Kind, Update, Var
 
 CHUNK = 16  # rows held at once
+LEAST = 16  # slots that products take
+
+
+@dataclass(frozen=True)
+class Order:
+    """How slots are numbered in a tile of rows, as texts over `kept`: the name of the number, which slot it is and
+    which one comes after it, where there is such a later one, where the oldest slot is, how products are scanned."""
+
+    name: str
+    here: str
+    next: str
+    later: str
+    oldest: str
+    scan: str
+
+
+# Newest first, in chunks: products run on from one chunk to the next.
+AGE = Order("age", "kept - 1 - age", "kept - age", "(age > 0) & used", "age % {slots} == {last}", "0")
+# As they lie in memory: no address waits for the cursor, only masks do.
+SLOT = Order("slot", "slot", "slot + 1", "slot + 1 < kept", "slot == 0", "0, reverse=True")
 
 
 class Rows:
@@ -31,6 +52,10 @@ class Rows:
         self.fades: list[Kind] = sorted({e.factor.kind for e in self.events if isinstance(e, Decay)})
         self.updates = [n for n, e in enumerate(self.events) if isinstance(e, Update)]
         self.slots = min(CHUNK, power_of_two(plan.capacity))
+        self.order = AGE
+        self._late: list[str] | None = None  # where lines that use loaded rows are kept, if not printed at once
+        self._asked = 0
+        self.all_slots = max(LEAST, power_of_two(plan.capacity))
 
     def address(self, v: Var, slot: str, tile: bool) -> str:
         """Where row `slot` of v is; `slot` is a tensor of slots for a tile [slots(, K or V)]."""
@@ -63,16 +88,35 @@ class Rows:
         for kind in self.fades:
             self._whole_fade(kind)
 
-    def at_once(self, kinds: Sequence[Kind]) -> None:
-        """All kept rows as one chunk, but only what runs along an axis of `kinds`; first with "scalar" among them."""
-        self._chunk("0", power_of_two(self.plan.capacity), first=True, kinds=kinds)
+    def at_once(self, kinds: Sequence[Kind], order: Order = AGE, ahead: bool = False) -> list[str]:
+        """All kept rows as one chunk, but only what runs along an axis of `kinds`; first with "scalar" among them.
+
+        ahead: print the loads alone, and return the lines that are to follow: who streams has other things to ask for.
+        """
+        self.order, self._late = order, [] if ahead else None
+        self._chunk("0", self.all_slots, first=True, kinds=kinds)
         for kind in self.fades:
             if kind in kinds:
                 self._whole_fade(kind)
+        late, self.order, self._late = self._late, AGE, None
+        return late or []
+
+    def _say(self, line: str) -> None:
+        """A line that uses loaded rows."""
+        self.out.line(line) if self._late is None else self._late.append(line)
+
+    def _loaded(self, address: str, mask: str, other: int) -> str:
+        """What is loaded, as a number to compute with."""
+        text = f"tl.load({address}, mask={mask}, other={other}.0)"
+        if self._late is not None:
+            self._asked += 1
+            self.out.line(f"raw_{self._asked} = {text}")
+            text = f"raw_{self._asked}"
+        return f"{text}.to({self.values.real})"
 
     def _whole_fade(self, kind: Kind) -> None:
         oldest = " * ".join(self._oldest(v) for v in self._factors(kind))
-        self.out.line(f"fade_{kind} = carry_{kind} * {oldest}")
+        self._say(f"fade_{kind} = carry_{kind} * {oldest}")
 
     def once_more(self, body: Callable[[], None]) -> None:
         """Go through the rows again, for queries that were not known before; a single chunk is still there."""
@@ -83,10 +127,10 @@ class Rows:
 
     def _chunk(self, start: str, slots: int, first: bool, kinds: Sequence[Kind] = ("scalar", "key", "value")) -> None:
         if "scalar" in kinds:
-            self.out.line(f"age = {'' if first else f'{start} + '}tl.arange(0, {slots})")
-            self.out.line("used = age < kept")
+            self.out.line(f"{self.order.name} = {'' if first else f'{start} + '}tl.arange(0, {slots})")
+            self.out.line(f"used = {self.order.name} < kept")
             if self.fades:
-                self.out.line("later = (age > 0) & used")
+                self.out.line(f"later = {self.order.later}")
         for kind in self.fades:
             if kind in kinds:
                 self._fade(kind, slots, first)
@@ -102,17 +146,19 @@ class Rows:
 
     def _fade(self, kind: Kind, slots: int, first: bool) -> None:
         """later_<kind>: what the decays of all later slots leave of a row; carry_<kind>: of the oldest row so far."""
-        tiles = " * ".join(self._tile(v, "kept - age", "later", 1) for v in self._factors(kind))
+        tiles = " * ".join(self._tile(v, self.order.next, "later", 1) for v in self._factors(kind))
         carry = "" if first else f" * carry_{kind}" + ("" if kind == "scalar" else "[None, :]")
-        self.out.line(f"later_{kind} = tl.cumprod({tiles}, 0){carry}")
-        last = f"age % {slots} == {slots - 1}"
-        last = last if kind == "scalar" else f"({last})[:, None]"
-        self.out.line(f"carry_{kind} = tl.sum(tl.where({last}, later_{kind}, 0.0), 0)")
+        self._say(f"later_{kind} = tl.cumprod({tiles}, {self.order.scan}){carry}")
+        oldest = self.order.oldest.format(slots=slots, last=slots - 1)
+        oldest = oldest if kind == "scalar" else f"({oldest})[:, None]"
+        self._say(f"carry_{kind} = tl.sum(tl.where({oldest}, later_{kind}, 0.0), 0)")
 
     def _oldest(self, v: Var) -> str:
         """The gate of slot 0, the oldest one; 1 when nothing is owed."""
-        mask = self.values.mask(self._some(v.kind), *([v.kind] if v.kind != "scalar" else []))
-        return f"tl.load({self.address(v, '0', False)}{mask}, other=1.0).to({self.values.real})"
+        mask = self._some(v.kind)
+        if v.kind != "scalar" and self.values.padded(v.kind):
+            mask += f" & {self.values.ok(v.kind)}"
+        return self._loaded(self.address(v, "0", False), mask, 1)
 
     def _some(self, kind: Kind) -> str:
         """Whether anything is owed; a tensor for vectors, as the interpreter cannot widen a single truth value."""
@@ -123,27 +169,26 @@ class Rows:
         mask = f"{rows}[:, None]" if v.kind != "scalar" else rows
         if v.kind != "scalar" and self.values.padded(v.kind):
             mask += f" & {self.values.ok(v.kind)}[None, :]"
-        address = self.address(v, f"({slot})", True)
-        return f"tl.load({address}, mask={mask}, other={other}.0).to({self.values.real})"
+        return self._loaded(self.address(v, f"({slot})", True), mask, other)
 
     def _within(self, place: int, v: Var, after: dict[Kind, str]) -> None:
         """The decays behind the updates that come next in this walk, within their own token."""
         before = f" * {after[v.kind]}" if v.kind in after else ""
         after[v.kind] = f"after_{place}"
-        self.out.line(f"after_{place} = {self._tile(v, 'kept - 1 - age', 'used', 1)}{before}")
+        self._say(f"after_{place} = {self._tile(v, self.order.here, 'used', 1)}{before}")
 
     def _row(self, n: int, event: Update, after: dict[Kind, str], slots: int, kinds: Sequence[Kind]) -> None:
         sides: list[tuple[str, Var, Kind]] = [("left", event.left, "key"), ("right", event.right, "value")]
         for side, v, kind in (s for s in sides if s[2] in kinds):
-            tile = self._tile(v, "kept - 1 - age", "used", 0)
+            tile = self._tile(v, self.order.here, "used", 0)
             if v.kind == "scalar":
                 tile = f"tl.broadcast_to({tile}[:, None], [{slots}, {self.values.length(kind)}])"
             gates = [after[kind]] if kind in after else []
             gates += [f"later_{kind}"] if kind in self.fades else []
-            self.out.line(f"{side}_{n} = " + " * ".join([tile, *gates]))
+            self._say(f"{side}_{n} = " + " * ".join([tile, *gates]))
         if "scalar" in self.fades and "scalar" in kinds:
             gates = [after["scalar"]] if "scalar" in after else []
-            self.out.line(f"weight_{n} = {' * '.join([*gates, 'later_scalar'])}")
+            self._say(f"weight_{n} = {' * '.join([*gates, 'later_scalar'])}")
 
     # ------------------------------------------------------------------------------------------- reading
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 from kvbuffer_compile.codegen.schedule import schedule
 from kvbuffer_compile.codegen.triton.arguments import Launcher
 from kvbuffer_compile.codegen.triton.kernel import Kernel
-from kvbuffer_compile.codegen.triton.launch import Config, configure
+from kvbuffer_compile.codegen.triton.launch import Config, configure, whole
 from kvbuffer_compile.codegen.triton.matrix import queries
+from kvbuffer_compile.codegen.triton.stream import streams
 from kvbuffer_compile.codegen.triton.tickets import ARRIVE
 from kvbuffer_compile.codegen.triton.values import DTYPES, Python, Values
 from kvbuffer_compile.errors import EmitError
@@ -31,15 +32,17 @@ def emit(plan: Plan, config: Config | None = None) -> str:
     if plan.shadowed and not may_have_shadow(plan.program, plan.state_dtype):
         raise EmitError(f"no Triton kernel for a shadow of {plan.state_dtype} with these reads\n{plan.program}")
     order = schedule(plan.program, in_place=plan.variant != "buffered")
+    launch = config or configure(plan, order)
+    if launch.part and not streams(plan, order):
+        raise EmitError(f"no Triton kernel streams this state\n{plan.program}")
     body = Python()
-    values = Values(body, plan, order.split)
-    kernel = Kernel(body, plan, order, values)
+    values = Values(body, plan, None if whole(plan, order, launch) else order.split)
+    kernel = Kernel(body, plan, order, values, launch.part)
     if plan.variant != "recurrent":
         body.lines(ARRIVE)
         _gap(body)
     kernel.emit()
     _gap(body)
-    launch = config or configure(plan, order)
     Launcher(body, plan, values, launch, queries(plan, order)).emit()
     return _head(plan, "libdevice." in str(body)) + str(body)
 

@@ -18,7 +18,7 @@ from kvbuffer_compile.codegen.schedule import schedule
 from kvbuffer_compile.codegen.standalone import aot
 from kvbuffer_compile.codegen.triton import matrix, triton
 from kvbuffer_compile.codegen.triton import rows as triton_rows
-from kvbuffer_compile.codegen.triton.launch import configure
+from kvbuffer_compile.codegen.triton.launch import Config, configure
 from kvbuffer_compile.codegen.triton.load import load
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.plan import Layout, Plan
@@ -70,10 +70,13 @@ class Session:
     Steps of several tokens take turns between matrix products and vectors.
     """
 
-    def __init__(self, plan: Plan, limits: list[int], state: Tensor | None = None, block: int = 4) -> None:
+    def __init__(
+        self, plan: Plan, limits: list[int], state: Tensor | None = None, block: int = 4, config: Config | None = None
+    ) -> None:
+        block = config.block if config else block
         self.plan, self.options, self.steps = plan, {"block": block}, 0
         self.lanes = tuple(LANES[x] for x in plan.program.lanes)
-        self.module = load(triton.emit(plan), interpret=True)
+        self.module = load(triton.emit(plan, config), interpret=True)
         self.state = draw_numbers(*self.lanes, K, V).to(plan.state_dtype) if state is None else state
         self.cursor = torch.zeros(4, len(limits), dtype=torch.int32)
         self.cursor[1] = torch.tensor(limits)

@@ -14,7 +14,7 @@ from benchmarks import gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDES = ("recurrent", "buffered", "verify_2", "verify_4", "verify_8", "snapshots_4", "bare_16", "bare_32", "bare_64",
-         "inductor")  # fmt: skip
+         "inductor", "buffered_streamed", "buffered_held")  # fmt: skip
 
 
 def dry_run(path: Path, *arguments: str) -> dict:
