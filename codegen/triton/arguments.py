@@ -36,7 +36,7 @@ def arguments(plan: Plan, split: Kind | None, streamed: bool = False) -> list[Ar
         found += [Argument("QUERIES", "queries", True), Argument("MATRIX", "matrix", True)]
     if streamed:
         found += [Argument("STAGES", "stages", True)]
-    if streamed or plan.variant == "verify":
+    if streamed or plan.several:
         found += [Argument("PRECISION", "precision", True)]
     if plan.variant != "recurrent":
         found += [Argument("EVICT", '"evict_first" if state.nbytes > 2**25 else ""', True)]
@@ -205,7 +205,7 @@ class Launcher:
             self.out.line(f"tokens = max(x.shape[{self.plan.layout.lanes}] for x in operands)")
             self.out.line(f"queries = max(16, {self.width or 1} * triton.next_power_of_2(tokens))")
             tokens = " tokens,"
-        if self.plan.variant == "verify" or self.config.part:
+        if self.plan.several or self.config.part:
             self.out.line('precision = "ieee" if torch.version.hip else "tf32x3"')
         real = _short(self.plan.compute)
         tails = {"scalar": "", "key": f" {self.plan.sizes[0]},", "value": f" {self.plan.sizes[1]},"}

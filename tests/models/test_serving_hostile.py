@@ -36,6 +36,10 @@ def test_odd_requests_among_others(model: Any, poisoned: list[Any]) -> None:
         manager.add_request(prompts[0], request_id="a", eos_token_id=-1)
         manager.add_request(prompts[1], request_id="one", max_new_tokens=1, eos_token_id=-1)
         manager.cancel_request("chunked")
+        with pytest.raises(ValueError, match="longer than all pages, which hold 2[0-9][0-9] tokens"):
+            manager.add_request(long + long, request_id="too long", eos_token_id=-1)
+        with pytest.raises(ValueError, match="1 tokens and 5000 new ones"):
+            manager.add_request([1], "too long", 5000)
         try:
             manager.add_request([], request_id="empty", eos_token_id=-1)
         except ValueError:

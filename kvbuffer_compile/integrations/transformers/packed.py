@@ -9,7 +9,7 @@ layer's own path on the states of its slot.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
 from kvbuffer_compile.errors import StateError
-from kvbuffer_compile.integrations.transformers.pools import LayerPools
+from kvbuffer_compile.integrations.transformers.pools import LayerPools, StatePools
 from kvbuffer_compile.process.afresh import afresh
 
 Step = Callable[..., Tensor]
@@ -153,3 +153,13 @@ class PackedLayer:
             torch._dynamo.maybe_mark_dynamic(hidden, 0)
             torch._dynamo.maybe_mark_dynamic(slots, 0)
         return self.step(self.alike, hidden, self.pools.convolutions, self.pools.recurrent, slots)
+
+
+def pieces(requests: Any, pools: StatePools) -> Iterator[Piece]:
+    """Which tokens of a batch are whose. The engine has counted these tokens as past already."""
+    begin = 0
+    for request in requests:
+        count = request.query_length
+        past = request.state.position_offset - count
+        yield Piece(pools.slots[request.state.request_id], begin, begin + count, past > 0)
+        begin += count

@@ -25,7 +25,7 @@ from transformers.generation.continuous_batching.utils import get_device_and_mem
 from kvbuffer_compile import options as backend_options
 from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.integrations.transformers import standins, trial
-from kvbuffer_compile.integrations.transformers.packed import Packed, PackedLayer, Piece, compiled_step
+from kvbuffer_compile.integrations.transformers.packed import Packed, PackedLayer, compiled_step, pieces
 from kvbuffer_compile.integrations.transformers.paged import AttentionConfig, HybridCache
 from kvbuffer_compile.integrations.transformers.pools import CacheShape, StatePools, shape_of_cache
 from kvbuffer_compile.integrations.transformers.servable import (
@@ -230,6 +230,17 @@ class Manager(ContinuousBatchingManager):
             self._give_back()
             raise
 
+    def add_request(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the library does, whose thread would end at more tokens than all pages hold: a ValueError."""
+        given = kwargs.get("max_new_tokens", args[1] if len(args) > 1 else None)
+        asked = len(input_ids) + (self.generation_config.max_new_tokens if given is None else given)
+        if self.batch_processor is not None and asked > (most := self.batch_processor.cache.max_tokens_read):
+            raise ValueError(
+                f"continuous batching: a request of {len(input_ids)} tokens and {asked - len(input_ids)} new ones is "
+                f"longer than all pages, which hold {most} tokens: ask for fewer, or give the engine more num_blocks"
+            )
+        return super().add_request(input_ids, *args, **kwargs)
+
     def stop(self, *args: Any, **kwargs: Any) -> None:
         """As the library does, and the states go with the pages."""
         keeps = bool(kwargs.get("keep_for_next_session", args[2] if len(args) > 2 else False))
@@ -265,7 +276,7 @@ class Manager(ContinuousBatchingManager):
 
         def batch() -> Packed:
             ours: Any = processor.inputs_and_outputs
-            return Packed(list(_pieces(ours.requests_in_batch, pools)), self.served.model.device)
+            return Packed(list(pieces(ours.requests_in_batch, pools)), self.served.model.device)
 
         cast(Any, self.model).serve(pools, batch)
         self.trial.check(self.model, processor, min(count, config.max_requests_per_batch))
@@ -287,13 +298,3 @@ class Manager(ContinuousBatchingManager):
                 "psutil tells of them)"
             )
         return count, count * each / unused
-
-
-def _pieces(requests: Any, pools: StatePools) -> Any:
-    """Which tokens of a batch are whose. The engine has counted these tokens as past already."""
-    begin = 0
-    for request in requests:
-        count = request.query_length
-        past = request.state.position_offset - count
-        yield Piece(pools.slots[request.state.request_id], begin, begin + count, past > 0)
-        begin += count
