@@ -27,7 +27,7 @@ from kvbuffer_compile.passes.storage import pools
 from kvbuffer_compile.passes.tokens import composites
 from kvbuffer_compile.passes.tokens.sequences import spelled_out
 from kvbuffer_compile.planning import plan_for
-from kvbuffer_compile.process import progress
+from kvbuffer_compile.process import fleeting, progress
 from kvbuffer_compile.records import GraphRecord, observers
 from kvbuffer_compile.report import dump
 from kvbuffer_compile.runtime import entry
@@ -100,7 +100,7 @@ def _compile(
     progress.stage("tracing")
     records: list[GraphRecord] = []
     settings = patches if key is None else {**patches, keys.PASS: key}
-    with keys.kept_by(key), kept.listening() as loaded, observers.also(records.append):
+    with fleeting.watched(), keys.kept_by(key), kept.listening() as loaded, observers.also(records.append):
         compiled: Any = compile_fx(
             gm,
             list(example_inputs),
@@ -217,6 +217,7 @@ def compile_graph(
 
 def _failed(error: Exception, ours: Options) -> None:
     """An internal error leaves a graph to Inductor, unless the user wants to know."""
+    fleeting.mark()
     if os.environ.get("KVBUFFER_STRICT") == "1":  # as an IRError: Dynamo takes some exceptions for a graph break
         raise IRError(f"internal error while rewriting a graph: {error!r}") from error
     if ours.on_decline == "raise":

@@ -36,8 +36,8 @@ class Options:
     check: run every rewritten step beside the original and raise when they differ (slow, for debugging).
     target: who implements the steps; "auto" takes generated kernels where they can be built.
     capacity: slots a buffer has at least; drafts of speculative decoding need room beyond the flush length.
-    cache: keep what is made of a graph on disk, so that the next process need not trace and look at it again; False,
-        or KVBUFFER_CACHE=0 in the environment, neither keeps nor uses anything.
+    cache: keep what is made of a graph on disk, so that the next process need not trace and look at it again. None:
+        only with KVBUFFER_CACHE=1 in the environment, where 0 forbids it whatever is asked.
     tune: time the plans of every state while compiling instead of trusting the cost model; what was measured is kept
         on disk. On GPUs they are timed in any case. mode="max-autotune" asks for it too. Seconds for each kind of
         state, the first time.
@@ -53,7 +53,7 @@ class Options:
     check: bool = False
     target: str = "auto"
     capacity: int | None = None
-    cache: bool = True
+    cache: bool | None = None
     tune: bool = False
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class Options:
         _check(self.on_decline in ON_DECLINE, "on_decline", self.on_decline, f"one of {ON_DECLINE}")
         _check(self.dump is None or isinstance(self.dump, str | Path), "dump", self.dump, "None or a path")
         _check(isinstance(self.check, bool), "check", self.check, "True or False")
-        _check(isinstance(self.cache, bool), "cache", self.cache, "True or False")
+        _check(self.cache is None or isinstance(self.cache, bool), "cache", self.cache, "None, True or False")
         _check(isinstance(self.tune, bool), "tune", self.tune, "True or False")
         _check(self.target in TARGETS, "target", self.target, f"one of {TARGETS}")
         _check(self.capacity is None or is_count(self.capacity), "capacity", self.capacity, f"None or {COUNT}")

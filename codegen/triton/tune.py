@@ -23,11 +23,15 @@ from kvbuffer_compile.codegen.schedule import schedule
 from kvbuffer_compile.codegen.triton import triton as emitter
 from kvbuffer_compile.codegen.triton.launch import Config, space
 from kvbuffer_compile.codegen.triton.load import load
+from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.machine.measure import captured, seconds
 from kvbuffer_compile.process import disk
 
 LANES = 1024  # that a launch is timed with: enough for any GPU to be full
 TOKENS = 4  # of a verify step
+PERIODS = 4  # between two flushes, that are timed at once
+EQUAL = 1.03  # times as long as the best: timings are not better than that
 MOST_BYTES = 1 << 20  # of a file
 
 Timer = Callable[[Plan, Config], float]
@@ -44,7 +48,10 @@ def tuned(plan: Plan, device: str, timer: Timer) -> Config:
     known = path and _read(path, choices)
     if known is None and os.environ.get("KVBUFFER_TUNE") != "0":
         times = {config: timer(plan, config) for config in choices}
-        known = min(choices, key=lambda c: times[c])  # the model's own among equals
+        known = min(choices, key=lambda c: times[c])
+        if math.isinf(times[known]):
+            raise EmitError(f"no launch of its Triton kernel runs on {device}\n{plan.program}")
+        known = choices[0] if times[choices[0]] <= EQUAL * times[known] else known  # the model's own among equals
         if path and math.isfinite(times[known]):
             _write(path, known, times)
     return known or choices[0]
@@ -82,7 +89,7 @@ def _write(path: Path, best: Config, times: dict[Config, float]) -> None:
 
 
 def on_gpu(plan: Plan, config: Config) -> float:
-    """Seconds a step takes on the current GPU, the median of five flush periods; inf when it cannot be launched."""
+    """Seconds a step takes on the current GPU; inf when it cannot be launched."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     with unset_fake_temporarily(), torch.no_grad():  # compilers run us under their fake tensors
@@ -95,13 +102,10 @@ def on_gpu(plan: Plan, config: Config) -> float:
 def _seconds(launch: Any, plan: Plan) -> float:
     arguments = example(plan, typical_lanes(plan, LANES), TOKENS, "cuda")
     steps = max(1, plan.flush // (TOKENS if plan.several else 1))
-    times = []
-    for _ in range(7):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(steps):
+
+    def period() -> None:
+        for _ in range(PERIODS * steps):
             launch(*arguments)
-        stop.record()
-        stop.synchronize()
-        times.append(float(start.elapsed_time(stop)) / 1e3 / steps)
-    return statistics.median(times[2:])
+
+    times = seconds(captured(period, arguments[0].device), arguments[0].device)
+    return statistics.median(times) / (PERIODS * steps)

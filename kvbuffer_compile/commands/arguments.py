@@ -24,7 +24,7 @@ EPILOG = """\
 environment:
   TORCH_LOGS="+kvbuffer_compile"    log what is decided (INFO), and at run time flushes by settling (DEBUG)
   KVBUFFER_QUIET=1                  no line on the terminal while something compiles
-  KVBUFFER_CACHE=0                  neither keep compiled graphs for the next process nor use kept ones
+  KVBUFFER_CACHE=1                  keep compiled graphs for the next process, and use kept ones
   KVBUFFER_DUMP=FOLDER              keep programs, plans, graphs and generated source there
   KVBUFFER_COMPILE_TIMEOUT=SECONDS  when a C++ compiler is given up (300)
 

@@ -133,6 +133,9 @@ extern "C" bool kvbuffer_watch_start() try {
   return false;
 }
 
+// What was reported by the calls that this thread is in is to be reported again.
+extern "C" void kvbuffer_watch_again() { std::fill(reported.begin(), reported.end(), nullptr); }
+
 extern "C" void kvbuffer_watch_stop() { reporting = false; }
 
 extern "C" void kvbuffer_watch_mark(void* tensor, bool on) {

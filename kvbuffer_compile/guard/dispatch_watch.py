@@ -80,6 +80,12 @@ def unwatched() -> torch._C._ExcludeDispatchKeyGuard:
     return torch._C._ExcludeDispatchKeyGuard(_KEYS)
 
 
+def again() -> None:
+    """Report tensors that the calls this thread is in have reported before."""
+    if _extension is not None:
+        _extension.kvbuffer_watch_again()
+
+
 def _set_key(tensor: Tensor, on: bool) -> None:
     if _extension is not None:
         with torch._C.DisableTorchFunction():
@@ -92,6 +98,7 @@ def _load() -> ctypes.PyDLL:
     extension.kvbuffer_watch_start.restype = ctypes.c_bool
     extension.kvbuffer_watch_mark.argtypes = (ctypes.c_void_p, ctypes.c_bool)
     extension.kvbuffer_watch_mark.restype = None
+    extension.kvbuffer_watch_again.restype = None
     _OPS.define("touched(str op, Tensor[] tensors) -> ()")
     _OPS.impl("touched", _touched, "CompositeExplicitAutograd")
     if torch._C._dispatch_has_backend_fallback(KEY) or not extension.kvbuffer_watch_start():

@@ -147,8 +147,10 @@ def guard(owner: Tensor) -> bool:
     """Make every later access to this tensor settle first. False for a class of tensors where that cannot be done."""
     if type(owner) in (Tensor, torch.nn.Buffer):
         owner.__class__ = GuardedState
-        dispatch_watch.mark(owner)
-    return type(owner) is GuardedState
+    if type(owner) is not GuardedState:
+        return False
+    dispatch_watch.mark(owner)  # again, if need be: `state.data = x` takes the keys of x
+    return True
 
 
 def may_be_state(x: object) -> bool:

@@ -125,6 +125,22 @@ def seconds(call: Callable[[], object], device: torch.device, inner: int = 1, bu
     return times
 
 
+def captured(call: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """The same kernels with nothing of Python between them: what they take the GPU, however fast the host is.
+
+    Other threads may go on using the GPU, and the current stream is as before, also after an error.
+    """
+    with torch.cuda.device(device):
+        call()  # whatever is compiled or loaded at the first time
+        before, graph = torch.cuda.current_stream(device), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+                call()
+        finally:
+            torch.cuda.set_stream(before)
+    return graph.replay
+
+
 @contextmanager
 def one_thread() -> Iterator[int]:
     """Run on one thread; gives the number there were before."""

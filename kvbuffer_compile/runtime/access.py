@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from kvbuffer_compile.accounts.account import Account, geometry
 from kvbuffer_compile.accounts.fresh import make_zero
@@ -22,6 +24,8 @@ from kvbuffer_compile.process.locks import under_locks
 _alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]  # whether two tensors share a storage
 _ZEROES: frozenset[Any] = frozenset([Tensor.zero_, torch.zero_])
 # These ask a tensor for its dispatch key, and take a device from it.
+_ALONE = (Tensor, GuardedState, torch.nn.Parameter, torch.nn.Buffer)
+_TORCHS = ("aten", "prims", "prim", "quantized", "_c10d_functional")
 _LEGACY: frozenset[Any] = frozenset(getattr(Tensor, n) for n in ("new", "new_tensor", "resize", "resize_as"))
 _FILLS: frozenset[Any] = frozenset([Tensor.fill_, torch.fill_])
 
@@ -40,6 +44,11 @@ def accessed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     zeros = _writes_zeros(func, args, kwargs)
     reached = LEDGER.reached(states, whole=exported)
 
+    # An operator with graphs in it compiles them, and one of the user's may step states and read them: nobody must wait
+    # for a lock of ours meanwhile. What is inside of other tensors is seen below Python only.
+    users = _is_users(func) or any(map(_may_hold_others, (*args, *kwargs.values())))
+    free = users or isinstance(func, HigherOrderOperator)
+
     def run() -> Any:
         for state in states:
             make_zero(state, known_zero=zeros and state is args[0])
@@ -47,7 +56,7 @@ def accessed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             account.settle()
         if exported:
             _hand_out(states, reached, f"whoever called {getattr(func, '__name__', func)}() on it")
-        with dispatch_watch.unwatched():
+        with _watched() if users else dispatch_watch.unwatched():
             out = func(*_unmarked(args), **kwargs) if func in _LEGACY else func(*args, **kwargs)
         for state in states:
             _check_geometry(state)
@@ -55,10 +64,40 @@ def accessed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             _zeroed(args[0])
         return out
 
-    # an operator with graphs in it compiles them: nobody must wait for a lock of ours meanwhile
-    out = run() if isinstance(func, HigherOrderOperator) else under_locks(reached, run)
+    out = run() if free else under_locks(reached, run)
     guard_views(out, states)
     return out
+
+
+class _Thread(threading.local):
+    watched = 0  # calls of this thread, one in another, whose own calls are looked at
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    _thread.watched += 1
+    try:
+        yield
+    finally:
+        _thread.watched -= 1
+
+
+def stepped_within() -> None:
+    """Called when states are stepped: the call that this happens in, if any, may read them once more."""
+    if _thread.watched:
+        dispatch_watch.again()
+
+
+def _is_users(func: Any) -> bool:
+    """Whether a function is an operator whose kernel may be Python code of the user's."""
+    return isinstance(func, OpOverload | OpOverloadPacket) and str(func).split(".")[0] not in _TORCHS
+
+
+def _may_hold_others(x: object) -> bool:
+    return isinstance(x, Tensor) and type(x) not in _ALONE
 
 
 def _unmarked(args: tuple[Any, ...]) -> list[Any]:

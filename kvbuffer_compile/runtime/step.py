@@ -18,7 +18,7 @@ from kvbuffer_compile.passes.lifted import Part
 from kvbuffer_compile.passes.rewrite import Spliced
 from kvbuffer_compile.process.locks import RLock, under_locks
 from kvbuffer_compile.runtime import check, drafts
-from kvbuffer_compile.runtime.access import touch
+from kvbuffer_compile.runtime.access import stepped_within, touch
 from kvbuffer_compile.runtime.by_hand import mark_rowless
 from kvbuffer_compile.runtime.drafts import Tree
 
@@ -69,6 +69,7 @@ class Step:
             owners = {position: owner_of(args[index]) for index, position in self.donated}
             accounts = self._open(args)
             out = under_locks(accounts, lambda: self._stepped(args, accounts, tree))
+            stepped_within()
             return type(out)(owners.get(i, x) for i, x in enumerate(out)) if owners else out
 
     def _settle_others(self, args: list[Any]) -> None:

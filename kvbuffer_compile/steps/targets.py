@@ -12,7 +12,7 @@ import torch
 
 from kvbuffer_compile.errors import EmitError, OptionError
 from kvbuffer_compile.ir.plan import Plan
-from kvbuffer_compile.process import progress
+from kvbuffer_compile.process import fleeting, progress
 from kvbuffer_compile.steps import ops
 
 log = logging.getLogger("kvbuffer_compile")
@@ -50,6 +50,7 @@ def _has_compiler() -> bool:
 def build(plan: Plan) -> str:
     """Register the plan's op and build its kernel; returns the target that will run ("aten" after a failed build)."""
     if plan.target != "aten" and not _built(plan):
+        fleeting.mark()
         return "aten"
     return plan.target
 
@@ -85,6 +86,7 @@ def source(plan: Plan) -> tuple[str, str] | None:
 
 def _warn_once(message: str) -> None:
     """Warn of the first of all problems that begin with the same line: what follows is of one kernel of many."""
+    fleeting.mark()
     line = message.splitlines()[0]
     log.info("composite steps: %s", message)
     if line in _said:

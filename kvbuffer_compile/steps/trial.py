@@ -9,8 +9,9 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from math import prod
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.machine import Machine
-from kvbuffer_compile.machine.measure import seconds
+from kvbuffer_compile.machine.measure import captured, seconds
 from kvbuffer_compile.passes.choice.working_set import hint
 from kvbuffer_compile.process import disk
 from kvbuffer_compile.process.surroundings import neutral
@@ -30,6 +31,7 @@ log = logging.getLogger("kvbuffer_compile")
 
 MOST_BYTES = 1 << 12  # of a file
 MOST_STATES = 64  # that are stepped in turn
+LAUNCHES = 32  # of a state, at least, that are timed at once on a GPU
 LARGEST = 1 << 29  # bytes of a state: more sequences take longer in proportion
 BUDGET = 0.15  # seconds for each plan
 
@@ -49,8 +51,8 @@ def times(plans: Sequence[Plan], state: Tensor, working_set: int, machine: Machi
         known = _kept(path)
         if known is None:
             try:
-                known = _measured(plan, plan.layout.sizes(shape)[:-2], working_set, machine)
-            except RuntimeError as error:  # no memory for it, most likely
+                known = _measured(plan, plan.layout.sizes(shape)[:-2], working_set, machine, state.device)
+            except Exception as error:  # no memory for it, most likely; Triton's errors have a base of their own
                 log.info("not timed, L=%d of %s: %s", plan.flush, plan.program.signature, error)
                 continue
             with suppress(OSError):
@@ -66,7 +68,8 @@ def may_measure() -> bool:
 
 
 def _name(plan: Plan, shape: Sequence[int], working_set: int, machine: Machine) -> str:
-    parts = (plan.key, tuple(shape), working_set.bit_length(), machine.name, torch.__version__)
+    text = targets.source(plan)  # an emitter that was changed makes another kernel
+    parts = (plan.key, text, tuple(shape), working_set.bit_length(), machine.name, torch.__version__)
     return f"step-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.json"
 
 
@@ -79,23 +82,24 @@ def _kept(name: str) -> float | None:
 
 
 @neutral
-def _measured(plan: Plan, lanes: tuple[int, ...], working_set: int, machine: Machine) -> float:
+def _measured(plan: Plan, lanes: tuple[int, ...], working_set: int, machine: Machine, device: torch.device) -> float:
     """As many states are stepped in turn as the working set holds, or as no cache does."""
     lanes, share = _smaller(plan, lanes)
     enough = min(working_set, 4 * machine.last)
-    device = torch.device(machine.device)
     arguments = [_arguments(plan, lanes, device)]
     own = sum(t.nbytes for t in arguments[0])
     arguments += [_arguments(plan, lanes, device) for _ in range(min(enough // own, MOST_STATES - 1))]
     op = targets.step_op(plan)
     turns = itertools.cycle(arguments)
-    period = [next(turns) for _ in range(plan.flush * len(arguments))]
+    # on a GPU as many for each plan: the host's time for a replay is spread over them
+    steps = math.lcm(plan.flush, LAUNCHES) if device.type == "cuda" else plan.flush
+    period = [next(turns) for _ in range(steps * len(arguments))]
 
     def whole_period() -> None:
         for given in period:
             op(*given)
 
-    call = _captured(whole_period) if device.type == "cuda" else whole_period
+    call = captured(whole_period, device) if device.type == "cuda" else whole_period
     return min(seconds(call, device, budget=BUDGET)) / len(period) / share
 
 
@@ -106,15 +110,6 @@ def _smaller(plan: Plan, lanes: tuple[int, ...]) -> tuple[tuple[int, ...], float
         return lanes, 1.0
     first = max(lanes[0] * LARGEST // total, 1)
     return (first, *lanes[1:]), first / lanes[0]
-
-
-def _captured(call: Callable[[], None]) -> Callable[[], None]:
-    """The same kernels with nothing of Python between them: what a step takes the GPU, however fast the host is."""
-    call()  # whatever is compiled or loaded at the first time
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def _arguments(plan: Plan, lanes: tuple[int, ...], device: torch.device) -> list[Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch._inductor.output_code import CompiledFxGraph, OutputCode
 
 from kvbuffer_compile.passes.rewrite import Spliced
+from kvbuffer_compile.process import fleeting
 from kvbuffer_compile.runtime.step import Step
 from kvbuffer_compile.said import Said
 from kvbuffer_compile.steps import targets
@@ -53,7 +54,7 @@ class Kept(OutputCode):
         self.said = said
         self.shared = list(shared)
         self.inductors: Any = None
-        self.guarded = _has_guards()
+        self.guarded = _has_guards() or fleeting.happened()
         return self
 
     @staticmethod
@@ -78,9 +79,10 @@ class Kept(OutputCode):
 
         for plan in (state.plan for state in self.states):
             targets.step_op(plan)
-            if targets.build(plan) != plan.target:
+            if targets.build(plan) != plan.target:  # and the graph that is made instead is not kept
                 raise FXGraphCacheMiss(f"the kernel of {plan.op_name} cannot be had here")
-        self.compiled = self.inductors.post_compile(self.inductors.load(example_inputs), graph_kwargs)
+        inductors, self.inductors = self.inductors, None  # it would hold on to the examples
+        self.compiled = inductors.post_compile(inductors.load(example_inputs), graph_kwargs)
         if _thread.loaded is not None:
             _thread.loaded.append(self)
 
@@ -105,6 +107,6 @@ def _of_inductor(compiled: Any, guarded: bool) -> Any:
 
     key = getattr(compiled, "_fx_graph_cache_key", None)
     if guarded or not isinstance(compiled, CompiledFxGraph) or key is None:
-        raise BypassAOTAutogradCache("there are guards, or Inductor has not kept its part")
+        raise BypassAOTAutogradCache("there are guards, something failed, or Inductor has not kept its part")
     lines = compiled._fx_graph_cache_debug_lines or []
     return CompiledForward(fx_graph_cache_info=(key, lines), fx_graph_guard_expr=compiled.guards_expr)

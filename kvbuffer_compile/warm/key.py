@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,6 +41,8 @@ log = logging.getLogger("kvbuffer_compile")
 PASS = "post_grad_custom_pre_pass"  # the setting of Inductor's that the key stands in
 BUNDLED = "bundled_autograd_cache"  # entries hold what the inner compiler gave, of any class
 PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, GuardedState)
+OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+NAMESPACES = ("aten", "prims", "prim", "_c10d_functional", "kvbuffer")
 SILENT = ("KVBUFFER_QUIET", "KVBUFFER_CACHE")  # environment variables that decide nothing about a graph
 OURS = Path(__file__).resolve().parents[1]
 SOURCES = (".py", ".h", ".cpp")
@@ -116,7 +119,9 @@ def _require(ok: object, why: str) -> None:
 
 
 def _require_wanted(ours: Options) -> None:
-    _require(ours.cache and os.environ.get("KVBUFFER_CACHE", "1") not in ("", "0"), "the cache is switched off")
+    said = os.environ.get("KVBUFFER_CACHE", "")
+    _require(said != "0" and (ours.cache or (ours.cache is None and said == "1")), "the cache is not asked for")
+    _require(SOURCE, "our own source is not on disk")
     _require(ours.inner == "inductor", "another compiler than Inductor")
     _require(not ours.check, "check=True needs the graph itself")
     _require(not ours.dump and not os.environ.get("KVBUFFER_DUMP"), "a dump tells of graphs as they are compiled")
@@ -130,6 +135,7 @@ def _require_ordinary(settings: Mapping[str, Any]) -> None:
     _require(not functorch_config.enable_remote_autograd_cache, "AOTAutograd's cache is on another machine")
     _require(not getattr(torch._dynamo.config, "caching_precompile", False), "graphs are precompiled")
     _require(settings.get("fx_graph_cache", True), "Inductor's cache is switched off")
+    _require(not settings.get("unsafe_skip_cache_dynamic_shape_guards"), "guards of sizes are left out")
     _require(not settings.get("triton.cudagraphs"), "CUDA graphs")
     _require(not settings.get("freezing"), "weights are frozen")
     _require(getattr(inductor_config, "cudagraph_policy", None) is None, "a policy of CUDA graphs")
@@ -139,33 +145,41 @@ def _require_ordinary(settings: Mapping[str, Any]) -> None:
 
 
 def _require_open(gm: GraphModule, inputs: Sequence[Any]) -> None:
-    """No tensor is a constant of the graph, since torch's key has the values of none, and all inputs are ordinary."""
+    """No tensor is a constant of the graph, since torch's key has the values of none, all inputs are ordinary, and no
+    operator is the user's: its name stands in the graph, and what it does may change."""
     for module in gm.modules():
         held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
         _require(not any(isinstance(x, Tensor) for x in held), "a tensor is a constant of the graph")
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            if isinstance(node.target, OPERATORS):
+                name = str(node.target).split(".")[0]
+                _require(name in NAMESPACES, f"operators of {name}, which may be the user's")
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     _require(all(type(x) in PLAIN for x in tensors), "inputs of a class of their own")
 
 
 def _require_private() -> None:
-    """Entries are pickles, which run code: the folder must be ours alone, as that of kernels is (process/disk.py)."""
+    """Entries are pickles, which run code: nobody else may write to the folder."""
     folder = Path(AOTAutogradCache._get_tmp_dir())
     with suppress(FileExistsError):
         folder.mkdir(0o700)
-    with disk.opened(folder):
-        pass
+    found = folder.lstat()
+    private = found.st_uid == os.getuid() and not found.st_mode & disk.OTHERS_MAY_WRITE
+    _require(stat.S_ISDIR(found.st_mode) and private, f"others may write to {folder}")
 
 
 # ----------------------------------------------------------------------------------------- what it depends on
 
 
 def _sources() -> str:
-    """A hash of the package's own source: as it is imported, for it may be edited while the process runs."""
+    """A hash of the package's own source: as it is imported, for it may be edited while the process runs. "" where it
+    is not on disk."""
     seen = hashlib.sha256()
     folders = (OURS, (OURS / "passes").resolve(), (OURS / "codegen").resolve(), *_mapped())
-    for path in sorted({path for folder in folders for path in _files(folder)}):
-        seen.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return seen.hexdigest()
+    found = sorted({path for folder in folders for path in _files(folder)})
+    for path in found:
+        seen.update(path.as_posix().encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return seen.hexdigest() if {"key.py", "rewrite.py", "entry.py"} <= {path.name for path in found} else ""
 
 
 def _mapped() -> list[Path]:
@@ -215,8 +229,16 @@ def _sharing(inputs: Sequence[Any]) -> list[int]:
 def _input(x: Any) -> Any:
     """An input as the cost model and the storage of states see it; symbolic sizes by the values they have."""
     if isinstance(x, torch.SymInt):
-        return "size", hint(x)
+        return "size", *_bounds(x)
     if isinstance(x, Tensor):
-        sizes = (*map(hint, x.shape), *map(hint, x.stride()), hint(x.storage_offset()))
+        sizes = (*map(_bounds, (*x.shape, *x.stride())), hint(x.storage_offset()))
         return type(x) is torch.nn.Parameter, str(x.dtype), sizes
     return type(x).__name__, repr(x)
+
+
+def _bounds(n: int | torch.SymInt) -> tuple[Any, ...]:
+    """A size, and what may become of it: bounds decide whether many tokens fit in a buffer."""
+    if isinstance(n, int):
+        return (n,)
+    shapes = n.node.shape_env
+    return hint(n), str(shapes.bound_sympy(n.node.expr)), sorted(str(guard.expr) for guard in shapes.guards)

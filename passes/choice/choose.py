@@ -106,9 +106,11 @@ def _too_wide(lifted: Lifted, plan: Plan) -> Declined | None:
     return Declined(lifted.state.name, "too-many-operands", reason, lifted.source)
 
 
-def plans_of(lifted: Lifted, options: Options, machine: Machine, target: str, flushes: Sequence[int]) -> list[Plan]:
+def plans_of(
+    lifted: Lifted, options: Options, machine: Machine, target: str, flushes: Sequence[int], call: Call = ALONE
+) -> list[Plan]:
     """The plans with these flush lengths, as far as there are such."""
-    asked = (choose(lifted, replace(options, flush=flush), machine, target) for flush in flushes)
+    asked = (choose(lifted, replace(options, flush=flush), machine, target, call) for flush in flushes)
     return [plan for plan in asked if isinstance(plan, Plan)]
 
 
@@ -144,7 +146,7 @@ def likely_flush(lifted: Lifted, options: Options, machine: Machine, target: str
 def _shared_flush(case: Case, machine: Machine) -> int:
     """The flush length of several tokens at once: that which one token would take, so that both graphs share their
     rows."""
-    alone = predict(replace(case, tokens=1), machine, _flushes(case))
+    alone = predict(replace(case, tokens=1, shadow_width=0), machine, _flushes(case))
     return next(alone.candidates[i].flush for i in _order(alone) if alone.candidates[i].variant == "buffered")
 
 

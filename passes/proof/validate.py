@@ -32,6 +32,7 @@ from kvbuffer_compile.passes.proof.region import Region, below, is_tensor
 from kvbuffer_compile.passes.proof.sizes import Extents, shape
 from kvbuffer_compile.passes.reading.arguments import is_repeated
 from kvbuffer_compile.passes.reading.counterparts import Origins, origins
+from kvbuffer_compile.process import fleeting
 from kvbuffer_compile.process.surroundings import neutral
 
 DRAWS = 2
@@ -66,7 +67,8 @@ def _disproved(obligation: Obligation) -> str | None:
         return None
     try:
         problem = _entangled(obligation) or _problem(obligation)
-    except RuntimeError as error:  # of torch: the program's operands do not even fit together
+    except RuntimeError as error:  # of torch: the program's operands do not even fit together, or there is no memory
+        fleeting.mark()
         problem = str(error)
     if problem is None:
         _proved.add(shape_of_it)

@@ -18,6 +18,7 @@ from kvbuffer_compile.codegen.standalone import aot
 from kvbuffer_compile.codegen.triton import load as triton_load
 from kvbuffer_compile.codegen.triton import triton, tune
 from kvbuffer_compile.codegen.triton.launch import configure, fits, space
+from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.plan import Layout
 from kvbuffer_compile.process import disk
 from kvbuffer_compile.steps import ops
@@ -89,10 +90,18 @@ def test_a_broken_entry_is_ignored_and_rewritten(cache, content):
 
 def test_a_launch_that_cannot_run_is_never_chosen(cache):
     plan = plan_of()
-    default = tune.tuned(plan, "some GPU", lambda plan, config: math.inf)
-    assert default == model(plan) and not list(cache.iterdir()), "what failed everywhere is tried again"
+    with pytest.raises(EmitError, match="no launch of its Triton kernel runs on some GPU"):
+        tune.tuned(plan, "some GPU", lambda plan, config: math.inf)
+    assert not list(cache.iterdir()), "what failed everywhere is tried again"
+    default = model(plan)
     best = tune.tuned(plan, "some GPU", lambda plan, config: math.inf if config == default else 1.0)
     assert best != default
+
+
+def test_the_models_own_launch_is_left_for_a_gain_only():
+    plan, default = plan_of(), model(plan_of())
+    assert tune.tuned(plan, "one GPU", lambda plan, config: 1.02 if config == default else 1.0) == default
+    assert tune.tuned(plan, "another GPU", lambda plan, config: 1.1 if config == default else 1.0) != default
 
 
 def test_measuring_can_be_turned_off(monkeypatch):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import kvbuffer_compile
+from kvbuffer_compile import Options, backend
 from kvbuffer_compile.errors import DeclinedError
 from kvbuffer_compile.records import observers
+from kvbuffer_compile.steps import targets
 from kvbuffer_compile.warm import kept
 from kvbuffer_compile.warm import key as keys
 
@@ -196,6 +199,59 @@ def test_the_values_of_buffers_are_never_kept() -> None:
         agrees(Gated(decay))
 
 
+def test_operators_of_the_users_are_never_kept() -> None:
+    """A graph's text has their names only, and torch traces into them."""
+    for factor in (0.5, 0.25):
+        with torch.library._scoped_library("kvbuffer_warm_test", "DEF") as library:
+            library.define("gate(Tensor x) -> Tensor")
+            library.impl("gate", lambda x, factor=factor: x * factor, "CompositeImplicitAutograd")
+
+            def gated(state: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+                return gla(state, q, k, v, torch.ops.kvbuffer_warm_test.gate(decay))
+
+            with counted(hit=0, miss=0, saved=0):
+                assert agrees(gated) > 0
+
+
+def test_bounds_of_sizes_are_in_the_key() -> None:
+    """They decide whether the tokens of a call fit in a buffer; which guards there are comes from them."""
+    seen = set()
+    for most in (None, 8, 16):
+
+        def keep(gm: Any, inputs: list[Any]) -> Any:
+            found = keys.key_for(gm, inputs, Options(flush=3, cache=True), {})
+            assert found is not None
+            seen.add(found.uuid())
+            return gm.forward
+
+        torch._dynamo.reset()
+        x = torch.ones(2, 4)
+        torch._dynamo.mark_dynamic(x, 1, **({} if most is None else {"min": 1, "max": most}))
+        torch.compile(lambda x: x * 2, backend=keep)(x)
+    assert len(seen) == 3
+
+
+def test_what_failed_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler of kernels, for one: the next process tries again."""
+    with monkeypatch.context() as patch, counted(saved=0):
+        patch.setattr(targets, "_built", lambda plan: False)
+        agrees(gla, target="cpp", flush=2)
+    with counted(hit=0, miss=1, saved=1):
+        assert agrees(gla, target="cpp", flush=2) > 0
+    with monkeypatch.context() as patch, counted(saved=0), pytest.warns(UserWarning, match="internal error"):
+        patch.setattr(backend, "rewrite_graph", Mock(side_effect=MemoryError("none left")))
+        agrees(gla, flush=6)
+
+
+def test_it_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVBUFFER_CACHE")
+    assert [_key(Options(cache=asked)) is not None for asked in (None, False, True)] == [False, False, True]
+    monkeypatch.setenv("KVBUFFER_CACHE", "0")
+    assert _key(Options(cache=True)) is None
+    monkeypatch.setenv("KVBUFFER_CACHE", "1")
+    assert [_key(Options(cache=asked)) is not None for asked in (None, False, True)] == [True, False, True]
+
+
 def test_other_inputs_are_other_graphs() -> None:
     def turned() -> list[Tensor]:
         return [x.mT.contiguous().mT if x.dim() == 3 else x for x in operands()]
@@ -270,6 +326,8 @@ def test_the_source_is_all_of_the_package(tmp_path: Path, monkeypatch: pytest.Mo
         shutil.copytree((package / folder).resolve(), tmp_path / "package" / folder)
     monkeypatch.setattr(keys, "OURS", tmp_path / "package")
     monkeypatch.setattr(keys, "_mapped", list)
+    assert keys._sources() == "", "a package without source has no key"
+    (tmp_path / "package" / "key.py").touch()
     first = keys._sources()
     for file in ("codegen/cpp/rows.h", "passes/walk/walk.py"):
         path = tmp_path / "package" / file

@@ -22,6 +22,7 @@ from kvbuffer_compile.codegen import build
 from kvbuffer_compile.guard import dispatch_watch
 from kvbuffer_compile.guard.aliases import plain
 from kvbuffer_compile.runtime.by_hand import accounts_of
+from tests.support.owing import owed
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 FAST: dict[str, Any] = {"inner": "eager", "target": "aten", "flush": 8}
@@ -211,3 +212,54 @@ def test_where_they_cannot_be_seen(mesh: DeviceMesh, monkeypatch: pytest.MonkeyP
         step(pair.want, *token)
         assert "operations of DTensor" in (accounts_of(pair.state)[0].shared or "")
         pair.check((pair.state + 0).full_tensor())
+
+
+# ------------------------------------------------------------------------------------ calls that call others
+
+
+def stepped() -> tuple[Callable[..., Tensor], Tensor, Tensor, Iterator[tuple[Tensor, ...]]]:
+    """A compiled step, a state that owes rows, the same stepped as it is, and tokens to come."""
+    want = torch.randn(SIZES)
+    state, given = want.clone(), tokens(16)
+    run = torch.compile(step, backend="kvbuffer", fullgraph=True, options=FAST)
+    with torch.no_grad():
+        for one in (next(given), next(given)):
+            run(state, *one)
+            step(want, *one)
+    assert owed(state) > 0
+    return run, state, want, given
+
+
+@torch.no_grad()
+def test_an_operator_of_the_users_may_step_a_state_and_read_it() -> None:
+    run, state, want, given = stepped()
+    with torch.library._scoped_library("kvbuffer_users_test", "DEF") as library:
+        library.define("decode(Tensor(a!) state, Tensor[] token) -> Tensor")
+
+        def decode(state: Tensor, token: list[Tensor]) -> Tensor:
+            return run(state, *token).sum() + state.sum()
+
+        library.impl("decode", decode, "CompositeExplicitAutograd")
+        for token in (next(given), next(given), next(given)):
+            found = torch.ops.kvbuffer_users_test.decode(state, list(token))
+            torch.testing.assert_close(found, step(want, *token).sum() + want.sum(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state + 0, want, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_state_beside_one_inside_of_another_tensor() -> None:
+    (_, inner, want_inner, _), (_, outer, want_outer, _) = stepped(), stepped()
+    found = torch.add(Wrapper(inner), outer)
+    torch.testing.assert_close(found, want_inner + want_outer, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_new_data_keeps_a_state_watched() -> None:
+    """`state.data = x` takes the dispatch keys of x."""
+    run, state, want, given = stepped()
+    state.data, want = state.data[[1, 0]], want[[1, 0]]
+    for token in (next(given), next(given)):
+        run(state, *token)
+        step(want, *token)
+    assert owed(state) > 0 and dispatch_watch.marked(state)
+    torch.testing.assert_close(torch.func.vmap(lambda x: x * 1)(state), want, rtol=1e-4, atol=1e-4)
