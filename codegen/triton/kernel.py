@@ -1,9 +1,9 @@
 """The Triton kernel of a plan: one program computes one lane of a step, or one tile of it.
 
 recurrent   s is the tile of the state; read it, fold the token in, write it
-buffered    s and the owed rows stand for the state (rows.py); on a flush they are written back as one
+buffered    s and the owed rows stand for the state (rows.py); on a flush they are written back as one. Where it can
+            be, the state is streamed (stream.py)
 verify      the same for T tokens, of which each sees those before it, or none as a block (verify.py)
-        self.stream = Stream(out, plan, schedule, values, self.rows, part) if part else None
 
 What does not depend on the cursor is loaded before it, and all of the cursor at once: a program that waits for memory
 three times in a row cannot stream.

@@ -45,9 +45,8 @@ WARPS = (1, 2, 4, 8, 16)
 # tile of rows has slots, so that both are summed as one); bytes side by side where the latter is the contiguous one;
 # parts on their way; elements of a part that a thread has; registers with which four programs of four warps fit.
 WIDE, NARROW, SIDE_BY_SIDE, AHEAD, HELD, OCCUPIED = 128, 16, 64, 4, 16, 128
-GATED = (
-    100  # the limit of a streamed step with vectors for gates: at 112 (GLA, 256 x 512) ptxas spilled 16 bytes of 255
-)
+# The limit of a streamed step with vectors for gates: at 112 (GLA, 256 x 512) ptxas spilled 16 bytes of 255.
+GATED = 100
 MUCH = 90  # values that a thread holds, of float32 states: at 96 (KDA) ptxas aimed at 168 registers and spilled 8 bytes
 # Registers of a thread for matrix products: many with vectors for gates or much to hold. Left to itself, ptxas aimed at
 # 128 or 168 and spilled up to 32 bytes. 168 leave room for three programs of four warps, 255 for two.

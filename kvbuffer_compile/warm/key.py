@@ -77,7 +77,7 @@ def key_for(gm: GraphModule, inputs: Sequence[Any], ours: Options, patches: Mapp
         _require_private()
         theirs = patches.get(PASS, getattr(inductor_config, PASS))
         around = SOURCE, repr(ours), _environment(), _process(), _device(inputs, ours)
-        parts = (*around, _sharing(inputs), *map(_input, inputs))
+        parts = (*around, _sharing(inputs), _guards(inputs), *map(_input, inputs))
         return Key(hashlib.sha256("\0".join(map(repr, parts)).encode()).hexdigest(), theirs)
     except Unknown as why:
         log.debug("nothing is kept of this graph for other processes: %s", why)
@@ -240,5 +240,10 @@ def _bounds(n: int | torch.SymInt) -> tuple[Any, ...]:
     """A size, and what may become of it: bounds decide whether many tokens fit in a buffer."""
     if isinstance(n, int):
         return (n,)
-    shapes = n.node.shape_env
-    return hint(n), str(shapes.bound_sympy(n.node.expr)), sorted(str(guard.expr) for guard in shapes.guards)
+    return hint(n), str(n.node.shape_env.bound_sympy(n.node.expr))
+
+
+def _guards(inputs: Sequence[Any]) -> list[str]:
+    """What has been decided about symbolic sizes so far."""
+    sizes = [n for x in inputs for n in (x.shape if isinstance(x, Tensor) else (x,)) if isinstance(n, torch.SymInt)]
+    return sorted(str(guard.expr) for guard in sizes[0].node.shape_env.guards) if sizes else []

@@ -53,7 +53,7 @@ def explain_choice(
     lifted: Lifted, options: Options, machine: Machine, target: str, call: Call = ALONE, times: Times | None = None
 ) -> tuple[Plan | Declined, Prediction]:
     """The same, with the candidates that were compared."""
-    compute = torch.float64 if state_tensor(lifted).dtype == torch.float64 else torch.float32
+    compute = _compute_dtype(lifted)
     rows = row_dtypes(lifted, options, compute)
     wanted = () if isinstance(options.flush, str) else (options.flush,)
     most = lifted.most_tokens if lifted.several else 1
@@ -121,6 +121,10 @@ def state_tensor(lifted: Lifted) -> Tensor:
     return value
 
 
+def _compute_dtype(lifted: Lifted) -> torch.dtype:
+    return torch.float64 if state_tensor(lifted).dtype == torch.float64 else torch.float32
+
+
 # ------------------------------------------------------------------------------------------------ choosing
 
 
@@ -137,9 +141,8 @@ def _flushes(case: Case) -> tuple[int, ...]:
 
 def likely_flush(lifted: Lifted, options: Options, machine: Machine, target: str, call: Call = ALONE) -> int:
     """The flush length that the model would take if it had to buffer: that of several tokens at once, in any case."""
-    several = replace(options, flush="auto", read_dtype=None)
-    compute = torch.float64 if state_tensor(lifted).dtype == torch.float64 else torch.float32
-    case = make_case(lifted, row_dtypes(lifted, several, compute), compute, options.capacity, target, call)
+    compute = _compute_dtype(lifted)
+    case = make_case(lifted, row_dtypes(lifted, options, compute), compute, options.capacity, target, call)
     return _shared_flush(case, machine)
 
 

@@ -22,6 +22,8 @@ from tests.kernels.test_triton import (  # noqa: F401
     K,
     Session,
     V,
+    check_nothing_is_read,
+    check_padding,
     composite_in_float64,
     draw,
     draw_numbers,
@@ -138,13 +140,7 @@ def test_many_rows(name):
 
 def test_padding_sequences_give_zero_and_touch_nothing():
     session = Session(make_plan(NAMED["gdn"], "buffered"), [3, 3], config=WHOLE)
-    session.cursor[0, 1] = session.expected[1][0, 1] = -1
-    for _ in range(2):
-        inputs = draw(NAMED["gdn"])
-        for x in inputs:
-            x[1] = torch.nan
-        (out,) = session.check(inputs)
-        assert (out[1] == 0).all()
+    check_padding(session, [draw(NAMED["gdn"]) for _ in range(2)])
     assert session.cursor[0].tolist() == [2, -1]
 
 
@@ -153,12 +149,7 @@ def test_a_state_that_holds_nothing_is_not_read(name):
     session = Session(
         make_plan(NAMED[name], "buffered", capacity=4), [3, 3], torch.full((2, 2, K, V), torch.nan), config=TILES
     )
-    session.cursor[3, 0] = session.expected[1][3, 0] = 1
-    session.state[1] = session.expected[0][1] = 2.0
-    for t in range(5):
-        session.check(draw(NAMED[name]))
-        assert bool(session.state[0].isnan().all()) == (session.cursor[3, 0].item() == 1), t
-    assert session.cursor[3].tolist() == [0, 0]
+    check_nothing_is_read(session, [draw(NAMED[name]) for _ in range(5)])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -241,16 +241,30 @@ def test_flush_at_every_fill_level(fill):
     assert session.cursor[:2].tolist() == [[1, 1], [4, 4]]
 
 
-def test_padding_sequences_give_zero_and_touch_nothing():
-    program = NAMED["gdn"]
-    session = Session(make_plan(program, "verify", capacity=5), [3, 3])
+def check_padding(session: Session, tokens: list[list[Tensor]]) -> None:
+    """Step over tokens whose second sequence is padding and NaN."""
     session.cursor[0, 1] = session.expected[1][0, 1] = -1
-    for tokens in (1, 3):
-        inputs = draw(program, tokens)
+    for inputs in tokens:
         for x in inputs:
             x[1] = torch.nan
         (out,) = session.check(inputs)
         assert (out[1] == 0).all()
+
+
+def check_nothing_is_read(session: Session, tokens: list[list[Tensor]]) -> None:
+    """Step over tokens whose first sequence has a state that is known to be zero, and NaN in its memory."""
+    session.cursor[3, 0] = session.expected[1][3, 0] = 1
+    session.state[1] = session.expected[0][1] = 2.0
+    for t, inputs in enumerate(tokens):
+        session.check(inputs)
+        assert bool(session.state[0].isnan().all()) == (session.cursor[3, 0].item() == 1), t
+    assert session.cursor[3].tolist() == [0, 0]
+
+
+def test_padding_sequences_give_zero_and_touch_nothing():
+    program = NAMED["gdn"]
+    session = Session(make_plan(program, "verify", capacity=5), [3, 3])
+    check_padding(session, [draw(program, tokens) for tokens in (1, 3)])
     assert session.cursor[0].tolist() == [4, -1]
 
 
@@ -259,13 +273,8 @@ def test_a_state_that_holds_nothing_is_not_read(variant):
     program = NAMED["kda"]
     nothing = torch.full((2, 2, K, V), torch.nan)
     session = Session(make_plan(program, variant, capacity=4), [3, 3], state=nothing)
-    session.cursor[3, 0] = session.expected[1][3, 0] = 1
-    session.state[1] = session.expected[0][1] = 2.0
     tokens = (2,) if variant == "verify" else ()
-    for t in range(4):
-        session.check(draw(program, *tokens))
-        assert bool(session.state[0].isnan().all()) == (session.cursor[3, 0].item() == 1), t
-    assert session.cursor[3].tolist() == [0, 0]
+    check_nothing_is_read(session, [draw(program, *tokens) for _ in range(4)])
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
