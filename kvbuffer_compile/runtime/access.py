@@ -86,7 +86,7 @@ def _watched() -> Iterator[None]:
 
 
 def stepped_within() -> None:
-    """Called when states are stepped: the call that this happens in, if any, may read them once more."""
+    """Called before states are stepped: the call that this happens in, if any, may read them again afterwards."""
     if _thread.watched:
         dispatch_watch.again()
 

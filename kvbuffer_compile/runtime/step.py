@@ -68,8 +68,8 @@ class Step:
             self._settle_others(args)
             owners = {position: owner_of(args[index]) for index, position in self.donated}
             accounts = self._open(args)
+            stepped_within()  # before the step: behind it, an interrupt could come first
             out = under_locks(accounts, lambda: self._stepped(args, accounts, tree))
-            stepped_within()
             return type(out)(owners.get(i, x) for i, x in enumerate(out)) if owners else out
 
     def _settle_others(self, args: list[Any]) -> None:
