@@ -8,11 +8,12 @@ starts", has the argument why that is enough.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def key_for(gm: GraphModule, inputs: Sequence[Any], ours: Options, patches: Mapp
         _require_open(gm, inputs)
         _require_private()
         theirs = patches.get(PASS, getattr(inductor_config, PASS))
-        around = SOURCE, repr(ours), _environment(), _process(), _device(inputs, ours)
+        around = source(), repr(ours), _environment(), _process(), _device(inputs, ours)
         parts = (*around, _sharing(inputs), _guards(inputs), *map(_input, inputs))
         return Key(hashlib.sha256("\0".join(map(repr, parts)).encode()).hexdigest(), theirs)
     except Unknown as why:
@@ -121,7 +122,6 @@ def _require(ok: object, why: str) -> None:
 def _require_wanted(ours: Options) -> None:
     said = os.environ.get("KVBUFFER_CACHE", "")
     _require(said != "0" and (ours.cache or (ours.cache is None and said == "1")), "the cache is not asked for")
-    _require(SOURCE, "our own source is not on disk")
     _require(ours.inner == "inductor", "another compiler than Inductor")
     _require(not ours.check, "check=True needs the graph itself")
     _require(not ours.dump and not os.environ.get("KVBUFFER_DUMP"), "a dump tells of graphs as they are compiled")
@@ -171,17 +171,6 @@ def _require_private() -> None:
 # ----------------------------------------------------------------------------------------- what it depends on
 
 
-def _sources() -> str:
-    """A hash of the package's own source: as it is imported, for it may be edited while the process runs. "" where it
-    is not on disk."""
-    seen = hashlib.sha256()
-    folders = (OURS, (OURS / "passes").resolve(), (OURS / "codegen").resolve(), *_mapped())
-    found = sorted({path for folder in folders for path in _files(folder)})
-    for path in found:
-        seen.update(path.as_posix().encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return seen.hexdigest() if {"key.py", "rewrite.py", "entry.py"} <= {path.name for path in found} else ""
-
-
 def _mapped() -> list[Path]:
     """Where passes and codegen lie, which need not be below the package."""
     from kvbuffer_compile import codegen, passes
@@ -189,12 +178,38 @@ def _mapped() -> list[Path]:
     return [Path(str(where.__file__)).resolve().parent for where in (codegen, passes)]
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for at, _, names in os.walk(folder):
-        yield from (Path(at, name).resolve() for name in names if name.endswith(SOURCES))
+def _stamps() -> dict[Path, tuple[int, ...]]:
+    """Every file of the package's own source, and what changes with it."""
+    found: dict[Path, tuple[int, ...]] = {}
+    for folder in (OURS, *_mapped()):
+        for at, _, names in os.walk(folder):
+            for name in names:
+                if not name.endswith(SOURCES):
+                    continue
+                path = Path(at, name).resolve()
+                with suppress(OSError):  # an editor's file, gone again
+                    seen = path.stat()
+                    found[path] = (seen.st_mtime_ns, seen.st_ctime_ns, seen.st_size, seen.st_ino)
+    return found
 
 
-SOURCE = _sources()
+def _hashed(paths: Iterable[Path]) -> str:
+    seen = hashlib.sha256()
+    for path in sorted(paths):
+        seen.update(path.as_posix().encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return seen.hexdigest()
+
+
+_IMPORTED = _stamps()  # hashed when a key is asked for, if the files are those that were imported
+
+
+@functools.cache
+def source() -> str:
+    """A hash of the package's source as it was imported; raises Unknown where that cannot be said any more."""
+    _require({"key.py", "rewrite.py", "entry.py"} <= {path.name for path in _IMPORTED}, "our own source is not on disk")
+    found = _hashed(_IMPORTED)
+    _require(_stamps() == _IMPORTED, "our own source has changed since it was imported")
+    return found
 
 
 def _environment() -> list[tuple[str, str]]:

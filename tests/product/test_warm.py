@@ -299,7 +299,7 @@ def test_what_the_process_is_like_is_in_the_key(monkeypatch: pytest.MonkeyPatch,
     finally:
         torch.set_num_threads(threads)
     with monkeypatch.context() as patch:
-        patch.setattr(keys, "SOURCE", "of another version")
+        patch.setattr(keys, "source", lambda: "of another version")
         assert _key() not in (None, first)
     for name, value in (("KVBUFFER_TUNE", "0"), ("TRITON_INTERPRET", "1"), ("CXX", "/no/such/compiler")):
         with monkeypatch.context() as patch:
@@ -321,20 +321,37 @@ def test_the_measured_machine_is_in_the_key_where_it_decides(monkeypatch: pytest
 
 
 def test_the_source_is_all_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Editing any file of the package, C++ headers included, makes another key."""
+    """Editing any file of the package, C++ headers included, makes another key; edited after it was imported, none."""
     package = Path(kvbuffer_compile.__file__).parent
-    for folder in ("passes", "codegen"):
+    for folder in ("passes", "codegen", "warm", "runtime"):
         shutil.copytree((package / folder).resolve(), tmp_path / "package" / folder)
     monkeypatch.setattr(keys, "OURS", tmp_path / "package")
     monkeypatch.setattr(keys, "_mapped", list)
-    assert keys._sources() == "", "a package without source has no key"
-    (tmp_path / "package" / "key.py").touch()
-    first = keys._sources()
+    seen = {_source_now(monkeypatch)}
     for file in ("codegen/cpp/rows.h", "passes/walk/walk.py"):
         path = tmp_path / "package" / file
         path.write_text(path.read_text() + "\n")
-        assert keys._sources() != first
-        first = keys._sources()
+        keys.source.cache_clear()
+        with pytest.raises(keys.Unknown, match="changed since"):
+            keys.source()
+        seen.add(_source_now(monkeypatch))
+    assert len(seen) == 3
+    (tmp_path / "package" / "warm" / "key.py").unlink()
+    with pytest.raises(keys.Unknown, match="not on disk"):
+        _source_now(monkeypatch)
+
+
+def _source_now(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The hash that a process has which imports the package now."""
+    monkeypatch.setattr(keys, "_IMPORTED", keys._stamps())
+    keys.source.cache_clear()
+    return keys.source()
+
+
+@pytest.fixture(autouse=True)
+def _forgotten() -> Iterator[None]:
+    yield
+    keys.source.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------- what is still told
