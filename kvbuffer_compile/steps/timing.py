@@ -101,14 +101,14 @@ class _Plans:
         self.changing = {s: _plan(PROGRAM, "recurrent", s) for s in both}
         self.reading = {s: _plan(PROGRAM, "buffered", s) for s in both}
         self.narrow = {s: _plan(PROGRAM, "buffered", s, torch.bfloat16) for s in both}
-        self.rounding = {d: _plan(PROGRAM, "recurrent", LARGE, d) for d in (torch.bfloat16, torch.float16)}
+        self.rounding = _plan(PROGRAM, "recurrent", LARGE, torch.bfloat16)
         self.twice = _plan(TWICE, "recurrent", LARGE)
         self.gated = _plan(GATED, "buffered", LARGE)
 
     @property
     def all(self) -> list[Plan]:
-        several = (self.changing, self.reading, self.narrow, self.rounding)
-        return [*(plan for plans in several for plan in plans.values()), self.twice, self.gated]
+        several = (self.changing, self.reading, self.narrow)
+        return [*(plan for plans in several for plan in plans.values()), self.rounding, self.twice, self.gated]
 
 
 def _alone(plans: _Plans) -> Kernels:
@@ -124,14 +124,13 @@ def _alone(plans: _Plans) -> Kernels:
     narrow_row, narrow_walk = _line(2, *((narrow[ROWS][s] - narrow[0][s]) / ROWS for s in (SMALL, LARGE)), sum)
     pack, fold = _line(2, *((owing[CAPACITY][s] - owing[0][s]) / CAPACITY for s in (SMALL, LARGE)))
     elements = prod(LARGE)
-    wide, halved = (max(_lane(plans.rounding[d]) - large, 0.0) / elements for d in (torch.bfloat16, torch.float16))
     copied = 2 * LARGE[0]  # of a row of GATED: a decay and a key
     return Kernels(
         call=max(_best(_step(plans.changing[SMALL], 1), 10) - small, 1e-9),
         rows_call=max(_best(_step(plans.reading[SMALL], 1), 10) - owing[0][SMALL], 1e-9),
         fork=0.0, lane=lane, rate=rate, read_lane=read_lane, read=read, row=row, walk=walk,
         gather=max((gated[ROWS] - gated[0]) / ROWS - rows[LARGE], 1e-12) / copied, pack=pack, fold=fold,
-        bfloat16=wide, float16=halved,
+        bfloat16=max(_lane(plans.rounding) - large, 0.0) / elements,
         narrow_read=max(narrow[0][LARGE] - read_lane, 1e-12) / elements,
         narrow_row=narrow_row, narrow_walk=narrow_walk, exposed=0.0,
     )  # fmt: skip
@@ -157,7 +156,7 @@ class _Level:
         self.update = took(plans.changing[LARGE]), arithmetic(kernels.lane, CHANGED, kernels.rate)
         self.twice = took(plans.twice), arithmetic(kernels.lane, CHANGED + READ, kernels.rate)
         narrow = self.update[1] + elements * kernels.bfloat16 / machine.threads
-        self.narrow = took(plans.rounding[torch.bfloat16]), 2 * narrow  # as many bytes are twice as many elements
+        self.narrow = took(plans.rounding), 2 * narrow  # as many bytes are twice as many elements
 
     @property
     def exposed(self) -> float:

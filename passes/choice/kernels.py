@@ -73,9 +73,10 @@ def _row_arithmetic(case: Case, timed: Kernels, work: Work, flushes: bool) -> fl
 
 
 def _rounding(case: Case, timed: Kernels) -> float:
-    """What 16-bit elements that are written take more."""
-    narrow = case.state_width < case.compute_width
-    return case.elements * (timed.float16 if case.float16 else timed.bfloat16) if narrow else 0.0
+    """What 16-bit elements that are written take more. Processors round to float16 by one instruction, which took 0 to
+    0.02 ns an element where ten took 0.11 for bfloat16."""
+    rounded = case.state_width < case.compute_width and not case.float16
+    return case.elements * timed.bfloat16 if rounded else 0.0
 
 
 def _threads(case: Case, machine: Machine, timed: Kernels) -> tuple[int, float]:
