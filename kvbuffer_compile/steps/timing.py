@@ -121,8 +121,10 @@ def _alone(plans: _Plans) -> Kernels:
     read_lane, read = _line(READ, owing[0][SMALL], owing[0][LARGE])
     rows = {s: (owing[ROWS][s] - owing[0][s]) / ROWS for s in (SMALL, LARGE)}
     row, walk = _line(2, rows[SMALL], rows[LARGE], sum)
-    narrow_row, narrow_walk = _line(2, *((narrow[ROWS][s] - narrow[0][s]) / ROWS for s in (SMALL, LARGE)), sum)
-    pack, fold = _line(2, *((owing[CAPACITY][s] - owing[0][s]) / CAPACITY for s in (SMALL, LARGE)))
+    narrow_rows = {s: (narrow[ROWS][s] - narrow[0][s]) / ROWS for s in (SMALL, LARGE)}
+    narrow_row, narrow_walk = _line(2, narrow_rows[SMALL], narrow_rows[LARGE], sum)
+    packed = {s: (owing[CAPACITY][s] - owing[0][s]) / CAPACITY for s in (SMALL, LARGE)}
+    pack, fold = _line(2, packed[SMALL], packed[LARGE])
     elements = prod(LARGE)
     copied = 2 * LARGE[0]  # of a row of GATED: a decay and a key
     return Kernels(
