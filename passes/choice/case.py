@@ -94,6 +94,7 @@ class Period:
     @property
     def mean(self) -> Work:
         def both(name: str) -> float:
-            return (1 - self.share) * float(getattr(self.reading, name)) + self.share * getattr(self.flushing, name)
+            reading, flushing = (float(getattr(work, name)) for work in (self.reading, self.flushing))
+            return (1 - self.share) * reading + self.share * flushing
 
         return Work(*(both(f.name) for f in fields(Work)))
