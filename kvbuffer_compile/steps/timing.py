@@ -56,7 +56,7 @@ FORK_LANES = 256  # of a small state that all threads step
 
 
 def with_kernels(machine: Machine) -> Machine:
-    """The machine with what its kernels take: as it was kept, or timed now (3 s, and what the compiler takes for nine)."""
+    """The machine with what its kernels take: as it was kept, or timed now (3 s, and what nine take to compile)."""
     if machine.device != "cpu" or machine.kernels is not None:
         return machine
     try:
