@@ -17,8 +17,8 @@ class Speed:
     they write.
 
     read: a sum. copy: into another array. update: multiplied in place. kernel_read, kernel_update, kernel_twice: what
-    generated kernels reach that only read a state, that change it, and that read it before they change it; 0 where none
-    was timed.
+    generated kernels reach that only read a state, that change it, and that read it before they change it, their
+    arithmetic left out; 0 where none was timed.
     """
 
     bytes: int
@@ -38,12 +38,17 @@ class Speed:
 class Kernels:
     """Seconds that generated C++ kernels take on one thread, states being in its cache.
 
-    call: of an op, without work. fork: to let all threads work. A lane takes `lane` and its operations, `rate` a
-    second, in a step that changes the state; `read_lane` and `read` in one that only reads it. Each owed row takes
-    `row` a lane and its operations, `walk` a second.
+    call, rows_call: of an op that changes the state, and of one that has rows, without work. fork: to let all threads
+    work. A lane takes `lane` and its operations, `rate` a second, in a step that changes the state; `read_lane` and
+    `read` in one that only reads it. An owed row takes `row` a lane and its operations, `walk` a second, and `gather`
+    for each element of it that is copied first. A flush takes `pack` for each row of a lane and does `fold` operations
+    a second. bfloat16: what an element in it takes more to be read and written; narrow_read: what one takes to be
+    read, all in all; narrow_row, narrow_walk: a row in it. exposed: how much of the shorter of arithmetic and the
+    state's way from memory the longer does not hide, from 0 to 1.
     """
 
     call: float
+    rows_call: float
     fork: float
     lane: float
     rate: float
@@ -51,6 +56,25 @@ class Kernels:
     read: float
     row: float
     walk: float
+    gather: float
+    pack: float
+    fold: float
+    bfloat16: float
+    narrow_read: float
+    narrow_row: float
+    narrow_walk: float
+    exposed: float
+
+    def together(self, arithmetic: float, moving: float) -> float:
+        """Seconds of both at the same time."""
+        return max(arithmetic, moving) + self.exposed * min(arithmetic, moving)
+
+    def moving(self, seconds: float, arithmetic: float) -> float:
+        """What moving takes alone, if both take so long together: the inverse. 0 where arithmetic hides all of it."""
+        alone = seconds - self.exposed * arithmetic
+        if alone >= arithmetic:
+            return alone
+        return min(max(seconds - arithmetic, 0.0) / self.exposed, arithmetic) if self.exposed else 0.0
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """Generated C++ kernels of a known recurrence, timed on this machine: what a call, a lane, an operation and a row take.
 
-Two sizes of state tell what a lane costs from what its elements cost, two fills of the buffer what a row costs. All but
-the speed of memory is measured on one thread, with states that its own cache holds.
+Two sizes of state tell what a lane costs from what its elements cost, three fills of the buffer what a row and a flush
+cost, 16-bit states what conversions cost. All but the speed of memory is measured on one thread, with states that its
+own cache holds.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -37,6 +40,12 @@ TWICE = parse(
     "program over b h tokens 1\ninput q: key(b h)\ninput k: key(b h)\ninput v: value(b h)\ninput g: scalar(b h)\n"
     "decay g\ny = read k\nd = aten.sub.Tensor(v, y)\nupdate k, d\no = read q\nreturn o"
 )
+# Gated linear attention: a decay for each key row, so that rows are multiplied by decays before they are read.
+GATED = parse(
+    "program over b h tokens 1\ninput q: key(b h)\ninput k: key(b h)\ninput v: value(b h)\ninput a: key(b h)\n"
+    "decay a\nupdate k, v\no = read q\nreturn o"
+)
+CHANGED, READ = 5, 2  # operations of PROGRAM on an element that it changes, and on one that it reads
 SMALL, LARGE = (16, 16), (128, 128)
 ROWS = 28  # owed in the second measurement
 CAPACITY = 32
@@ -47,7 +56,7 @@ FORK_LANES = 256  # of a small state that all threads step
 
 
 def with_kernels(machine: Machine) -> Machine:
-    """The machine with what its kernels take: as it was kept, or timed now (4 s, half of it the compiler's)."""
+    """The machine with what its kernels take: as it was kept, or timed now (3 s, and what nine take to compile)."""
     if machine.device != "cpu" or machine.kernels is not None:
         return machine
     try:
@@ -68,26 +77,109 @@ def calibrated(device: torch.device, target: str) -> Machine:
 @neutral
 def _timed(machine: Machine) -> tuple[Kernels, tuple[Speed, ...]]:
     progress.stage("timing kernels on this machine")
-    changing = {s: _plan(PROGRAM, "recurrent", s) for s in (SMALL, LARGE)}
-    reading = {s: _plan(PROGRAM, "buffered", s) for s in (SMALL, LARGE)}
-    twice = _plan(TWICE, "recurrent", LARGE)
+    plans = _Plans()
     with ThreadPoolExecutor() as pool:
-        list(pool.map(ops.use_cpp, (*changing.values(), *reading.values(), twice)))
+        list(pool.map(ops.use_cpp, plans.all))
     with one_thread():
-        small, large = (_lane(changing[s]) for s in (SMALL, LARGE))
-        empty, full = ({s: _lane(reading[s], n) for s in (SMALL, LARGE)} for n in (0, ROWS))
-        call = max(_best(_step(changing[SMALL], 1), 10) - small, 1e-9)
-        alone = _best(_step(changing[SMALL], FORK_LANES), 10)
-    together = _best(_step(changing[SMALL], FORK_LANES), 10)
-    fork = max(together - call - (alone - call) / machine.threads, 0.0)
-    lane, rate = _line(5, small, large)  # operations on an element: decay 1, update 2, read 2
-    read_lane, read = _line(2, empty[SMALL], empty[LARGE])
-    rows = {s: (full[s] - empty[s]) / ROWS for s in (SMALL, LARGE)}
+        kernels = _alone(plans)
+    together = _best(_step(plans.changing[SMALL], FORK_LANES))
+    with one_thread():
+        single = _best(_step(plans.changing[SMALL], FORK_LANES))
+    fork = max(together - kernels.call - (single - kernels.call) / machine.threads, 0.0)
+    kernels = replace(kernels, fork=fork)
+    levels = {s.bytes: _Level(plans, s.bytes, kernels, machine) for s in machine.speeds if s.bytes > machine.cache}
+    if levels:
+        kernels = replace(kernels, exposed=statistics.median(level.exposed for level in levels.values()))
+    # What fits in the cores' caches was timed already.
+    return kernels, tuple(levels[s.bytes].speed(s, kernels) if s.bytes in levels else s for s in machine.speeds)
+
+
+class _Plans:
+    """What is timed: steps that change a state, that read it, that read it before they change it; some with 16 bits."""
+
+    def __init__(self) -> None:
+        both = (SMALL, LARGE)
+        self.changing = {s: _plan(PROGRAM, "recurrent", s) for s in both}
+        self.reading = {s: _plan(PROGRAM, "buffered", s) for s in both}
+        self.narrow = {s: _plan(PROGRAM, "buffered", s, torch.bfloat16) for s in both}
+        self.rounding = _plan(PROGRAM, "recurrent", LARGE, torch.bfloat16)
+        self.twice = _plan(TWICE, "recurrent", LARGE)
+        self.gated = _plan(GATED, "buffered", LARGE)
+
+    @property
+    def all(self) -> list[Plan]:
+        several = (self.changing, self.reading, self.narrow)
+        return [*(plan for plans in several for plan in plans.values()), self.rounding, self.twice, self.gated]
+
+
+def _alone(plans: _Plans) -> Kernels:
+    """What kernels take on one thread and in its cache; nothing of threads and memory yet."""
+    small, large = (_lane(plans.changing[s]) for s in (SMALL, LARGE))
+    owing = {n: {s: _lane(plans.reading[s], n) for s in (SMALL, LARGE)} for n in (0, ROWS, CAPACITY)}
+    narrow = {n: {s: _lane(plans.narrow[s], n) for s in (SMALL, LARGE)} for n in (0, ROWS)}
+    gated = {n: _lane(plans.gated, n) for n in (0, ROWS)}
+    lane, rate = _line(CHANGED, small, large)
+    read_lane, read = _line(READ, owing[0][SMALL], owing[0][LARGE])
+    rows = {s: (owing[ROWS][s] - owing[0][s]) / ROWS for s in (SMALL, LARGE)}
     row, walk = _line(2, rows[SMALL], rows[LARGE], sum)
-    kernels = Kernels(call, fork, lane, rate, read_lane, read, row, walk)
-    return kernels, tuple(
-        _with_memory(s, changing[LARGE], twice, reading[LARGE], call, machine) for s in machine.speeds
-    )
+    narrow_rows = {s: (narrow[ROWS][s] - narrow[0][s]) / ROWS for s in (SMALL, LARGE)}
+    narrow_row, narrow_walk = _line(2, narrow_rows[SMALL], narrow_rows[LARGE], sum)
+    packed = {s: (owing[CAPACITY][s] - owing[0][s]) / CAPACITY for s in (SMALL, LARGE)}
+    pack, fold = _line(2, packed[SMALL], packed[LARGE])
+    elements = prod(LARGE)
+    copied = 2 * LARGE[0]  # of a row of GATED: a decay and a key
+    return Kernels(
+        call=max(_best(_step(plans.changing[SMALL], 1), 10) - small, 1e-9),
+        rows_call=max(_best(_step(plans.reading[SMALL], 1), 10) - owing[0][SMALL], 1e-9),
+        fork=0.0, lane=lane, rate=rate, read_lane=read_lane, read=read, row=row, walk=walk,
+        gather=max((gated[ROWS] - gated[0]) / ROWS - rows[LARGE], 1e-12) / copied, pack=pack, fold=fold,
+        bfloat16=max(_lane(plans.rounding) - large, 0.0) / elements,
+        narrow_read=max(narrow[0][LARGE] - read_lane, 1e-12) / elements,
+        narrow_row=narrow_row, narrow_walk=narrow_walk, exposed=0.0,
+    )  # fmt: skip
+
+
+class _Level:
+    """What kernels take where states come from one level of the caches, or from memory."""
+
+    def __init__(self, plans: _Plans, size: int, kernels: Kernels, machine: Machine) -> None:
+        elements = max(1, size // (4 * prod(LARGE))) * prod(LARGE)
+        self.bytes, self.kernels = 4 * elements, kernels
+
+        def took(plan: Plan) -> float:
+            called = kernels.rows_call if plan.variant == "buffered" else kernels.call
+            step = _step(plan, elements * 4 // (prod(LARGE) * plan.state_dtype.itemsize))
+            return max(_best(step) - called - kernels.fork, 1e-9)
+
+        def arithmetic(lane: float, operations: float, rate: float) -> float:
+            return elements * (lane / prod(LARGE) + operations / rate) / machine.threads
+
+        # Seconds in all, and those of them that are arithmetic.
+        self.read = took(plans.reading[LARGE]), arithmetic(kernels.read_lane, READ, kernels.read)
+        self.update = took(plans.changing[LARGE]), arithmetic(kernels.lane, CHANGED, kernels.rate)
+        self.twice = took(plans.twice), arithmetic(kernels.lane, CHANGED + READ, kernels.rate)
+        narrow = self.update[1] + elements * kernels.bfloat16 / machine.threads
+        self.narrow = took(plans.rounding), 2 * narrow  # as many bytes are twice as many elements
+
+    @property
+    def exposed(self) -> float:
+        """Kernels.exposed that explains both steps, with more and with less arithmetic on as many bytes."""
+
+        def off(exposed: float) -> float:
+            kernels = replace(self.kernels, exposed=exposed)
+            return abs(kernels.together(self.narrow[1], kernels.moving(*self.update)) - self.narrow[0])
+
+        return min((n / 20 for n in range(21)), key=off)
+
+    def speed(self, found: Speed, kernels: Kernels) -> Speed:
+        """With these of kernels. None moves more than what does no arithmetic; and what moves less cannot take longer:
+        where it did, others were at work."""
+        least = self.bytes / max(found.read, found.copy / 2, found.update / 2)
+        twice = max(kernels.moving(*self.twice), least)
+        update = max(min(kernels.moving(*self.update), twice), least)
+        read = max(min(kernels.moving(*self.read), update), least)
+        both = 2 * self.bytes
+        return replace(found, kernel_read=self.bytes / read, kernel_update=both / update, kernel_twice=both / twice)
 
 
 def _line(each: float, small: float, large: float, size: Size = prod) -> tuple[float, float]:
@@ -98,10 +190,10 @@ def _line(each: float, small: float, large: float, size: Size = prod) -> tuple[f
     return max(small - slope * each * size(SMALL), 1e-12), 1 / slope
 
 
-def _plan(program: Program, variant: Variant, sizes: tuple[int, int]) -> Plan:
+def _plan(program: Program, variant: Variant, sizes: tuple[int, int], state: torch.dtype = torch.float32) -> Plan:
     capacity = 1 if variant == "recurrent" else CAPACITY
-    dtypes = (torch.float32,) * len(program.logged)
-    return Plan(program, LAYOUT, variant, sizes, capacity, capacity, torch.float32, dtypes, target="cpp")
+    dtypes = tuple(torch.float32 if v.kind == "scalar" else state for v in program.logged)
+    return Plan(program, LAYOUT, variant, sizes, capacity, capacity, state, dtypes, target="cpp")
 
 
 def filled(
@@ -124,15 +216,14 @@ def _step(plan: Plan, lanes: int, owed: int = 0) -> Callable[[], Tensor]:
     if plan.variant == "recurrent":
         return functools.partial(op, state, *operands)
 
+    # Of the one sequence. Past torch, where writing it takes as long as the whole call.
+    owes = ctypes.c_int32.from_address(cursor.data_ptr())
+
     def step() -> Tensor:
-        cursor[0] = owed
+        owes.value = owed
         return op(state, cursor, *rows, *operands)  # type: ignore[no-any-return]
 
     return step
-
-
-def _lanes(size: int) -> int:
-    return max(1, size // (4 * prod(LARGE)))
 
 
 def _best(step: Callable[[], Tensor], inner: int = 1) -> float:
@@ -143,19 +234,11 @@ def _best(step: Callable[[], Tensor], inner: int = 1) -> float:
 
 def _lane(plan: Plan, owed: int = 0) -> float:
     """Seconds of one lane: what more of them take more, so that neither the call nor Python counts. They take turns,
-    and all of it fits in the cache of one core."""
+    and all of it fits in the cache of one core; where its pages lie matters, so several places are tried."""
     few, many = (1, 3) if plan.sizes == LARGE else (16, 48)
-    steps = [_step(plan, lanes, owed) for lanes in (few, many)]
-    rounds = [[min(seconds(step, CPU, inner=8, budget=0.004)) for step in steps] for _ in range(8)]
+    rounds = []
+    for _ in range(3):
+        steps = [_step(plan, lanes, owed) for lanes in (few, many)]
+        rounds += [[min(seconds(step, CPU, inner=8, budget=0.003)) for step in steps] for _ in range(2)]
     shortest, longer = (min(times) for times in zip(*rounds, strict=True))
     return float(max(longer - shortest, 1e-12)) / (many - few)
-
-
-def _with_memory(speed: Speed, once: Plan, twice: Plan, reading: Plan, call: float, machine: Machine) -> Speed:
-    """With what kernels reach where states come from there; those that fit in the cores' caches were timed already."""
-    if speed.bytes <= machine.cache:
-        return speed
-    lanes = _lanes(speed.bytes)
-    moved = 4 * lanes * prod(LARGE)
-    read, update, again = (moved / max(_best(_step(plan, lanes)) - call, 1e-9) for plan in (reading, once, twice))
-    return replace(speed, kernel_read=read, kernel_update=2 * update, kernel_twice=2 * again)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 
 from kvbuffer_compile.ir.program import Program
@@ -18,7 +18,7 @@ class Case:
     slots: the sequences are taken out of a pool. others: bytes that one call of the graph touches besides the state.
     states: how many it steps. shadow_width: of a shadow that is read in the state's place, 0 for none. block: its
     tokens see the state, and nothing of each other; within: reads to which the graph adds what they would see, a
-    product of T x T numbers a lane.
+    product of T x T numbers a lane. float16: its 16-bit numbers are float16 and not bfloat16.
     """
 
     program: Program
@@ -39,6 +39,7 @@ class Case:
     shadow_width: int = 0
     block: bool = False
     within: int = 0
+    float16: bool = False
 
     @property
     def elements(self) -> int:
@@ -70,10 +71,30 @@ class Work:
     rows_written: float
     operands: float
     operations: float
+    rows: float
     row_operations: float
+    gathered: float
     fold_operations: float
     passes: float
 
     @property
     def bytes(self) -> float:
         return self.state_read + self.state_written + self.rows_read + self.rows_written + self.operands
+
+
+@dataclass(frozen=True)
+class Period:
+    """The steps between two writes of a state: those that only read it, on average, and the one that flushes, which
+    are so much of all steps."""
+
+    reading: Work
+    flushing: Work
+    share: float
+
+    @property
+    def mean(self) -> Work:
+        def both(name: str) -> float:
+            reading, flushing = (float(getattr(work, name)) for work in (self.reading, self.flushing))
+            return (1 - self.share) * reading + self.share * flushing
+
+        return Work(*(both(f.name) for f in fields(Work)))

@@ -227,6 +227,7 @@ def make_case(
         states=max(call.states, 1),
         block=lifted.block,
         within=sum(o.plus is not None for o in lifted.outputs),
+        float16=state.dtype == torch.float16,
     )
 
 

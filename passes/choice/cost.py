@@ -19,25 +19,36 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
 
 import sympy
 from sympy import Expr, Integer
 
-from kvbuffer_compile.ir.program import Kind, Map, Program, run
+from kvbuffer_compile.ir.program import Program, run
+from kvbuffer_compile.passes.choice.counting import (
+    ONE,
+    ZERO,
+    Buffered,
+    K,
+    Recurrent,
+    Size,
+    V,
+    axis,
+    lanes_product,
+)
 
-K, V, s, h, b, w, a, n, L, T = sympy.symbols("K V s h b w a n L T", positive=True)
-ZERO, ONE = Integer(0), Integer(1)
+s, h, b, w, a, n, L, T = sympy.symbols("s h b w a n L T", positive=True)
 
 
 @dataclass(frozen=True)
 class Cost:
     """Bytes moved and operations done by one step, over all lanes.
 
-    operations: on elements of the state and on vectors. row_operations: on owed rows, which are short vectors with a
-    weight each, so that an operation takes longer. fold_operations: of a flush, which is a matrix product. passes: over
-    the state, or over its shadow. launches: kernels started.
+    operations: on elements of the state and on vectors. rows: owed ones, each once a lane. row_operations: of reads on
+    them; they are short vectors with a weight each, so that an operation takes longer. gathered: elements of them that
+    are copied before they are read, because decays of their own axis lie on them or a fold needs them side by side.
+    fold_operations: of a flush, which is a matrix product. passes: over the state, or over its shadow. launches:
+    kernels started.
     """
 
     state_read: Expr = ZERO
@@ -46,7 +57,9 @@ class Cost:
     rows_written: Expr = ZERO
     operands: Expr = ZERO
     operations: Expr = ZERO
+    rows: Expr = ZERO
     row_operations: Expr = ZERO
+    gathered: Expr = ZERO
     fold_operations: Expr = ZERO
     passes: Expr = ZERO
     launches: Expr = ONE
@@ -65,95 +78,6 @@ class Cost:
         return Cost(**{f.name: getattr(self, f.name) + more.get(f.name, 0) for f in fields(self)})
 
 
-# --------------------------------------------------------------------------------------------- counting
-
-
-@dataclass(frozen=True, eq=False)
-class Size:
-    """A value as a counter sees it. depth: how many passes over the state come before it is known."""
-
-    kind: Kind
-    lanes: frozenset[str]
-    depth: int = 0
-
-
-def lanes_product(lanes: tuple[str, ...] | frozenset[str]) -> Expr:
-    """How many independent copies a value has that varies along these lanes."""
-    return sympy.prod([sympy.Symbol(x, positive=True) for x in sorted(lanes)], start=ONE)
-
-
-def axis(kind: Kind) -> Expr:
-    """Elements of a value in one lane."""
-    return {"scalar": ONE, "key": K, "value": V}[kind]
-
-
-def elements(x: Size) -> Expr:
-    """Elements of a value over all lanes."""
-    return lanes_product(x.lanes) * axis(x.kind)
-
-
-@dataclass
-class Recurrent:
-    """Counts a step that updates the state itself. The other memory shares what it counts for reads and maps."""
-
-    lanes: tuple[str, ...]
-    passes: int = 0
-    operations: Expr = ZERO
-
-    @property
-    def cells(self) -> Expr:
-        """Elements of the state."""
-        return lanes_product(self.lanes) * K * V
-
-    def decay(self, factor: Size, kind: Kind) -> None:
-        self.operations += self.cells
-
-    def update(self, left: Size, right: Size, kinds: tuple[Kind, Kind]) -> None:
-        self.operations += 2 * self.cells
-
-    def read(self, x: Size, kind: Kind) -> Size:
-        self.passes = max(self.passes, x.depth + 1)
-        self.operations += 2 * self.cells
-        return Size("value" if kind == "key" else "key", frozenset(self.lanes), x.depth + 1)
-
-    def map(self, op: Map, args: list[Any]) -> Size:
-        depth = max((x.depth for x in args if isinstance(x, Size)), default=0)
-        out = Size(op.out.kind, frozenset(op.out.lanes), depth)
-        self.operations += elements(out)
-        return out
-
-
-@dataclass
-class Buffered(Recurrent):
-    """Counts a step that logs what it owes and reads through `owed` slots, each of which costs `walk` operations.
-
-    Afterwards: logged tells which values one slot holds (True for gates), slot_walk what one read spends on a slot,
-    fold what a flush does.
-    """
-
-    owed: Expr = ZERO
-    walk: Expr = ZERO
-    row_operations: Expr = ZERO
-    slot_walk: Expr = ZERO
-    fold: Expr = ZERO
-    logged: dict[Size, bool] = field(default_factory=dict)
-
-    def decay(self, factor: Size, kind: Kind) -> None:
-        self.logged[factor] = True
-        self.slot_walk += lanes_product(self.lanes) * axis(kind)
-        self.fold += elements(factor)
-
-    def update(self, left: Size, right: Size, kinds: tuple[Kind, Kind]) -> None:
-        for side in (left, right):
-            self.logged[side] = self.logged.get(side, False) or side.kind == "scalar"
-        self.slot_walk += 2 * lanes_product(self.lanes) * (K + V)
-        self.fold += 2 * self.cells
-
-    def read(self, x: Size, kind: Kind) -> Size:
-        self.row_operations += self.owed * self.walk + self.slot_walk
-        return super().read(x, kind)
-
-
 def _inputs(program: Program) -> dict[str, Size]:
     return {v.name: Size(v.kind, frozenset(v.lanes)) for v in program.inputs}
 
@@ -168,12 +92,16 @@ def _operands(program: Program) -> Expr:
 @dataclass(frozen=True)
 class Slot:
     """One slot of the log. size: bytes over all lanes. gates: for each of program.logged, whether it is one.
-    walk: operations one read spends on it; fold: those that a flush does."""
+    rows: how many rows it has, over all lanes. walk: operations one read spends on it; fold: those that a flush does.
+    gathered: elements that are copied at every step; packed: those that a flush copies."""
 
     size: Expr
     gates: tuple[bool, ...]
+    rows: Expr
     walk: Expr
     fold: Expr
+    gathered: Expr
+    packed: Expr
 
 
 Widths = tuple[int, ...]
@@ -196,7 +124,8 @@ def slot(program: Program, sequence: bool = True, widths: Widths | None = None) 
         (lanes_product(v.lanes | always) * axis(v.kind) * e for v, e in zip(memory.logged, per_element, strict=True)),
         start=ZERO,
     )
-    return Slot(size, gates, memory.slot_walk, memory.fold)
+    rows = lanes_product(program.lanes) * (len(memory.sides) // 2)
+    return Slot(size, gates, rows, memory.slot_walk, memory.fold, memory.gathered, memory.packed)
 
 
 @functools.cache
@@ -225,9 +154,43 @@ def step(program: Program, sequence: bool = True, widths: Widths | None = None, 
         rows_written=T * row.size,
         operands=T * _operands(program),
         operations=T * memory.operations,
+        rows=n * row.rows,
         row_operations=T * memory.row_operations,
+        gathered=n * row.gathered,
         passes=Integer(memory.passes),
     )
+
+
+@functools.cache
+def flushing(
+    program: Program,
+    sequence: bool = True,
+    widths: Widths | None = None,
+    *,
+    separate: bool = False,
+    shadow: bool = False,
+) -> Cost:
+    """The step that finds L tokens owed and folds their rows into the state first: in the same kernel, while it has the
+    state at hand, or (separate) by a launch of its own that reads and writes the state. With a shadow it writes both.
+    """
+    row, begin = slot(program, sequence, widths), step(program, sequence, widths).map(lambda e: e.subs(n, 0))
+    cells = lanes_product(program.lanes) * K * V
+    read_again = separate or begin.state_read == 0
+    return begin.plus(
+        state_read=cells * s if read_again else ZERO,
+        state_written=cells * (s + h if shadow else s),
+        rows_read=L * row.size,
+        rows=L * row.rows,
+        gathered=L * (row.gathered + row.packed),
+        fold_operations=L * row.fold + cells,
+        launches=ONE if separate else ZERO,
+    )
+
+
+@functools.cache
+def reading(program: Program, sequence: bool = True, widths: Widths | None = None, *, shadow: bool = False) -> Cost:
+    """The mean of the L/T - 1 steps between two flushes, which owe T, 2T, ... L - T tokens when they begin."""
+    return step(program, sequence, widths, shadow=shadow).map(lambda e: sympy.expand(e.subs(n, L / 2)))
 
 
 @functools.cache
@@ -239,30 +202,12 @@ def buffered(
     separate: bool = False,
     shadow: bool = False,
 ) -> Cost:
-    """The mean step over a full flush period of L/T steps, which owe T, 2T, ... L tokens when they begin.
-
-    The last of them folds the L rows into the state first: in the same kernel, while it has the state at hand, or
-    (separate) by a launch of its own that reads and writes the state. With a shadow it does that too, and writes both.
-    """
-    row, ordinary = slot(program, sequence, widths), step(program, sequence, widths, shadow=shadow)
-    cells = lanes_product(program.lanes) * K * V
-    begin = step(program, sequence, widths).map(lambda e: e.subs(n, 0))
-    read_again = separate or begin.state_read == 0
-    last = begin.plus(
-        state_read=cells * s if read_again else ZERO,
-        state_written=cells * (s + h if shadow else s),
-        rows_read=L * row.size,
-        fold_operations=L * row.fold + cells,
-        launches=ONE if separate else ZERO,
-    )
+    """The mean step over a full flush period of L/T steps, of which one flushes."""
+    ordinary = reading(program, sequence, widths, shadow=shadow)
+    last = flushing(program, sequence, widths, separate=separate, shadow=shadow)
     steps = L / T
-    return Cost(**{f.name: _mean(getattr(ordinary, f.name), getattr(last, f.name), steps) for f in fields(Cost)})
-
-
-def _mean(ordinary: Expr, last: Expr, steps: Expr) -> Expr:
-    """Mean over a period; ordinary is linear in n, and n is T, 2T, ... (steps - 1) T."""
-    fixed, slope = ordinary.subs(n, 0), sympy.diff(ordinary, n)
-    return sympy.expand(((steps - 1) * fixed + slope * T * steps * (steps - 1) / 2 + last) / steps)
+    means = {f.name: ((steps - 1) * getattr(ordinary, f.name) + getattr(last, f.name)) / steps for f in fields(Cost)}
+    return Cost(**{name: sympy.expand(mean) for name, mean in means.items()})
 
 
 @functools.cache

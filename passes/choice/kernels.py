@@ -4,46 +4,85 @@ from __future__ import annotations
 
 from math import prod
 
-from kvbuffer_compile.ir.plan import Variant
 from kvbuffer_compile.ir.program import Read
 from kvbuffer_compile.machine.numbers import Kernels, Kind, Machine
-from kvbuffer_compile.passes.choice.case import Case, Work
+from kvbuffer_compile.passes.choice.case import Case, Period, Work
 
 # A call of a rewritten graph and each of its states cost the host so many launches (of 2.5 us) more than Inductor's
 # graph: accounts are found, rows handed over, and what stands around a step is no longer one kernel with it. In a loop
 # of nothing else 14 and 1.5 (benchmarks/results/host.json); between real work, when nothing of it is in a cache, 30 to
 # 60 and 4 to 8 (benchmarks/results/sweep_epyc.json).
 CALL_LAUNCHES, STATE_LAUNCHES = 32.0, 5.0
-# Operations that 16-bit elements of a state take more: to be read, and to be read and rounded. A further read in the
-# same pass takes half of the first.
-CONVERTED, CONVERTED_BOTH = 2.0, 8.0
-FOLDED = 2.0  # times as many operations a second in a flush as in a plain step: a product of matrices
 THREADED = 1 << 14  # elements of a state from which on a C++ step runs on all threads
+READ = 2  # operations on an element that is read
 
 
-def seconds(case: Case, machine: Machine, timed: Kernels, work: Work, variant: Variant) -> float:
-    """A C++ step: arithmetic on all threads, or the state's way from where it is, whatever takes longer."""
-    lanes, narrow = prod(case.lanes), case.elements if case.read_width < case.compute_width else 0
-    if variant == "recurrent":
-        narrow = case.elements if case.state_width < case.compute_width else 0
-        arithmetic = lanes * timed.lane + (work.operations + CONVERTED_BOTH * narrow) / timed.rate
-    else:
-        reads = sum(isinstance(op, Read) for op in case.program.ops)
-        shared = max(reads - work.passes, 0) * case.elements
-        arithmetic = lanes * timed.read_lane + (work.operations - shared + CONVERTED * narrow) / timed.read
-        arithmetic += work.row_operations / timed.walk + work.fold_operations / (FOLDED * timed.rate)
-    working_set = case.working_set + case.states * (work.rows_read + work.rows_written)
-    if variant == "recurrent":
-        passes: Kind = "kernel_twice" if work.state_read > case.state_bytes else "kernel_update"
-        moving = 2 * case.state_bytes / machine.speed(passes, working_set)
-    else:
-        once = work.state_read / max(work.passes, 1)  # passes after the first find a lane in the nearest cache
-        moving = once / machine.speed("kernel_read", working_set)
-        moving += work.state_written / machine.speed("kernel_update", working_set)
-    moving += (work.rows_read + work.rows_written + work.operands) / machine.speed("read", working_set)
+def recurrent(case: Case, machine: Machine, timed: Kernels, work: Work) -> float:
+    """A C++ step that reads and writes the state: arithmetic on all threads, and the state's way from where it is,
+    which hide each other in part."""
+    passes: Kind = "kernel_twice" if work.state_read > case.state_bytes else "kernel_update"
+    moving = 2 * case.state_bytes / machine.speed(passes, case.working_set)
+    arithmetic = prod(case.lanes) * timed.lane + work.operations / timed.rate + _rounding(case, timed)
+    vectors = work.operands / machine.speed("read", case.working_set)
+    threads, fork = _threads(case, machine, timed)
+    return timed.call + fork + timed.together(arithmetic / threads, moving) + vectors + host(case, machine)
+
+
+def buffered(case: Case, machine: Machine, timed: Kernels, period: Period) -> float:
+    """The mean C++ step of a flush period. Each lane gathers its rows, passes over its part of the state and adds the
+    rows to what it has read, one after the other: what one part waits for, another does not hide."""
+    between = case.working_set + case.states * (period.mean.rows_read + period.mean.rows_written)
+    threads, fork = _threads(case, machine, timed)
+
+    def step(work: Work, flushes: bool) -> float:
+        passing = timed.together(
+            _pass_arithmetic(case, timed, work, flushes) / threads, _pass_moving(case, machine, work, flushes, between)
+        )
+        read = machine.speed("read", between)
+        rows = timed.together(_row_arithmetic(case, timed, work, flushes) / threads, work.rows_read / read)
+        return passing + rows + (work.rows_written + work.operands) / read
+
+    ordinary, last = step(period.reading, False), step(period.flushing, True)
+    mean = (1 - period.share) * ordinary + period.share * last
+    return timed.rows_call + fork + mean + host(case, machine)
+
+
+def _pass_arithmetic(case: Case, timed: Kernels, work: Work, flushes: bool) -> float:
+    reads = sum(isinstance(op, Read) for op in case.program.ops)
+    shared = max(reads - work.passes, 0) * case.elements  # a further read in a pass takes half: it loads nothing
+    spent = prod(case.lanes) * timed.read_lane + (work.operations - shared) / timed.read
+    if (case.state_width if flushes else case.read_width) < case.compute_width:
+        spent += work.passes * case.elements * (timed.narrow_read - READ / timed.read)
+    if flushes:
+        spent += work.fold_operations / timed.fold + _rounding(case, timed)
+    return spent
+
+
+def _pass_moving(case: Case, machine: Machine, work: Work, flushes: bool, between: float) -> float:
+    once = work.state_read / max(work.passes, 1)  # passes after the first find a lane in the nearest cache
+    if flushes:
+        return (once + work.state_written) / machine.speed("kernel_update", between)
+    return once / machine.speed("kernel_read", between)
+
+
+def _row_arithmetic(case: Case, timed: Kernels, work: Work, flushes: bool) -> float:
+    narrow = any(width < case.compute_width for width in case.row_widths)
+    row, walk = (timed.narrow_row, timed.narrow_walk) if narrow else (timed.row, timed.walk)
+    each = timed.pack + max(row - timed.row, 0.0) if flushes else row
+    return work.rows * each + work.row_operations / walk + work.gathered * timed.gather
+
+
+def _rounding(case: Case, timed: Kernels) -> float:
+    """What 16-bit elements that are written take more. Processors round to float16 by one instruction, which took 0 to
+    0.02 ns an element where ten took 0.11 for bfloat16."""
+    rounded = case.state_width < case.compute_width and not case.float16
+    return case.elements * timed.bfloat16 if rounded else 0.0
+
+
+def _threads(case: Case, machine: Machine, timed: Kernels) -> tuple[int, float]:
+    """How many threads a step runs on, and the seconds it takes to let them."""
     threads = machine.threads if case.elements >= THREADED else 1
-    fork = timed.fork if threads > 1 else 0.0
-    return timed.call + fork + max(arithmetic / threads, moving) + host(case, machine)
+    return threads, timed.fork if threads > 1 else 0.0
 
 
 def host(case: Case, machine: Machine) -> float:

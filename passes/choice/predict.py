@@ -19,7 +19,7 @@ from kvbuffer_compile.ir.plan import Variant
 from kvbuffer_compile.ir.program import Read
 from kvbuffer_compile.machine.numbers import Machine
 from kvbuffer_compile.passes.choice import cost, kernels
-from kvbuffer_compile.passes.choice.case import Case, Work
+from kvbuffer_compile.passes.choice.case import Case, Period, Work
 
 # How far implementations are from the ideal traffic that cost.py counts. Measured with torch 2.13 on a CPU
 # (AVX-512, 1 and 2 threads, states of 16 KB to 67 MB) and torch 2.11 on an H100 (2 MB to 1 GB); unless said otherwise
@@ -158,24 +158,32 @@ class _Counts:
     slot: float
     computed_slot: float
     recurrent: Work
-    buffered: Callable[[int], Work]
+    buffered: Callable[[int], Period]
 
 
 def _counts(case: Case) -> _Counts:
     widths = {"s": case.state_width, "h": case.shadow_width, "a": case.operand_width}
     known = cost.numbers(case.program, case.lanes, case.sizes, **widths, T=case.tokens)
     plain = cost.recurrent(case.program).map(lambda e: e.subs(known))
-    shadow = case.shadow_width > 0
-    log = cost.buffered(case.program, case.sequence, case.row_widths, shadow=shadow)
+    log, shadow = (case.program, case.sequence, case.row_widths), case.shadow_width > 0
+    steps = [make(*log, shadow=shadow) for make in (cost.reading, cost.flushing)]
     if case.block:  # its tokens do not walk each other's rows
         walks = sum(isinstance(op, Read) for op in case.program.ops) * cost.slot(case.program, case.sequence).walk
-        log = log.plus(row_operations=-cost.T * (cost.T - 1) / 2 * walks)
-    log = log.map(lambda e: e.subs(known))
+        steps = [step.plus(row_operations=-cost.T * (cost.T - 1) / 2 * walks) for step in steps]
+    reading, flushing = (_by_flush(step.map(lambda e: e.subs(known))) for step in steps)
     computed_widths = (case.compute_width,) * len(case.row_widths)
     sizes = [cost.slot(case.program, case.sequence, w).size.subs(known) for w in (case.row_widths, computed_widths)]
-    at = sympy.lambdify(cost.L, [getattr(log, name) for name in _FIELDS], "math")
     recurrent = Work(*(float(getattr(plain, name)) for name in _FIELDS))
-    return _Counts(float(sizes[0]), float(sizes[1]), recurrent, lambda flush: Work(*map(float, at(flush))))
+    return _Counts(
+        float(sizes[0]), float(sizes[1]), recurrent,
+        lambda flush: Period(reading(flush), flushing(flush), case.tokens / flush),
+    )  # fmt: skip
+
+
+def _by_flush(step: cost.Cost) -> Callable[[int], Work]:
+    """The work of a step by the flush length, the only symbol left in it."""
+    at = sympy.lambdify(cost.L, [getattr(step, name) for name in _FIELDS], "math")
+    return lambda flush: Work(*map(float, at(flush)))
 
 
 def _best_flush(case: Case, counts: _Counts) -> tuple[float, str]:
@@ -233,11 +241,14 @@ def _within(case: Case) -> float:
 
 
 def _kernel(case: Case, machine: Machine, counts: _Counts, variant: Variant, flush: int) -> tuple[float, float]:
-    work = counts.recurrent if variant == "recurrent" else counts.buffered(max(flush, case.tokens))
+    period = None if variant == "recurrent" else counts.buffered(max(flush, case.tokens))
+    work = counts.recurrent if period is None else period.mean
     if machine.kernels is not None:
-        return work.bytes, kernels.seconds(case, machine, machine.kernels, work, variant)
+        if period is None:
+            return work.bytes, kernels.recurrent(case, machine, machine.kernels, work)
+        return work.bytes, kernels.buffered(case, machine, machine.kernels, period)
     launches, efficiency = KERNEL_LAUNCHES.get(machine.device, 1.0), KERNEL_EFFICIENCY.get(machine.device, 1.0)
-    operations = (work.operations + work.row_operations + work.fold_operations) / efficiency
+    operations = (work.operations + work.row_operations + work.gathered + work.fold_operations) / efficiency
     return work.bytes, _seconds(case, machine, work.bytes / efficiency, operations, launches)
 
 

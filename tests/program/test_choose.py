@@ -30,7 +30,11 @@ from tests.support.programs import GLA, gated_deltanet
 aten = torch.ops.aten
 GDN = gated_deltanet()
 # Where an array is changed in place in the time it takes to read it, and where that takes three times as long.
-KERNELS = Kernels(3.5e-6, 5e-6, 5e-8, 29e9, 6e-8, 8e9, 3e-9, 15e9)
+KERNELS = Kernels(
+    call=3.5e-6, rows_call=5e-6, fork=5e-6, lane=5e-8, rate=29e9, read_lane=6e-8, read=8e9, row=1e-9, walk=15e9,
+    gather=1e-10, pack=1e-8, fold=58e9, bfloat16=1.2e-10, narrow_read=2e-10, narrow_row=2e-9,
+    narrow_walk=12e9, exposed=0.2,
+)  # fmt: skip
 NEAR, FAR = Speed(4 << 20, 80e9, 80e9, 80e9, 60e9, 200e9, 200e9), Speed(128 << 20, 12e9, 12e9, 24e9, 10e9, 20e9)
 TIMED = Machine("timed", "cpu", 1, (NEAR, FAR), 1 << 20, 32 << 20, 2.5e-6, 15e9, KERNELS)
 READS = replace(TIMED, speeds=(NEAR, replace(FAR, kernel_update=6e9, kernel_twice=6e9)))
