@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -45,7 +46,8 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         told: list[GraphRecord] = []
         try:
-            with observers.also(told.append):
+            with observers.also(told.append), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Error detected in")  # of autograd, which gives up: see below
                 return kvbuffer(gm, inputs, options=given)
         except Exception:  # the true call fails as well; what is asked for is why its states are not buffered
             if not any(why.rule == "gradients" for record in told for why in record.declined):
@@ -73,7 +75,10 @@ class Findings:
     def add(self, record: GraphRecord) -> None:
         self.graphs += 1
         seen = record.predictions
-        lifted = [(f.state, state_report(f, plan, seen.get(f.state.name))) for f, plan in record.states]
+        lifted = [
+            (f.state, state_report(f, plan, seen.get(f.state.name), pool=record.pools.get(f.state.name)))
+            for f, plan in record.states
+        ]
         refused = [(r.state, state_report(r.state, r.why, kept=r.kept)) for r in record.refused]
         found = [self._named(report, record.name(state)) for state, report in lifted + refused]
         self.states += [report for report in found if report.status != "kept" or report not in self.states]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from kvbuffer_compile.passes.lift.reasons import EMPTY
 from kvbuffer_compile.passes.lifted import Call, Lifted, LiftedGraph
 from kvbuffer_compile.passes.proof.validate import validate
 from kvbuffer_compile.passes.storage import pools
+from kvbuffer_compile.process import callers
 from kvbuffer_compile.steps import targets, trial
 from kvbuffer_compile.steps.timing import calibrated
 
@@ -77,7 +77,7 @@ def tell_of_loss(message: str) -> None:
     global _told_of_loss
     if not _told_of_loss:
         _told_of_loss = True
-        warnings.warn(message, stacklevel=2)
+        callers.warn(message)
 
 
 def timed(found: Lifted, ours: Options, machine: Machine, target: str, call: Call) -> Mapping[int, float]:

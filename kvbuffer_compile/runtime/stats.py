@@ -90,6 +90,13 @@ class Stats:
         return _text(self)
 
 
+LEGEND = (
+    ("L", "flush length, the tokens between two writes of a state; of several states in a row, all but steps are sums"),
+    ("settles", "times that rows were folded in because something else than a step came to the state; below, what did"),
+    ("owed", "rows that wait in the buffer now; rows: memory of the buffer"),
+    ("not written, not read", "of states, against doing both at every step; below zero: settling cost more"),
+    ("~", "an estimate: tokens came several at a time, or were taken back"),
+)
 TOTALS = ("steps", "flushes", "settles", "overwrites", "rollbacks", "bytes_not_written", "bytes_not_read", "row_bytes")
 
 
@@ -155,7 +162,7 @@ def _text(found: Stats) -> str:
     if found.states:
         console.print(_table(found.states))
     for line, times in found.settled_by.items():
-        console.print(Text(f"settled {'once' if times == 1 else f'{times} times'} by {line}"))
+        console.print(Text(f"settled {'once' if times == 1 else f'{times} times'}: {line}"))
     for why in dict.fromkeys(s.shared for s in found.states if s.shared):
         console.print(Text(f"folded in after every step, the memory is shared with {why}"))
     if found.rowless:
@@ -163,6 +170,9 @@ def _text(found: Stats) -> str:
     if found.gone and found.gone["steps"]:
         gone = ", ".join(f"{count} {name}" for name, count in found.gone.items() if count)
         console.print(Text(f"of states that are gone: {gone}"))
+    if found.states:
+        shown = LEGEND if any(not s.exact for s in found.states) else LEGEND[:-1]
+        console.print(Text("\n".join(f"{term}: {meaning}" for term, meaning in shown)))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).rstrip()
 
 

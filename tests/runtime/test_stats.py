@@ -82,7 +82,7 @@ def test_a_wrong_rhythm_is_called_an_estimate() -> None:
             fn(state, *draw())
     (found,) = stats(state).states
     assert found.steps == 16 and not found.exact and abs(found.flushes - 24 // L) <= 2
-    assert "~" in str(stats(state))
+    assert "~: an estimate" in str(stats(state))
 
 
 def test_who_settled_is_told() -> None:
@@ -95,7 +95,7 @@ def test_who_settled_is_told() -> None:
     ((line, times),) = found.settled_by.items()
     assert times == 3 and line.startswith(f"{HERE}:") and ".sum()" in Path(HERE).read_text().splitlines()[
         int(line.rpartition(":")[2]) - 1]  # fmt: skip
-    assert f"settled 3 times by {line}" in str(stats(pair.state))
+    assert f"settled 3 times: {line}" in str(stats(pair.state))
 
 
 def test_only_the_last_lines_are_kept() -> None:
