@@ -91,7 +91,7 @@ def _emit(parser: argparse.ArgumentParser, run: Run) -> None:
     add("--dtype", choices=DTYPES, default="float32", help="of the state (float32)")
     add("--row-dtype", choices=DTYPES, default="bfloat16", help="of keys and values in rows (bfloat16)")
     add("--read-dtype", choices=NARROW, help="of a shadow that steps read in a float32 state's place")
-    add("--layout", choices=LAYOUTS, default="kv", help="the state is [b, h, K, V] (kv) or [b, h, V, K] (vk); (kv)")
+    add("--layout", choices=LAYOUTS, default="kv", help="kv: the state is [b, h, K, V], vk: [b, h, V, K] (kv)")
     add("--out", type=Path, metavar="FILE", help="write it there, not to the standard output")
     parser.set_defaults(run=run)
 

@@ -8,7 +8,9 @@ import json
 import logging
 import random
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -282,3 +284,15 @@ def test_the_step_itself_notes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in [n for n, f in vars(history.History).items() if callable(f)]:
             patch.setattr(history.History, name, None)
         pair.run(2 * L)
+
+
+@pytest.mark.parametrize("call", [stats, materialize])
+@pytest.mark.parametrize(
+    "obj", ["state", 3, torch.compile(step, backend="kvbuffer")], ids=["text", "number", "function"]
+)
+def test_what_can_hold_no_state_is_refused(call: Callable[[Any], Any], obj: Any) -> None:
+    """Nothing would be done or told, and a compiled function is an easy mistake."""
+    with pytest.raises(
+        ValueError, match=r"\(obj\): obj is .*, which holds no states: give a tensor, a cache, a module"
+    ):
+        call(obj)
