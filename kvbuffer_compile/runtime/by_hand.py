@@ -27,8 +27,8 @@ from kvbuffer_compile.process.locks import under_locks
 from kvbuffer_compile.runtime.access import touch
 
 __all__ = [
-    "accounts_of", "check_holder", "declare_zero", "mark_rowless", "materialize", "rollback", "rowless_in", "tensors_in",
-    "touch", "whole_accounts", "zero_state",
+    "accounts_of", "check_holder", "declare_zero", "mark_rowless", "materialize", "rollback", "rowless_in",
+    "tensors_in", "touch", "whole_accounts", "zero_state",
 ]  # fmt: skip
 
 
