@@ -69,6 +69,18 @@ def _bench(parser: argparse.ArgumentParser, run: Run) -> None:
     parser.set_defaults(run=run)
 
 
+def check_spec(spec: str) -> None:
+    """ValueError for a SPEC that names no file or folder; known before torch is imported, which takes seconds."""
+    path, _, _ = spec.rpartition(":")
+    if path.endswith(".py"):
+        if not Path(path).is_file():
+            raise ValueError(f"SPEC {spec!r}: there is no file {path}")
+    elif Path(spec).suffix == ".py":
+        raise ValueError(f"SPEC {spec!r} names no function of the file: it must be {FORMS}")
+    elif not Path(spec).is_dir():
+        raise ValueError(f"SPEC {spec!r}: there is no such folder; it must be {FORMS}")
+
+
 def _workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("spec", metavar="SPEC", help=FORMS)
     parser.add_argument("--batch", type=_count, default=1, metavar="N", help="sequences, for a checkpoint (1)")

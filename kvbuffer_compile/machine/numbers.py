@@ -105,7 +105,7 @@ class Machine:
     @property
     def advice(self) -> str:
         """What is to be done about a machine that was measured while it was busy, "" for any other."""
-        return "while it was busy: doctor --remeasure on an idle machine" if self.busy else ""
+        return "while it was busy: python -m kvbuffer_compile doctor --remeasure when it is idle" if self.busy else ""
 
     @property
     def bandwidth(self) -> float:

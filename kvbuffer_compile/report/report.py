@@ -262,7 +262,7 @@ def _cells(state: StateReport) -> Iterable[str]:
     yield str(choice.flush) if choice else "-"
     yield in_bytes(state.row_bytes) if state.row_bytes else "-"
     yield state.reads or "-"
-    yield f"{choice.gain:.1f}x" if choice else "-"
+    yield f"{choice.gain:.2f}x" if choice else "-"
 
 
 def _details(number: int, state: StateReport) -> Text:
