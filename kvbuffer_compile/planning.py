@@ -61,9 +61,10 @@ def plan_for(graph: LiftedGraph, found: Lifted, ours: Options, call: Call) -> Ou
 
 
 def loss_of(prediction: Prediction, ours: Options) -> str:
-    """That what was asked for is predicted to be slower than doing nothing, "" when it is not."""
+    """That what was asked for is predicted to be slower than doing nothing, "" when it is not. Room beyond the flush
+    length is for drafts (speculative decoding asks for it by itself), and gains by those that are accepted."""
     best = prediction.choice
-    if ours.flush == "auto" or best is None or best.gain > LOSS:
+    if not isinstance(ours.flush, int) or best is None or best.gain > LOSS or (ours.capacity or 0) > ours.flush:
         return ""
     return (
         f"flush={ours.flush} is predicted to take {duration(best.seconds)} a step, Inductor alone "
