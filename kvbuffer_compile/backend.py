@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch._functorch._aot_autograd.utils import make_boxed_func
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from kvbuffer_compile import options
 from kvbuffer_compile.capture import gradients, loops
@@ -27,7 +26,7 @@ from kvbuffer_compile.passes.storage import pools
 from kvbuffer_compile.passes.tokens import composites
 from kvbuffer_compile.passes.tokens.sequences import spelled_out
 from kvbuffer_compile.planning import plan_for
-from kvbuffer_compile.process import fleeting, progress
+from kvbuffer_compile.process import callers, fleeting, progress
 from kvbuffer_compile.records import GraphRecord, observers
 from kvbuffer_compile.report import dump
 from kvbuffer_compile.runtime import entry
@@ -151,9 +150,9 @@ def _plain_name(match: re.Match[str]) -> str:
     return match[1] or f".{match[2]}"
 
 
-def _names(gm: GraphModule, sources: Sequence[str], parts: Sequence[Part], others: Mapping[str, str]) -> dict[str, str]:
+def _names(gm: GraphModule, sources: Sequence[str], parts: Sequence[Part], pools: Mapping[str, Node]) -> dict[str, str]:
     """The user's name of each placeholder of the graph that AOTAutograd made of a captured one, and of those that stand
-    for slices or for others while it is lifted."""
+    for slices or for rows of pools while it is lifted."""
     names = {}
     inputs = gm.graph.find_nodes(op="placeholder")
     for node in inputs:
@@ -163,7 +162,7 @@ def _names(gm: GraphModule, sources: Sequence[str], parts: Sequence[Part], other
     for part in parts:
         whole = inputs[part.index].name
         names[part.name] = part.named(names.get(whole, whole))
-    return names | {name: names.get(other, other) for name, other in others.items()}
+    return names | {rows: names.get(pool.name, pool.name) for rows, pool in pools.items()}
 
 
 def _input(desc: Any) -> tuple[Any, str]:
@@ -192,7 +191,7 @@ def compile_graph(
         record, rewritten, spliced = GraphRecord(why_not=Declined("", "internal-error", str(error))), gm, []
         given = LiftedGraph(gm, gm)
     parts = given.parts
-    record = replace(record, names=_names(gm, sources, (*parts, *given.named), record.names))
+    record = replace(record, names=_names(gm, sources, (*parts, *given.named), record.pools))
     observers.tell(record)
     said = Said.of(record, ours)
     said.say()
@@ -222,7 +221,7 @@ def _failed(error: Exception, ours: Options) -> None:
         raise IRError(f"internal error while rewriting a graph: {error!r}") from error
     if ours.on_decline == "raise":
         raise DeclinedError(f"kvbuffer failed on a graph, please report this model: {error!r}") from error
-    warnings.warn(f"kvbuffer left a graph to Inductor after an internal error: {error!r}", stacklevel=2)
+    callers.warn(f"kvbuffer left a graph to Inductor after an internal error: {error!r}")
 
 
 def _decline_for_gradients(gm: GraphModule | None, ours: Options, sources: Sequence[str]) -> None:
@@ -237,8 +236,8 @@ def _decline_for_gradients(gm: GraphModule | None, ours: Options, sources: Seque
     if gm is not None and lifted is not None:
         found = [one for one in lifted.found if one.write is not None or ours.donate]
         states = tuple((one, replace(gradients.WHY, node=one.state.name, source=one.source)) for one in found)
-        whose = {pool.rows.name: pool.state.name for pool in lifted.pools}
-        record = replace(record, states=states, names=_names(gm, sources, lifted.parts, whose))
+        whose = {pool.rows.name: pool.state for pool in lifted.pools}
+        record = replace(record, states=states, names=_names(gm, sources, lifted.parts, whose), pools=whose)
     observers.tell(record)
     Said.of(record, ours).say()
 
@@ -250,8 +249,8 @@ def rewrite_graph(gm: GraphModule, ours: Options) -> tuple[GraphRecord, GraphMod
     outcomes = [(found, *plan_for(lifted, found, ours, call)) for found in lifted.found]
     states = tuple((found, decision) for found, decision, _ in outcomes)
     predictions = {found.state.name: seen for found, _, seen in outcomes if seen is not None}
-    whose = {pool.rows.name: pool.state.name for pool in lifted.pools}
-    record = GraphRecord(states, tuple(lifted.refused), names=whose, call=call, predictions=predictions)
+    whose = {pool.rows.name: pool.state for pool in lifted.pools}
+    record = GraphRecord(states, tuple(lifted.refused), pools=whose, call=call, predictions=predictions)
     composites.put_back(lifted, [one for one, _ in record.rewritten])
     spliced = splice(lifted.gm, pools.put_back(lifted.pools, record.rewritten), targets.step_op)
     folder = ours.dump or os.environ.get("KVBUFFER_DUMP")

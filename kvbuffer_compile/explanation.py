@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from kvbuffer_compile.accounts.opening import reached_by
 from kvbuffer_compile.backend import GraphRecord, kvbuffer, observers
 from kvbuffer_compile.integrations.functions.substitution import left_alone
+from kvbuffer_compile.machine import machine_for
 from kvbuffer_compile.options import Options, split
 from kvbuffer_compile.process.afresh import afresh
 from kvbuffer_compile.report.report import Report, StateReport, state_report
@@ -45,7 +47,8 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         told: list[GraphRecord] = []
         try:
-            with observers.also(told.append):
+            with observers.also(told.append), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Error detected in")  # of autograd, which gives up: see below
                 return kvbuffer(gm, inputs, options=given)
         except Exception:  # the true call fails as well; what is asked for is why its states are not buffered
             if not any(why.rule == "gradients" for record in told for why in record.declined):
@@ -69,14 +72,19 @@ class Findings:
         self.graphs = 0
         self.notes: list[str] = []
         self.calls: list[WholeCall] = []
+        self.devices: set[torch.device] = set()  # of states with a prediction
 
     def add(self, record: GraphRecord) -> None:
         self.graphs += 1
         seen = record.predictions
-        lifted = [(f.state, state_report(f, plan, seen.get(f.state.name))) for f, plan in record.states]
+        lifted = [
+            (f.state, state_report(f, plan, seen.get(f.state.name), pool=record.pools.get(f.state.name)))
+            for f, plan in record.states
+        ]
         refused = [(r.state, state_report(r.state, r.why, kept=r.kept)) for r in record.refused]
         found = [self._named(report, record.name(state)) for state, report in lifted + refused]
         self.states += [report for report in found if report.status != "kept" or report not in self.states]
+        self.devices |= {f.state.meta["val"].device for f, _ in record.states if f.state.name in seen}
         whole = whole_call((report.prediction for _, report in lifted), record.call)
         self.calls += [whole] if whole and whole not in self.calls else []
         if record.why_not is not None and not record.states and record.why_not.reason not in self.notes:
@@ -98,7 +106,9 @@ class Findings:
     def report(self, options: dict[str, Any]) -> Report:
         """Everything so far; options as the user gave them."""
         states = sorted(self.states, key=lambda state: state.status == "kept")
-        return Report(tuple(states), self.graphs, options, tuple(self.notes), tuple(self.calls))
+        machines = [machine_for(device) for device in sorted(self.devices, key=str)]
+        busy = [f"the speeds of this machine were measured {machine.advice}" for machine in machines if machine.busy]
+        return Report(tuple(states), self.graphs, options, (*self.notes, *busy), tuple(self.calls))
 
 
 def _scope(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

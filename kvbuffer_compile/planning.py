@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from kvbuffer_compile.passes.lift.reasons import EMPTY
 from kvbuffer_compile.passes.lifted import Call, Lifted, LiftedGraph
 from kvbuffer_compile.passes.proof.validate import validate
 from kvbuffer_compile.passes.storage import pools
+from kvbuffer_compile.process import callers
 from kvbuffer_compile.steps import targets, trial
 from kvbuffer_compile.steps.timing import calibrated
 
@@ -61,9 +61,10 @@ def plan_for(graph: LiftedGraph, found: Lifted, ours: Options, call: Call) -> Ou
 
 
 def loss_of(prediction: Prediction, ours: Options) -> str:
-    """That what was asked for is predicted to be slower than doing nothing, "" when it is not."""
+    """That what was asked for is predicted to be slower than doing nothing, "" when it is not. Room beyond the flush
+    length is for drafts (speculative decoding asks for it by itself), and gains by those that are accepted."""
     best = prediction.choice
-    if ours.flush == "auto" or best is None or best.gain > LOSS:
+    if not isinstance(ours.flush, int) or best is None or best.gain > LOSS or (ours.capacity or 0) > ours.flush:
         return ""
     return (
         f"flush={ours.flush} is predicted to take {duration(best.seconds)} a step, Inductor alone "
@@ -77,7 +78,7 @@ def tell_of_loss(message: str) -> None:
     global _told_of_loss
     if not _told_of_loss:
         _told_of_loss = True
-        warnings.warn(message, stacklevel=2)
+        callers.warn(message)
 
 
 def timed(found: Lifted, ours: Options, machine: Machine, target: str, call: Call) -> Mapping[int, float]:

@@ -18,15 +18,17 @@ from kvbuffer_compile.passes.lifted import ALONE, Call, Lifted, Refused
 class GraphRecord:
     """What was decided about one graph: for reports and tests.
 
-    states: every lifted state with its plan or reason. refused: what else is written. why_not: why the
-    whole graph was left alone. names: the user's names of the graph's inputs, by placeholder. call: what one call of
-    the graph touches. predictions: what the cost model says of a state, by its placeholder.
+    states: every lifted state with its plan or reason. refused: what else is written. why_not: why the whole graph was
+    left alone. names: the user's names of the graph's inputs, by placeholder. pools: of placeholders that stood for
+    rows of a pool, that of the pool. call: what one call of the graph touches. predictions: what the cost model says of
+    a state, by its placeholder.
     """
 
     states: tuple[tuple[Lifted, Plan | Declined], ...] = ()
     refused: tuple[Refused, ...] = ()
     why_not: Declined | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    pools: Mapping[str, Node] = field(default_factory=dict)
     call: Call = ALONE
     predictions: Mapping[str, Prediction] = field(default_factory=dict)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from dataclasses import dataclass
 
 from kvbuffer_compile.errors import DeclinedError
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.planning import loss_of, tell_of_loss
+from kvbuffer_compile.process import callers
 from kvbuffer_compile.records import GraphRecord
 
 log = logging.getLogger("kvbuffer_compile")
@@ -41,6 +41,6 @@ class Said:
         for line in self.declines:
             log.info("declined %s", line)
             if self.on_decline == "warn":
-                warnings.warn(f"kvbuffer declined {line}", stacklevel=2)
+                callers.warn(f"kvbuffer declined {line}")
         if self.declines and self.on_decline == "raise":
             raise DeclinedError("; ".join(self.declines))

@@ -1,4 +1,4 @@
-"""Draw the figures of how-it-works.md and cost-model.md:  python docs/figures/draw.py
+"""Draw the figures of how-it-works.md, cost-model.md and architecture.md:  python docs/figures/draw.py
 
 The same Python and matplotlib give the same files: ids are salted with a constant, and no date is written.
 """
@@ -20,9 +20,9 @@ SLOTS = 6  # of the buffer that is drawn
 
 
 def main(folder: Path = FOLDER) -> None:
-    """Write step.svg, flush.svg, verify.svg and bytes.svg into the folder."""
+    """Write step.svg, flush.svg, verify.svg, bytes.svg and stages.svg into the folder."""
     plt.rcParams.update({"svg.hashsalt": "kvbuffer", "font.family": "DejaVu Sans", "font.size": 11})
-    for name, draw in {"step": step, "flush": flush, "verify": verify, "bytes": traffic}.items():
+    for name, draw in {"step": step, "flush": flush, "verify": verify, "bytes": traffic, "stages": stages}.items():
         figure = draw()
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
         plt.close(figure)
@@ -77,7 +77,67 @@ def step_bytes(length: int, state: int, row: int, size: int = 128) -> float:
     return state * size * size * (1 + 1 / length) + slot * ((length - 1) / 2 + 1)
 
 
+# Folder or file, what it does, and what it hands to the next.
+COMPILING = (
+    ("backend.py", "the pipeline in one function", ""),
+    ("capture/", "loops written out, gradients refused", "FX graph (ATen, functionalised)"),
+    ("passes/reading/, algebra/", "nodes to forms and labels; factors", ""),
+    ("passes/walk/, tokens/, storage/", "forwards from a state; tokens; pools", ""),
+    ("passes/lift/", "the whole way", "Lifted, or Declined with a reason"),
+    ("passes/choice/", "cost model, flush length", "Plan"),
+    ("passes/proof/", "graph and program in float64", "Plan"),
+    ("codegen/, steps/", "a kernel, registered as a step op", "op"),
+    ("passes/rewrite.py", "one op a state", "graph with step ops"),
+    ("Inductor", "compiles the rest", ""),
+)
+CALLING = (
+    ("runtime/entry.py, step.py", "the call; states by their aliases", "state"),
+    ("accounts/", "rows, cursor, which steps count", "state, cursor, rows"),
+    ("steps/", "the op reads the state, appends a row", ""),
+)
+LOOKING = (
+    ("guard/", "who else looks at a state", "any other access"),
+    ("runtime/access.py", "settles first", "rows are folded in"),
+    ("accounts/", "", ""),
+)
+
+
+def stages() -> Any:
+    """The folders in the order in which a graph, a call and somebody's look at a state go through them."""
+    figure, axes = plt.subplots(figsize=(8.2, 9.2))
+    axes.set(xlim=(0, 8.2), ylim=(-8.75, 0.5))
+    axes.axis("off")
+    chain(axes, 0.0, 0.0, "when a graph is compiled", COMPILING)
+    chain(axes, 4.3, 0.0, "when it is called", CALLING)
+    chain(axes, 4.3, -4.0, "when somebody else looks at a state", LOOKING)
+    return figure
+
+
 # ------------------------------------------------------------------------------------------------- parts
+
+
+def chain(axes: Any, x: float, top: float, title: str, links: tuple[tuple[str, str, str], ...]) -> None:
+    """Boxes one below the other, with what goes from each to the next beside the arrow."""
+    axes.text(x + 1.9, top + 0.2, title, ha="center", color=INK, fontweight="bold")
+    for place, (name, what, hands_on) in enumerate(links):
+        y = top - 0.9 * place
+        box(axes, x, y - 0.55, 3.8, 0.55, STATE if name != "Inductor" else FREE)
+        axes.text(
+            x + 1.9,
+            y - (0.16 if what else 0.27),
+            name,
+            ha="center",
+            va="center",
+            color=INK,
+            family="monospace",
+            fontsize=10,
+        )
+        axes.text(x + 1.9, y - 0.39, what, ha="center", va="center", color=INK, fontsize=9.5)
+        if place < len(links) - 1:
+            axes.add_patch(
+                FancyArrowPatch((x + 0.6, y - 0.55), (x + 0.6, y - 0.9), arrowstyle="-|>", mutation_scale=12, color=INK)
+            )
+            axes.text(x + 0.8, y - 0.72, hands_on, va="center", color=INK, fontsize=9, style="italic")
 
 
 def canvas() -> tuple[Any, Any]:

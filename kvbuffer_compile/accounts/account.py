@@ -85,8 +85,13 @@ class Account:
 
     @property
     def row_bytes(self) -> int:
-        """Memory the account holds besides the state."""
-        return sum(t.untyped_storage().nbytes() for t in self.arguments)
+        """Memory of rows and cursor."""
+        return sum(t.untyped_storage().nbytes() for t in (self.cursor, *self.rows))
+
+    @property
+    def shadow_bytes(self) -> int:
+        """Memory of the copy of the state that steps read in its place, with its scales; 0 for none."""
+        return sum(t.untyped_storage().nbytes() for t in self.shadow)
 
     def matches(self, owner: Tensor, plan: Plan) -> bool:
         """Whether this account can go on serving `owner` under `plan`."""

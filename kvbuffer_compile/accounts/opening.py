@@ -35,7 +35,7 @@ def open_account(owner: Tensor, plan: Plan, place: Place | None = None, lock: RL
         return account
     replaced = account
     if replaced is not None:
-        LEDGER.close(replaced, "it is stepped by another plan, or lies elsewhere", heir=True)
+        LEDGER.close(replaced, "a graph with another plan steps the state, or it has moved in memory", heir=True)
     if place is not None:
         make_zero(owner)
     shared = _first_met(owner)

@@ -95,5 +95,5 @@ def _most(accounts: Sequence[Account]) -> str:
     if each > 1:
         text += f", in steps of {each}"
     if any(a.shared or a.allocation.aliased for a in accounts):
-        text += ": the memory of a state can be seen from elsewhere, so that every step writes the state itself"
-    return text
+        return f"{text}: the memory of a state can be seen from elsewhere, so that every step writes the state itself"
+    return f"{text}: those before are folded into the state, by a flush or because something looked at it"

@@ -29,6 +29,12 @@ WHY = Declined(
     "", "gradients", "the call needs gradients, which buffered states do not have: call it under torch.no_grad()"
 )
 
+IN_PLACE = "modified by an inplace operation"  # of autograd's error
+HINT = (
+    "kvbuffer: autograd cannot go back through a state that is read and then written to, whatever the backend. "
+    "To decode, call it under torch.no_grad()."
+)
+
 
 def may_be_needed(gm: GraphModule, inputs: Sequence[Any]) -> bool:
     """Whether the gradient of an output of a captured graph may be asked for."""
@@ -66,9 +72,11 @@ def compile_beside(
         compiled = compile(gm, inputs, noting)
     except TorchDynamoException:  # for the user, or for Dynamo to begin anew
         raise
-    except Exception:  # with any backend: autograd cannot go back through a state that is read and then written
+    except Exception as error:
         look_without()
-        raise
+        if IN_PLACE not in str(error):
+            raise
+        raise RuntimeError(f"{error}\n\n{HINT}") from error
     if any(needed):
         look_without()
     elif needed:

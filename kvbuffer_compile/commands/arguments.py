@@ -69,6 +69,18 @@ def _bench(parser: argparse.ArgumentParser, run: Run) -> None:
     parser.set_defaults(run=run)
 
 
+def check_spec(spec: str) -> None:
+    """ValueError for a SPEC that names no file or folder; known before torch is imported, which takes seconds."""
+    path, _, _ = spec.rpartition(":")
+    if path.endswith(".py"):
+        if not Path(path).is_file():
+            raise ValueError(f"SPEC {spec!r}: there is no file {path}")
+    elif Path(spec).suffix == ".py":
+        raise ValueError(f"SPEC {spec!r} names no function of the file: it must be {FORMS}")
+    elif not Path(spec).is_dir():
+        raise ValueError(f"SPEC {spec!r}: there is no such folder; it must be {FORMS}")
+
+
 def _workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("spec", metavar="SPEC", help=FORMS)
     parser.add_argument("--batch", type=_count, default=1, metavar="N", help="sequences, for a checkpoint (1)")
@@ -91,7 +103,7 @@ def _emit(parser: argparse.ArgumentParser, run: Run) -> None:
     add("--dtype", choices=DTYPES, default="float32", help="of the state (float32)")
     add("--row-dtype", choices=DTYPES, default="bfloat16", help="of keys and values in rows (bfloat16)")
     add("--read-dtype", choices=NARROW, help="of a shadow that steps read in a float32 state's place")
-    add("--layout", choices=LAYOUTS, default="kv", help="the state is [b, h, K, V] (kv) or [b, h, V, K] (vk); (kv)")
+    add("--layout", choices=LAYOUTS, default="kv", help="kv: the state is [b, h, K, V], vk: [b, h, V, K] (kv)")
     add("--out", type=Path, metavar="FILE", help="write it there, not to the standard output")
     parser.set_defaults(run=run)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvbuffer_compile.commands.arguments import PLOTS, parser
+from kvbuffer_compile.commands.arguments import PLOTS, check_spec, parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,14 +38,15 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
+    check_spec(arguments.spec)
+    _writable(arguments, "html", "plot", "json")
+    if arguments.plot is not None and arguments.plot.suffix not in PLOTS:
+        raise ValueError(f"--plot {arguments.plot} is not allowed: the file must end in {', '.join(PLOTS)}")
     import torch
 
     from kvbuffer_compile.commands import workload
     from kvbuffer_compile.explanation import explain
 
-    _writable(arguments, "html", "plot", "json")
-    if arguments.plot is not None and arguments.plot.suffix not in PLOTS:
-        raise ValueError(f"--plot {arguments.plot} is not allowed: the file must end in {', '.join(PLOTS)}")
     fn, args = workload.load(arguments.spec, arguments.batch)()
     with torch.no_grad():  # as bench runs it
         report = explain(fn, *args, options={**_options(arguments), "tune": arguments.measure})
@@ -61,10 +62,11 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    check_spec(arguments.spec)
+    _writable(arguments, "json")
     from kvbuffer_compile.commands import workload
     from kvbuffer_compile.commands.bench import bench, table
 
-    _writable(arguments, "json")
     factory = workload.load(arguments.spec, arguments.batch)
     try:
         timings = bench(factory, _options(arguments), arguments.steps, arguments.warmup, _tell)
@@ -77,9 +79,9 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _emit(arguments: argparse.Namespace) -> int:
+    _writable(arguments, "out")
     from kvbuffer_compile.commands.emit import emit
 
-    _writable(arguments, "out")
     text = emit(arguments)
     if arguments.out is None:
         print(text, end="")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbuffer_compile.commands.arguments import FORMS
+from kvbuffer_compile.commands.arguments import check_spec
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 Factory = Callable[[], Call]  # a fresh function with fresh arguments, the same numbers every time
@@ -22,16 +22,13 @@ PROMPT = 8  # tokens of the prefill before the decode step
 def load(spec: str, batch: int = 1) -> Factory:
     """The workload that a SPEC names. batch: sequences, for a checkpoint.
 
-    ValueError naming SPEC for anything that is not one of FORMS.
+    ValueError naming SPEC for anything that is not one of arguments.FORMS.
     """
+    check_spec(spec)
     path, _, name = spec.rpartition(":")
     if path.endswith(".py"):
         return _seeded(_from_file(Path(path), name, spec))
-    if Path(spec).is_dir():
-        return _seeded(_from_checkpoint(Path(spec), batch, spec))
-    if Path(spec).suffix == ".py":
-        raise ValueError(f"SPEC {spec!r} names no function of the file: it must be {FORMS}")
-    raise ValueError(f"SPEC {spec!r}: there is no such folder; it must be {FORMS}")
+    return _seeded(_from_checkpoint(Path(spec), batch, spec))
 
 
 def _seeded(factory: Factory) -> Factory:
@@ -43,8 +40,6 @@ def _seeded(factory: Factory) -> Factory:
 
 
 def _from_file(path: Path, name: str, spec: str) -> Factory:
-    if not path.is_file():
-        raise ValueError(f"SPEC {spec!r}: there is no file {path}")
     function = getattr(_module(path, spec), name, None)
     if not callable(function):
         raise ValueError(f"SPEC {spec!r}: {path} has no function {name!r}")

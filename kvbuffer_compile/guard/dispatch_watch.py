@@ -14,7 +14,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from kvbuffer_compile.codegen import build
 from kvbuffer_compile.errors import EmitError
+from kvbuffer_compile.process import callers
 
 Callback = Callable[[str, list[Tensor]], None]
 
@@ -56,7 +56,7 @@ def watch(callback: Callback) -> bool:
                 _extension = _load()
             except (EmitError, OSError) as error:
                 _failed = True
-                warnings.warn(f"kvbuffer sees no reads of states below Python (README, Limits): {error}", stacklevel=2)
+                callers.warn(f"kvbuffer sees no reads of states below Python (README, Limits): {error}")
     return _extension is not None
 
 

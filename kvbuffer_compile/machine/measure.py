@@ -35,7 +35,7 @@ def measure(device: torch.device, name: str) -> Machine:
     found = [_measured(device, name)]
     while found[-1].busy and len(found) < TRIES:
         found.append(_measured(device, name))
-    return min(found, key=lambda machine: machine.spread)
+    return min(found, key=lambda machine: (machine.busy, machine.spread))
 
 
 @neutral

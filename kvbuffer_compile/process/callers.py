@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _LIBRARY = sysconfig.get_path("stdlib") + os.sep
 _INSTALLED = (sysconfig.get_path("purelib") + os.sep, sysconfig.get_path("platlib") + os.sep)
+_warned: dict[Any, Any] = {}  # what Python remembers of warnings that were given
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,21 @@ class Site:
         return Site(near, outside)
 
     def warn(self, message: str) -> None:
-        """Warn as if that line had."""
-        warnings.warn_explicit(message, UserWarning, *self.user)
+        """Warn as if that line had; as often as Python's filters say, by default once for a line and a text."""
+        warnings.warn_explicit(message, UserWarning, *self.user, registry=_warned)
 
     def __str__(self) -> str:
         near, user = (f"{file}:{line}" for file, line in (self.near, self.user))
         return near if near == user else f"{near}, called at {user}"
+
+
+def warn(message: str) -> None:
+    """Warn as if the user's line that called us had: a line of ours says nothing to whoever reads the warning."""
+    site = Site.find()
+    if site is None:
+        warnings.warn(message, stacklevel=2)
+    else:
+        site.warn(message)
 
 
 def _callers() -> Iterator[FrameType]:

@@ -20,10 +20,11 @@ import shutil
 import stat
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from kvbuffer_compile.process import callers
 
 OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
@@ -217,4 +218,4 @@ def tell(message: str) -> None:
     """Warn, once a process."""
     if message not in _told:
         _told.add(message)
-        warnings.warn(message, stacklevel=2)
+        callers.warn(message)

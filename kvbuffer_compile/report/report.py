@@ -22,6 +22,7 @@ from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.passes.choice.choose import lane_sizes, state_tensor
 from kvbuffer_compile.passes.choice.predict import Prediction
+from kvbuffer_compile.passes.choice.working_set import hint
 from kvbuffer_compile.passes.lifted import Lifted
 from kvbuffer_compile.report import html
 from kvbuffer_compile.report import plot as report_plot
@@ -68,20 +69,25 @@ class StateReport:
 
 
 def state_report(
-    subject: Lifted | Node, decision: Plan | Declined, prediction: Prediction | None = None, kept: bool = False
+    subject: Lifted | Node,
+    decision: Plan | Declined,
+    prediction: Prediction | None = None,
+    kept: bool = False,
+    pool: Node | None = None,
 ) -> StateReport:
     """The report of one tensor that is written: a lifted state with its plan or decline, or the placeholder of one that
     was refused.
 
-    prediction: of the plan, or of the best that was not enough. kept: it is no matrix state.
+    prediction: of the plan, or of the best that was not enough. kept: it is no matrix state. pool: the placeholder of
+    the pool that the subject is some rows of; shape and memory are those of the whole pool.
     """
     if isinstance(subject, Node):
         assert isinstance(decision, Declined)
         return replace(_declined(subject, decision), status="kept" if kept else "declined")
     if isinstance(decision, Plan):
-        return _planned(subject, decision, prediction)
+        return _planned(subject, pool or subject.state, decision, prediction)
     return replace(
-        _declined(subject.state, decision),
+        _declined(pool or subject.state, decision),
         source=decision.source or subject.source,
         program=str(subject.program),
         signature=subject.program.signature,
@@ -89,17 +95,19 @@ def state_report(
     )
 
 
-def _planned(lifted: Lifted, plan: Plan, prediction: Prediction | None) -> StateReport:
+def _planned(lifted: Lifted, tensor: Node, plan: Plan, prediction: Prediction | None) -> StateReport:
     rows = fresh = 0
     lanes = lane_sizes(plan.layout, state_tensor(lifted))
+    if lifted.slots is not None:  # rows belong to slots, of which a step takes some
+        lanes = (hint(tensor.meta["val"].shape[0]), *lanes[1:])
     if plan.variant != "recurrent":
         logged = zip(plan.program.logged, plan.row_dtypes, strict=True)
         rows = sum(prod(plan.row_shape(v, lanes)) * dtype.itemsize for v, dtype in logged)
         fresh = plan.fresh_rows(lanes)
     return StateReport(
         name=lifted.state.name,
-        shape=_shape(lifted.state),
-        dtype=_dtype(lifted.state),
+        shape=_shape(tensor),
+        dtype=_dtype(tensor),
         status="recurrent" if plan.variant == "recurrent" else "buffered",
         reason=plan.why,
         source=lifted.source,
@@ -254,7 +262,7 @@ def _cells(state: StateReport) -> Iterable[str]:
     yield str(choice.flush) if choice else "-"
     yield in_bytes(state.row_bytes) if state.row_bytes else "-"
     yield state.reads or "-"
-    yield f"{choice.gain:.1f}x" if choice else "-"
+    yield f"{choice.gain:.2f}x" if choice else "-"
 
 
 def _details(number: int, state: StateReport) -> Text:

@@ -11,7 +11,7 @@ import functools
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -27,16 +27,30 @@ from kvbuffer_compile.process.locks import under_locks
 from kvbuffer_compile.runtime.access import touch
 
 __all__ = [
-    "accounts_of", "declare_zero", "mark_rowless", "materialize", "rollback", "rowless_in", "tensors_in", "touch",
-    "whole_accounts", "zero_state",
+    "accounts_of", "check_holder", "declare_zero", "mark_rowless", "materialize", "rollback", "rowless_in",
+    "tensors_in", "touch", "whole_accounts", "zero_state",
 ]  # fmt: skip
 
 
 def materialize(obj: Any) -> None:
-    """Fold the rows owed to a tensor, or to every state found in a cache, module or container, into the state now."""
+    """Fold the rows owed to a tensor, or to every state found in a cache, module or container, into the state now.
+
+    ValueError for what can hold no state: a function, a string or a number.
+    """
+    check_holder(obj, "materialize(obj)")
     with plain_calls():
         for tensor in tensors_in(obj):
             touch(tensor)
+
+
+def check_holder(obj: Any, call: str) -> None:
+    """ValueError for an object that can hold no state, for which nothing would be done or told without a word."""
+    if isinstance(obj, str | bytes | int | float | FunctionType):
+        text = "a function" if isinstance(obj, FunctionType) else repr(obj)
+        raise ValueError(
+            f"{call}: obj is {text}, which holds no states: give a tensor, a cache, a module or a container of them, "
+            "what a compiled function is called with"
+        )
 
 
 def tensors_in(obj: Any) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from kvbuffer_compile.accounts.history import Count, Tally
 from kvbuffer_compile.accounts.ledger import LEDGER
 from kvbuffer_compile.guard.guarded import plain_calls
 from kvbuffer_compile.report.whole import in_bytes
-from kvbuffer_compile.runtime.by_hand import accounts_of, rowless_in
+from kvbuffer_compile.runtime.by_hand import accounts_of, check_holder, rowless_in
 
 WIDTH = 110  # columns of the table
 
@@ -34,7 +34,7 @@ class StateStats:
     took tokens back. folded_after: steps after which the rows were folded in at once, because others hold the memory
     (`shared` says who, when that is for ever). bytes_not_written, bytes_not_read: of the state, against a kernel that
     reads and writes all of it at every step; below zero when settling has cost more. owed: rows now. row_bytes: memory
-    of rows and cursor.
+    of rows and cursor. shadow_bytes: memory of the 16-bit copy that is read in the state's place, 0 for none.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +54,7 @@ class StateStats:
     bytes_not_read: int
     owed: int
     row_bytes: int
+    shadow_bytes: int
     shared: str | None
 
 
@@ -90,7 +91,15 @@ class Stats:
         return _text(self)
 
 
-TOTALS = ("steps", "flushes", "settles", "overwrites", "rollbacks", "bytes_not_written", "bytes_not_read", "row_bytes")
+LEGEND = (
+    ("L", "flush length, the tokens between two writes of a state; of several states in a row, all but steps are sums"),
+    ("settles", "times that rows were folded in because something else than a step came to the state; below, what did"),
+    ("owed", "rows that wait in the buffer now; rows: memory of the buffer"),
+    ("not written, not read", "of states, against doing both at every step; below zero: settling cost more"),
+    ("~", "an estimate: tokens came several at a time, or were taken back"),
+)
+TOTALS = ("steps", "flushes", "settles", "overwrites", "rollbacks", "bytes_not_written", "bytes_not_read", "row_bytes",
+          "shadow_bytes")  # fmt: skip
 
 
 def stats(obj: Any = None) -> Stats:
@@ -98,7 +107,9 @@ def stats(obj: Any = None) -> Stats:
     all there are.
 
     Nothing is counted for it while decoding: it is told from counts that steps need themselves. Waits for the device.
+    ValueError for what can hold no state: a function, a string or a number.
     """
+    check_holder(obj, "stats(obj)")
     with plain_calls():
         accounts = list(LEDGER.accounts.values()) if obj is None else accounts_of(obj)
         found = tuple(_state(account) for account in accounts)
@@ -130,6 +141,7 @@ def _state(account: Account) -> StateStats:
         bytes_not_read=(fresh - folds) * size,
         owed=max(0, int(account.cursor[0].max())) if account.cursor.numel() else 0,
         row_bytes=account.row_bytes,
+        shadow_bytes=account.shadow_bytes,
         shared=account.shared,
     )
 
@@ -154,8 +166,10 @@ def _text(found: Stats) -> str:
     console.print(Text(f"kvbuffer: {len(found.states)} buffered state{'s' * (len(found.states) != 1)}"))
     if found.states:
         console.print(_table(found.states))
+    if shadows := found.total("shadow_bytes"):
+        console.print(Text(f"copies that steps read in the states' place: {in_bytes(shadows)}"))
     for line, times in found.settled_by.items():
-        console.print(Text(f"settled {'once' if times == 1 else f'{times} times'} by {line}"))
+        console.print(Text(f"settled {'once' if times == 1 else f'{times} times'}: {line}"))
     for why in dict.fromkeys(s.shared for s in found.states if s.shared):
         console.print(Text(f"folded in after every step, the memory is shared with {why}"))
     if found.rowless:
@@ -163,6 +177,9 @@ def _text(found: Stats) -> str:
     if found.gone and found.gone["steps"]:
         gone = ", ".join(f"{count} {name}" for name, count in found.gone.items() if count)
         console.print(Text(f"of states that are gone: {gone}"))
+    if found.states:
+        shown = LEGEND if any(not s.exact for s in found.states) else LEGEND[:-1]
+        console.print(Text("\n".join(f"{term}: {meaning}" for term, meaning in shown)))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).rstrip()
 
 

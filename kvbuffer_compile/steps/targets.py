@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import warnings
 from typing import Any
 
 import torch
 
 from kvbuffer_compile.errors import EmitError, OptionError
 from kvbuffer_compile.ir.plan import Plan
-from kvbuffer_compile.process import fleeting, progress
+from kvbuffer_compile.process import callers, fleeting, progress
 from kvbuffer_compile.steps import ops
 
 log = logging.getLogger("kvbuffer_compile")
@@ -92,7 +91,7 @@ def _warn_once(message: str) -> None:
     if line in _said:
         return
     _said.add(line)
-    warnings.warn(f"kvbuffer runs its slower composite steps: {message}", stacklevel=2)
+    callers.warn(f"kvbuffer runs its slower composite steps: {message}")
 
 
 def step_op(plan: Plan) -> Any:

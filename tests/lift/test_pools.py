@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbuffer_compile import materialize, rollback
+from kvbuffer_compile import explain, materialize, rollback
 from kvbuffer_compile.backend import GraphRecord
 from kvbuffer_compile.codegen import build
 from kvbuffer_compile.errors import Declined
@@ -157,6 +157,16 @@ def pair(records: list[GraphRecord]) -> Beside:
     p.run(3 * L)
     assert rewritten(records) and max(p.owed) > 0
     return p
+
+
+def test_the_report_is_of_the_whole_pool(pair: Beside) -> None:
+    """Shape and memory of rows are those of all slots, of which a step takes some."""
+    (account,) = by_hand.accounts_of(pair.pool)
+    with torch.no_grad():
+        report = explain(pair.step, pair.pool, pair.draw(), *pair.inputs(pair.sizes, pair.g), options=FAST)
+    (state,) = report.states
+    assert (state.status, state.shape) == ("buffered", tuple(pair.pool.shape)) and pair.sizes.B < SLOTS
+    assert state.row_bytes == sum(t.untyped_storage().nbytes() for t in account.rows)
 
 
 # --------------------------------------------------------------------------------------------------- running

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from kvbuffer_compile import backend
 from kvbuffer_compile.errors import DeclinedError
 from kvbuffer_compile.options import Options, split
 from tests.runtime.test_runtime import draw, step
+from tests.support.machines import CPU
 
 B, H, K, V = 3, 2, 8, 16
 EAGER = {"inner": "eager", "target": "aten", "flush": 4}
@@ -355,11 +358,23 @@ def test_explain_answers_where_autograd_gives_up():
         model.S.mul_(0.5)
         return out
 
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"(?s)modified by an inplace operation.*call it under torch\.no_grad\(\)"):
         torch.compile(step, backend="kvbuffer", options=EAGER)(torch.randn(B, K))
     with pytest.raises(DeclinedError, match="gradients"):
         torch.compile(step, backend="kvbuffer", options={**EAGER, "on_decline": "raise"})(torch.randn(B, K))
-    assert [s.rule for s in kvbuffer_compile.explain(step, torch.randn(B, K), options=EAGER).states] == ["gradients"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = kvbuffer_compile.explain(step, torch.randn(B, K), options=EAGER)
+    assert [s.rule for s in report.states] == ["gradients"]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.9])
+def test_explain_tells_that_the_machine_was_measured_while_it_was_busy(spread, monkeypatch):
+    monkeypatch.setattr("kvbuffer_compile.explanation.machine_for", lambda device: replace(CPU, spread=spread))
+    with torch.no_grad():
+        report = kvbuffer_compile.explain(step, torch.zeros(B, H, K, V), *draw(), options={"flush": 4, **EAGER})
+    assert report.count("buffered") == 1
+    assert [("--remeasure" in note) for note in report.notes] == [True] * (spread > 0)
 
 
 def test_explain_names_a_bad_option():

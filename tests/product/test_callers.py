@@ -58,3 +58,25 @@ def test_what_a_person_types_in_counts_and_generated_code_does_not(name: str, se
 def test_the_end_of_all_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "_getframe", lambda depth: None)
     assert Site.find() is None
+
+
+def test_a_warning_is_given_at_the_line_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(UserWarning, match="something") as told:
+        callers.warn("something")
+    warned = Path(__file__).read_text().splitlines()[told[0].lineno - 1]
+    assert told[0].filename == __file__ and "callers.warn" in warned
+    monkeypatch.setattr(sys, "_getframe", lambda depth: None)
+    with pytest.warns(UserWarning, match="nobody"):
+        callers.warn("nobody called")
+
+
+def decode(state: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    state.copy_(torch.tanh(state + k[..., None] * v[..., None, :]))
+    return state.sum(-1)
+
+
+def test_what_is_said_while_compiling_points_at_the_call() -> None:
+    compiled = torch.compile(decode, backend="kvbuffer", options={"on_decline": "warn", "inner": "eager"})
+    with torch.no_grad(), pytest.warns(UserWarning, match="kvbuffer declined state: nonlinear") as told:
+        compiled(torch.zeros(1, 2, 8, 8), *torch.randn(2, 1, 2, 8))
+    assert {w.filename for w in told if "declined" in str(w.message)} == {__file__}

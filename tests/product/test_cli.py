@@ -182,6 +182,22 @@ def test_every_option_is_explained() -> None:
     assert len(told) > 25 and all(told.values()), told
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["explain", "missing.py:make"],
+        ["bench", "/no/such"],
+        ["explain", ".", "--html", "/no/such/page.html"],
+        ["emit", "--recurrence", "gdn", "--variant", "buffered", "--target", "cpp", "--out", "/no/such/gdn.py"],
+    ],
+)
+def test_wrong_names_are_told_without_torch(argv: list[str]) -> None:
+    """Importing it takes seconds, on a busy machine a minute."""
+    code = f"import sys; from kvbuffer_compile.commands import cli; print(cli.main({argv!r}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["2", "False"] and argv[-1] in done.stderr
+
+
 def test_names_are_known_without_torch() -> None:
     assert tuple(RECURRENCES) == arguments.RECURRENCES
 

@@ -60,6 +60,23 @@ def test_a_busy_machine_is_measured_again(spreads: list[float], monkeypatch: pyt
     assert next(runs, None) is None
 
 
+def test_a_cache_that_is_slower_than_memory_was_measured_while_others_ran() -> None:
+    """Each size on its own may look quiet, when all of its few copies were held up alike."""
+    copies = [79.2e9, 0.0749e9, 0.6e9, 1.36e9, 2.37e9]
+    seen = replace(CPU, speeds=tuple(Speed(1 << n, c, c, c) for n, c in enumerate(copies, 19)), spread=0.12)
+    assert seen.busy and 30 < seen.inverted < 33 and "--remeasure" in seen.advice and "--remeasure" in str(seen)
+    right = replace(seen, speeds=seen.speeds[:1] + seen.speeds[-1:])
+    assert not right.busy and right.inverted < 1 and not right.advice
+    assert not replace(seen, device="cuda").busy  # where a small copy is a launch
+
+
+def test_of_busy_measurements_a_quiet_one_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = replace(CPU, speeds=(replace(CPU.speeds[0], copy=1e9), CPU.speeds[1]), spread=0.0)
+    runs = iter([slow, replace(CPU, spread=0.2)])
+    monkeypatch.setattr(measuring, "_measured", lambda device, name: next(runs))
+    assert measure(torch.device("cpu"), "here").spread == 0.2
+
+
 def test_speeds_change_gradually_with_what_is_touched() -> None:
     machine = replace(CPU, speeds=(Speed(1 << 20, 8e10, 8e10, 8e10), Speed(1 << 24, 1e10, 1e10, 2e10, kernel_read=5e9)))
     seen = [machine.speed("copy", 1 << n) for n in range(18, 28)]

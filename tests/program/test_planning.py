@@ -192,6 +192,14 @@ def test_a_flush_length_that_loses_is_warned_of_once(monkeypatch: pytest.MonkeyP
         compiled_plan(flush=16, target="aten")
 
 
+def test_room_for_drafts_is_not_asked_for_to_gain_by_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """enable_speculation chooses a flush length and room itself: a warning of flush=16 is of nothing the user asked."""
+    monkeypatch.setattr(planning, "_told_of_loss", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiled_plan(flush=16, capacity=20, target="aten").flush == 16
+
+
 def test_auto_warns_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "_told_of_loss", False)
     torch._dynamo.reset()

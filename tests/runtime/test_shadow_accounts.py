@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvbuffer_compile import Options, explain, materialize, rollback
+from kvbuffer_compile import Options, explain, materialize, rollback, stats
 from kvbuffer_compile.accounts.account import Account
 from kvbuffer_compile.accounts.ledger import LEDGER
 from kvbuffer_compile.codegen import build
@@ -174,12 +174,15 @@ def test_memory_that_others_can_write_has_no_shadow() -> None:
 
 
 def test_memory_of_a_shadow() -> None:
-    """Counted with the rows, none for a state without memory, gone with the state."""
+    """Counted beside the rows, none for a state without memory, gone with the state."""
     run = Exact()
     run.run(2)
     shadow, scale = run.account.shadow
     rows = sum(r.untyped_storage().nbytes() for r in (run.account.cursor, *run.account.rows))
-    assert run.account.row_bytes == rows + 2 * B * H * K * V + 4 * B * H * V
+    assert run.account.row_bytes == rows and run.account.shadow_bytes == 2 * B * H * K * V + 4 * B * H * V
+    found = stats(run.state)
+    assert found.total("shadow_bytes") == run.account.shadow_bytes
+    assert "copies that steps read in the states' place" in str(found)
     fresh = Exact(capacity=10)
     fresh.state = by_hand.zero_state((B, H, K, V), torch.float32, torch.device("cpu"))
     fresh.eager.zero_()

@@ -8,7 +8,9 @@ import json
 import logging
 import random
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +84,7 @@ def test_a_wrong_rhythm_is_called_an_estimate() -> None:
             fn(state, *draw())
     (found,) = stats(state).states
     assert found.steps == 16 and not found.exact and abs(found.flushes - 24 // L) <= 2
-    assert "~" in str(stats(state))
+    assert "~: an estimate" in str(stats(state))
 
 
 def test_who_settled_is_told() -> None:
@@ -95,7 +97,7 @@ def test_who_settled_is_told() -> None:
     ((line, times),) = found.settled_by.items()
     assert times == 3 and line.startswith(f"{HERE}:") and ".sum()" in Path(HERE).read_text().splitlines()[
         int(line.rpartition(":")[2]) - 1]  # fmt: skip
-    assert f"settled 3 times by {line}" in str(stats(pair.state))
+    assert f"settled 3 times: {line}" in str(stats(pair.state))
 
 
 def test_only_the_last_lines_are_kept() -> None:
@@ -282,3 +284,15 @@ def test_the_step_itself_notes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in [n for n, f in vars(history.History).items() if callable(f)]:
             patch.setattr(history.History, name, None)
         pair.run(2 * L)
+
+
+@pytest.mark.parametrize("call", [stats, materialize])
+@pytest.mark.parametrize(
+    "obj", ["state", 3, torch.compile(step, backend="kvbuffer")], ids=["text", "number", "function"]
+)
+def test_what_can_hold_no_state_is_refused(call: Callable[[Any], Any], obj: Any) -> None:
+    """Nothing would be done or told, and a compiled function is an easy mistake."""
+    with pytest.raises(
+        ValueError, match=r"\(obj\): obj is .*, which holds no states: give a tensor, a cache, a module"
+    ):
+        call(obj)

@@ -215,8 +215,8 @@ def page() -> str:
         "where it is buffered, proved on numbers. In the token's equations S' is S transposed, x0, x1, ... are "
         "operands, y1, y2, ... reads; ops: D decay, R read, U update. Each tensor that is written has a row: what is "
         "kept is no matrix state, and left to the compiler as it is; what is declined is one that is not "
-        "served, and the reason says what to write instead. Functions and layers of flash-linear-attention: "
-        "[flash-linear-attention.md](flash-linear-attention.md).",
+        "served, and the reason says what to write instead. Functions and layers of a library by themselves: "
+        "[flash-linear-attention](flash-linear-attention.md).",
     ]
     for title, rows in sections().items():
         parts += [f"## {title}", table(rows()).rstrip()]
