@@ -54,7 +54,7 @@ def standalone(plan: Plan, drawn: Mapping[str, str], tokens: int, title: str) ->
     out.lines(_text_of_check())
     _section(out)
     _subject(out, plan, drawn, tokens)
-    out.lines(MAIN.replace("PLACE", '"cuda"' if plan.target == "triton" else '"cpu"'))
+    out.lines(MAIN.replace("PLACE", PLACES["triton" if plan.target == "triton" else "cpp"]))
     return str(out)
 
 
@@ -175,21 +175,27 @@ def _cpp(plan: Plan, title: str) -> str:
 # -------------------------------------------------------------------------------------------------- check
 
 
+PLACES = {
+    "cpp": """
+    place = "cpu"
+""",
+    "triton": """    import os
+
+    place = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    if place == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU: set TRITON_INTERPRET=1 to check in Triton's interpreter")
+""",
+}
 MAIN = '''
 
 def main():
     """Check the step on a GPU, or with TRITON_INTERPRET=1 in Triton's interpreter; C++ on the CPU."""
     import argparse
-    import os
-
-    parser = argparse.ArgumentParser(description=main.__doc__)
+PLACE    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--batch", type=int, default=3, help="sequences; the first begins empty, the third is padding")
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=0, help="0: twice the flush length")
     args = parser.parse_args()
-    place = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else PLACE
-    if place == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("there is no GPU: set TRITON_INTERPRET=1 to check in Triton's interpreter")
     torch.manual_seed(0)
     error = check(SUBJECT, torch.device(place), args.batch, args.heads, args.steps)
     print(f"agrees with the reference: largest relative error {error:.3g}")

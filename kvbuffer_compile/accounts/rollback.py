@@ -90,7 +90,9 @@ def _most(accounts: Sequence[Account]) -> str:
     """What can be taken back, and why it is not more."""
     available = [(a.cursor[0].clamp(min=0) * a.plan.program.tokens).cpu() for a in accounts]
     least = [x for x in available if x.shape == available[0].shape]
-    text = f"between 0 and {torch.stack(least).amin(0).tolist()} tokens can be taken back"
+    most = torch.stack(least).amin(0).tolist()
+    alike = most[0] if len(set(most)) == 1 else f"{most} (one number a sequence)"
+    text = f"between 0 and {alike} tokens can be taken back"
     each = max(a.plan.program.tokens for a in accounts)
     if each > 1:
         text += f", in steps of {each}"

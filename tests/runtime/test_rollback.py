@@ -124,7 +124,7 @@ def test_rolling_back_twice_and_to_the_beginning() -> None:
         drafts.compiled(drafts.states[0], *sequences.draw(5, drafts.g))
     rollback(drafts.states[0], 2)
     rollback(drafts.states[0], [2, 3])
-    with pytest.raises(ValueError, match=r"between 0 and \[1, 0\]"):
+    with pytest.raises(ValueError, match=r"between 0 and \[1, 0\] \(one number a sequence\)"):
         rollback(drafts.states[0], 1)
     rollback(drafts.states[0], torch.tensor([1, 0]))
     assert torch.equal(drafts.states[0] + 0, first)
@@ -134,7 +134,7 @@ def test_rolling_back_twice_and_to_the_beginning() -> None:
 def test_a_flush_ends_what_can_be_taken_back() -> None:
     p = Pair()
     p.run(L + 1)  # the last of them flushed first
-    with pytest.raises(ValueError, match=r"between 0 and \[1, 1, 1\]"):
+    with pytest.raises(ValueError, match=r"between 0 and 1 tokens"):
         rollback(p.state, 2)
     p.check(dense(*by_hand.accounts_of(p.state)))
     with pytest.raises(ValueError, match="can be taken back"):
@@ -160,12 +160,12 @@ def test_settled_tokens_cannot_be_taken_back(settled_by: str) -> None:
         case "reset":
             for state in (p.state, p.eager, p.exact):
                 state.zero_()
-    with pytest.raises(ValueError, match=r"between 0 and \[0, 0, 0\]"):
+    with pytest.raises(ValueError, match=r"between 0 and 0 tokens"):
         rollback(p.state, 1)
     rollback(p.state, 0)  # crop(0)
     p.run(2)
     p.check(dense(*by_hand.accounts_of(p.state)))
-    with pytest.raises(ValueError, match=r"between 0 and \[2, 2, 2\]"):
+    with pytest.raises(ValueError, match=r"between 0 and 2 tokens"):
         rollback(p.state, 3)
 
 
@@ -173,7 +173,7 @@ def test_one_state_that_cannot_holds_back_the_others() -> None:
     first, second = Pair(flush=8), Pair(flush=8)
     first.run(5)
     second.run(2)
-    with pytest.raises(ValueError, match=r"between 0 and \[2, 2, 2\]"):
+    with pytest.raises(ValueError, match=r"between 0 and 2 tokens"):
         rollback({"layers": [first.state, second.state]}, 3)
     assert (first.owed, second.owed) == (5, 2)
     rollback([first.state, second.state], 2)
@@ -232,7 +232,7 @@ def test_a_slot_of_several_tokens_goes_as_a_whole() -> None:
     kept = p.eager.clone(), p.exact.clone()
     p.run(1)
     for n in (1, [2, 2, 3]):
-        with pytest.raises(ValueError, match=r"between 0 and \[6, 6, 6\] tokens can be taken back, in steps of 2"):
+        with pytest.raises(ValueError, match=r"between 0 and 6 tokens can be taken back, in steps of 2"):
             rollback(p.state, n)
     rollback(p.state, [2, 2, 2])
     p.eager, p.exact = kept
