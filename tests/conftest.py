@@ -28,6 +28,15 @@ def fresh_dynamo():
 
 
 @pytest.fixture
+def uncompiled(monkeypatch):
+    """Graphs run as they are, in tests to which it is the same who compiles them; our kernels are in them."""
+    from tests.support.snippets import quick
+
+    with quick(monkeypatch):
+        yield
+
+
+@pytest.fixture
 def records():
     """Every graph the backend decides on during a test, as GraphRecords."""
     from kvbuffer_compile.backend import observers
