@@ -29,9 +29,9 @@ def generate(model, ids, tokens, cache):
 
 def cases():
     """All models x L x batch x cache nightly, one of each cache always. (`test_inference_mode` has the third model.)"""
-    yield "qwen3_next", 16, 1, "static", 128
+    yield "qwen3_next", 16, 1, "static", 64
     yield row(("qwen3_5", 7, 3, "dynamic", 128), daily=False)
-    yield "mamba2", 7, 3, "dynamic", 128
+    yield "mamba2", 7, 3, "dynamic", 64
     for case in itertools.product(MODELS, (1, 2, 7, 16, 32), (1, 3), ("dynamic", "static"), (512,)):
         yield row(case, daily=False)
 
