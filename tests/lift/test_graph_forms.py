@@ -17,6 +17,7 @@ from tests.support.steps import Sizes
 KEPT = ("vector", "overwritten", "cache")  # what no matrix state is refused as
 NAMED = {"ids": lambda form: form.name}
 BATCHED = ("merged_lanes", "flat_lanes", "flat_state", "one_feeds_the_next", "grouped_queries")
+DAILY = {"merged_lanes", "one_feeds_the_next", "flat_state"}
 
 
 @pytest.mark.parametrize("form", GRAPH_FORMS, **NAMED)
@@ -54,7 +55,7 @@ def test_graph_forms_with_dynamic_shapes(form: Form) -> None:
     assert [x.program.signature for x in lifted_and_right(gm).found] == list(form.kept)
 
 
-@pytest.mark.parametrize("form", [f for f in GRAPH_FORMS if f.name in BATCHED], **NAMED)
+@pytest.mark.parametrize("form", chosen([f for f in GRAPH_FORMS if f.name in BATCHED], DAILY, lambda form: form.name))
 def test_batches_of_any_size_run_buffered(form: Form, records: list[GraphRecord]) -> None:
     """The second size makes the batch symbolic, merged with heads too; the third one needs no other graph."""
     g = torch.Generator().manual_seed(0)

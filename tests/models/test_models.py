@@ -84,7 +84,7 @@ def run_in_step(name, dtype, flush, steps, batch=2, dynamic=None, **options):
 
 @pytest.mark.parametrize("name", chosen(MODELS, {"mamba2"}))
 def test_logits_and_states_satisfy_the_oracle(name, records):
-    """In every run each model of `test_architectures` is held to the oracle, over a few flushes."""
+    """Of other models in every run, over a few flushes, see `test_architectures`."""
     run_in_step(name, torch.float32, flush=7, steps=60)
     assert rewritten_graphs(records)
 
@@ -141,7 +141,22 @@ def test_inference_mode(records):
     assert torch.equal(got, expected) and rewritten_graphs(records)
 
 
-@pytest.mark.parametrize("name", chosen(MODELS, {"mamba2"}))
+def test_a_decode_step_with_inductor_and_generated_kernels(records):
+    """Without the prompt, which the next test compiles too."""
+    steps = [zoo.prefilled(zoo.make_model("mamba2"), zoo.prompt(2, 6)) for _ in range(2)]
+    compiled = torch.compile(steps[0], backend="kvbuffer", options={"flush": 4})
+    tokens = zoo.prompt(2, 11, seed=5)
+    with torch.no_grad():
+        for token in tokens.split(1, 1):
+            torch.testing.assert_close(compiled(token), steps[1](token), rtol=1e-4, atol=1e-4)
+    for record in rewritten_graphs(records):
+        assert len(record.rewritten) == zoo.ARCHS["mamba2"].states
+        assert {(plan.variant, plan.target) for _, plan in record.rewritten} == {("buffered", "cpp")}
+    assert rewritten_graphs(records)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", MODELS)
 def test_with_inductor_and_generated_kernels(name, records):
     """The whole way, as a user runs it, for some tokens."""
     model = zoo.make_model(name)
