@@ -10,7 +10,7 @@ from tests.lift.test_forms import FAST, assert_served, run_beside, signatures
 from tests.spelled.forms import SIZES, Form
 from tests.spelled.graph_forms import GRAPH_FORMS, NEAR
 from tests.spelled.lifting import capture, capture_plain, lifted_and_right
-from tests.support.daily import chosen
+from tests.support.daily import chosen, diagonal
 from tests.support.oracle import Oracle, check
 from tests.support.steps import Sizes
 
@@ -26,8 +26,12 @@ def test_graph_forms_run_buffered(form: Form, records: list[GraphRecord]) -> Non
     assert_served(form, records, "buffered")
 
 
-@pytest.mark.parametrize("form", GRAPH_FORMS, **NAMED)
-@pytest.mark.parametrize("sizes", [Sizes(3, 3, 3, 3), Sizes(1, 1, 4, 5)], ids=["equal", "single"])
+OTHER_SIZES = (Sizes(3, 3, 3, 3), Sizes(1, 1, 4, 5))  # equal, and of one lane: in every run each form at one of them
+
+
+@pytest.mark.parametrize(
+    ("form", "sizes"), diagonal(GRAPH_FORMS, OTHER_SIZES), ids=lambda x: getattr(x, "name", str(x))
+)
 def test_graph_forms_at_other_sizes(form: Form, sizes: Sizes) -> None:
     g = torch.Generator().manual_seed(0)
     (gm,) = capture(form.step, *form.start(g, sizes), *form.inputs(sizes, g))

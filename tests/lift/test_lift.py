@@ -17,7 +17,7 @@ from kvbuffer_compile.passes.proof.validate import validate
 from kvbuffer_compile.passes.reading.captured import written
 from tests.spelled.lifting import TOLERANCE, capture, capture_plain, disagreement, evaluate, lifted_and_right
 from tests.spelled.near_misses import near_misses
-from tests.support.daily import first_of_each, row
+from tests.support.daily import diagonal, first_of_each, row
 from tests.support.steps import DISTINCT, EQUAL, GROUPED, GROUPED_EQUAL, Case, Sizes, cases, grouped_cases
 from tests.zoo import ARCHS, decode_step, make_model
 
@@ -47,10 +47,12 @@ def signatures(graph: LiftedGraph) -> list[str]:
     return [lifted.program.signature for lifted in graph.found]
 
 
-SIZES = [(case, sizes) for case in CASES for sizes in (DISTINCT, EQUAL)] + [(case, SINGLE) for case in CASES[::3]]
+SIZES = diagonal(CASES, (DISTINCT, EQUAL)) + [row((case, SINGLE), daily=True) for case in CASES[::3]]
 
 
-@pytest.mark.parametrize(("case", "sizes"), SIZES, ids=[f"{c.name}-{s.B}{s.H}{s.K}{s.V}" for c, s in SIZES])
+@pytest.mark.parametrize(
+    ("case", "sizes"), SIZES, ids=lambda x: x.name if isinstance(x, Case) else f"{x.B}{x.H}{x.K}{x.V}"
+)
 def test_every_spelling_lifts(case: Case, sizes: Sizes) -> None:
     graph = lifted_and_right(captured(case, sizes))
     assert signatures(graph) == [case.signature], [str(r.why) for r in graph.refused]

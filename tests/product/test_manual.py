@@ -20,11 +20,8 @@ from tests.support.snippets import ROOT, blocks, quick, run_page
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.glob("*.md") if blocks(page))
 NONE_BUFFERED = {"limits.md"}  # pages about what is not rewritten
-SLOW = {
-    "transformers.md",
-    "engine.md",
-    "serving.md",
-}  # whole models; the README and the examples have some of them in every run
+# Whole models, and a model of one's own; the README has both in every run.
+SLOW = {"transformers.md", "engine.md", "serving.md", "own-model.md"}
 
 
 @pytest.fixture
