@@ -74,10 +74,10 @@ def engine(**changes: Any) -> ContinuousBatchingConfig:
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[HybridCache]]:
     """Memory is known without psutil, and the states of requests that are gone are NaN. Gives the caches there were."""
-    monkeypatch.setattr(serving, "get_device_and_memory_breakdown", lambda: (torch.device("cpu"), 1 << 30, 0, 0))
+    monkeypatch.setattr(serving, "get_device_and_memory_breakdown", lambda: (torch.device("cpu"), 8 << 30, 0, 0))
     monkeypatch.setattr(
         "transformers.generation.continuous_batching.cache.get_device_and_memory_breakdown",
-        lambda: (torch.device("cpu"), 1 << 30, 0, 0),
+        lambda: (torch.device("cpu"), 8 << 30, 0, 0),
     )
     free, seen = HybridCache.free_blocks, []
 
