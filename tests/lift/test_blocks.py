@@ -74,7 +74,7 @@ def sweep(examples: int, derandomize: bool) -> None:
 
 
 def test_spellings_of_blocks() -> None:
-    sweep(15, derandomize=True)
+    sweep(25, derandomize=True)
 
 
 @pytest.mark.nightly

@@ -128,7 +128,7 @@ def test_spellings_lift_and_run() -> None:
 
 
 def test_near_misses_are_declined_or_right() -> None:
-    sweep_of_near_misses(30, derandomize=True)
+    sweep_of_near_misses(60, derandomize=True)
 
 
 @pytest.mark.nightly
