@@ -26,6 +26,8 @@ PYTHON ?= $(or $(shell $(FIND_PYTHON)),python3)
 TORCH_REQUIREMENTS ?= -c constraints.txt torch==2.13.0
 
 BIN       := $(VENV)/bin
+# Each worker begins with one half of the tests, file by file, and takes from the other's when it has none left.
+SHARED    := -n $(WORKERS) --dist worksteal
 PIP       := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 DEVELOP   := $(VENV)/.installed-dev
@@ -38,10 +40,10 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) $(ARGS)
 
 nightly: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) -m nightly $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) -m nightly $(ARGS)
 
 docs: $(MANUAL)
 	$(BIN)/python docs/figures/draw.py

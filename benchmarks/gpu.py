@@ -1,6 +1,7 @@
 """Generated Triton kernels on a GPU: correctness against float64, then bandwidth and ratios, then a whole model.
 
-    python -m benchmarks.gpu [--out FILE.json] [--batches 1 8 32 128 512] [--only gdn ...] [--seconds 460] [--tune]
+    python -m benchmarks.gpu [--out FILE.json] [--batches 1 8 32 128 512] [--only gdn ...] [--dtypes float32 bfloat16]
+                             [--seconds 460] [--tune]
     python -m benchmarks.gpu --dry-run      all of it in little on a CPU, kernels in Triton's interpreter
 
 Every side runs as CUDA graphs over several states in turn, so that none is in the L2 cache when its turn comes; the
@@ -30,6 +31,7 @@ from benchmarks.gpu_sides import ROOM, Place, Side, error, fla, forms, inductor,
 from kvbuffer_compile.commands.recurrences import RECURRENCES, Recurrence
 
 NAMES = ("gdn", "kda", "mamba2", "gla", "rwkv7")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DRAFTS = (2, 4, 8)
 CONTEXTS = (16, 32, 64)
 COLD_BYTES = 400e6  # states that are walked through before one comes again: several times any L2
@@ -71,7 +73,7 @@ def jobs(
     place: Place, args: argparse.Namespace, copy: float
 ) -> Iterator[tuple[str, float, dict[str, Any], Callable[[], dict[str, Any]]]]:
     """(list of the results, share of the time after which it is left out, what it is, what measures it)."""
-    for r, batch, dtype in cases(place, args.only, args.batches):
+    for r, batch, dtype in cases(place, args.only, args.batches, [DTYPES[name] for name in args.dtypes]):
         name = {"case": r.name, "batch": batch, "dtype": str(dtype).split(".")[1]}
         yield "cases", 1 - MODEL_SHARE, name, partial(measure, place, r, batch, dtype, copy)
     for batch in args.model_batches:
@@ -92,6 +94,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--batches", type=int, nargs="*", default=[2] if dry else [1, 8, 32, 128, 512])
     parser.add_argument("--only", nargs="+", default=list(NAMES), choices=list(RECURRENCES))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES), help="of the states")
     parser.add_argument("--model-batches", type=int, nargs="*", default=[2] if dry else [256, 1, 128, 32])
     parser.add_argument("--layers", type=int, default=4, help="of the whole model; every fourth is full attention")
     parser.add_argument("--seconds", type=float, default=460.0, help="begin nothing after this time")
@@ -100,8 +103,10 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def cases(place: Place, names: list[str], batches: list[int]) -> Iterator[tuple[Recurrence, int, torch.dtype]]:
-    for dtype in (torch.float32, torch.bfloat16):
+def cases(
+    place: Place, names: list[str], batches: list[int], dtypes: list[torch.dtype]
+) -> Iterator[tuple[Recurrence, int, torch.dtype]]:
+    for dtype in dtypes:
         for batch in sorted(batches, reverse=True):
             for name in names:
                 r = RECURRENCES[name]

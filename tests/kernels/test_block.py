@@ -19,6 +19,7 @@ from kvbuffer_compile.ir.text import parse
 from kvbuffer_compile.steps import ops
 from tests.kernels import test_triton as interpreted
 from tests.kernels.test_cpp import built
+from tests.support.daily import diagonal
 from tests.support.sessions import LANES, make_plan, same
 
 PROGRAMS = {
@@ -116,8 +117,7 @@ def test_the_composite_step_is_the_definition(name: str) -> None:
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("inner", ["value", "key"])
-@pytest.mark.parametrize("name", ["gated", "delta", "both axes"])
+@pytest.mark.parametrize(("name", "inner"), diagonal(["gated", "delta", "both axes"], ["value", "key"]))
 def test_cpp(name: str, inner: str) -> None:
     torch.manual_seed(0)
     plan = plan_of(PROGRAMS[name], inner=inner)

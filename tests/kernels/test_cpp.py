@@ -22,6 +22,7 @@ from kvbuffer_compile.ir.plan import Layout, Plan
 from kvbuffer_compile.ir.text import parse
 from kvbuffer_compile.process import disk
 from kvbuffer_compile.steps import ops
+from tests.support.daily import chosen, diagonal
 from tests.support.programs import NAMED, random_programs, vocabulary
 from tests.support.sessions import Session, make_plan
 
@@ -49,9 +50,12 @@ def is_exact(program) -> bool:
 
 
 RECURRENT = ("gdn", "gla", "mamba2", "deltaproduct2", "oja", "rwkv6")
+# Decays of a head, along keys and along values, corrections, two writes, values mapped before and after a read. The
+# rest have a part of these.
+DAILY = {"gdn", "kda", "mamba2", "deltaproduct2", "oja", "rwkv6"}
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", chosen(NAMED, DAILY))
 def test_buffered(name):
     """Ragged cursors, a forced flush at every fill level, padding, NaN in unused slots, any strides."""
     inner = "key" if len(name) % 2 else "value"
@@ -63,7 +67,7 @@ def test_buffered(name):
     play(plan, exact=False, bare=True, strided=True)
 
 
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("name", chosen(RECURRENT, {"gdn", "mamba2", "oja"}))
 def test_recurrent(name):
     plan = make_plan(NAMED[name], "recurrent", sizes=(20, 37), inner="key" if len(name) % 2 else "value")
     if is_exact(NAMED[name]):
@@ -72,7 +76,7 @@ def test_recurrent(name):
     play(plan, exact=False)
 
 
-@pytest.mark.parametrize("name", ["gdn", "kda", "mamba2", "rwkv7", "oja"])
+@pytest.mark.parametrize("name", chosen(["gdn", "kda", "mamba2", "rwkv7", "oja"], {"gdn", "rwkv7", "oja"}))
 def test_verify(name):
     """Any number of tokens at once, some of them taken back after each round."""
     plan = make_plan(NAMED[name], "verify", sizes=(20, 37), capacity=7, inner="key" if len(name) % 2 else "value")
@@ -100,8 +104,9 @@ def test_rows_may_have_their_own_dtype():
 VECTORS = {"-mno-avx512f": 32, "-mno-avx": 48}  # and a width that no other test has, so that the kernels are new
 
 
-@pytest.mark.parametrize("flag", VECTORS)
-@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("flag", "state"), diagonal(VECTORS, [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+)
 def test_narrower_vectors(flag, state, monkeypatch):
     """What processors without AVX-512, and without AVX, run: other vectors, other conversions."""
     monkeypatch.setenv("CXX", f"g++ {flag}")
@@ -364,6 +369,7 @@ def _race(folder: str, ready) -> None:
     build.library(SOURCE)
 
 
+@pytest.mark.nightly  # eight of them want one in `test_disk`, without the seconds that a fresh interpreter takes
 def test_two_processes_may_build_at_once(cache):
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
@@ -399,19 +405,20 @@ def test_flags_and_compiler_are_part_of_the_key(cache, monkeypatch):
 
 STEPS = "buffered or recurrent or verify"
 CACHE = "library or entry or process or compiler or folder"
+LONG = "many or elements or sanitizers"
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    ("file", "chosen"),
+    ("file", "names"),
     [
         ("test_cpp.py", STEPS),
-        ("test_cpp.py", f"not ({STEPS} or {CACHE})"),
-        ("test_cut.py", ""),
-        ("test_tree_cpp.py", ""),
+        ("test_cpp.py", f"not ({STEPS} or {CACHE} or {LONG})"),
+        ("test_cut.py", f"not ({LONG})"),
+        ("test_tree_cpp.py", f"not ({LONG})"),
     ],
 )
-def test_under_the_sanitizers(file, chosen):
+def test_under_the_sanitizers(file, names):
     """The tests of kernels once more with AddressSanitizer and UBSan in these."""
     libraries = ["libasan.so", "libstdc++.so"]  # without the second, AddressSanitizer fails at the first exception
     paths = [
@@ -419,6 +426,6 @@ def test_under_the_sanitizers(file, chosen):
         for name in libraries
     ]
     env = {**os.environ, "KVBUFFER_SANITIZE": "1", "LD_PRELOAD": ":".join(paths), "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).with_name(file)), "-k", chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).with_name(file)), "-m", "", "-k", names]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

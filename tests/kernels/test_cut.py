@@ -18,6 +18,7 @@ from kvbuffer_compile.ir.text import parse
 from kvbuffer_compile.steps import cut_step
 from tests.kernels.test_cpp import inners, lenient, play, shapes, sweep, variants
 from tests.runtime.test_runtime import L, Pair, draw
+from tests.support.daily import diagonal
 from tests.support.programs import NAMED, random_programs
 from tests.support.sessions import make_plan
 
@@ -68,8 +69,7 @@ def test_where_steps_are_cut():
     assert len(pieces(NAMED["gdn"], in_place=False)) == 1
 
 
-@pytest.mark.parametrize("variant", ["buffered", "recurrent", "verify"])
-@pytest.mark.parametrize("name", CUT)
+@pytest.mark.parametrize(("name", "variant"), diagonal(CUT, ["buffered", "recurrent", "verify"]))
 def test_cut_steps_are_exact(name, variant):
     plan = make_plan(CUT[name], variant, sizes=(18, 5) if name == "twice" else (5, 18), capacity=7)
     assert play(plan, limits=(1, 3, 2)) > 1

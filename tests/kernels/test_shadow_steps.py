@@ -17,11 +17,11 @@ from kvbuffer_compile.ir.shadow import scale_kind
 from kvbuffer_compile.steps import ops
 from tests.kernels.test_cpp import inners, lenient, shapes
 from tests.kernels.test_cut import CUT
+from tests.support.daily import chosen, row
 from tests.support.programs import NAMED, random_programs
 from tests.support.sessions import LANES, Session, make_plan
 
-SHADOWED = ("gdn", "kda", "gla", "mamba2", "rwkv7", "deltaproduct2")
-DAILY = {"gdn", "gla"}
+SHADOWED = ("gdn", "gla", "kda", "mamba2", "rwkv7", "deltaproduct2")
 TARGETS = ("aten", "cpp")
 
 
@@ -44,9 +44,13 @@ def read_something(session):
     return bool((session.shadow[1] > 0).any())
 
 
+INNER = {"gdn": "value", "gla": "key"}  # in every run
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("inner", ["value", "key"])
-@pytest.mark.parametrize("name", [n if n in DAILY else pytest.param(n, marks=pytest.mark.nightly) for n in SHADOWED])
+@pytest.mark.parametrize(
+    ("name", "inner"), [row((n, i), INNER.get(n) == i) for n in SHADOWED for i in ("value", "key")]
+)
 def test_buffered(name, inner, target):
     plan = make_plan(NAMED[name], sizes=(20, 37), inner=inner, read=torch.float16)
     if not any("exp" in str(op) for op in plan.program.ops):
@@ -57,7 +61,7 @@ def test_buffered(name, inner, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["gdn", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("gla", "rwkv7"))])
+@pytest.mark.parametrize("name", chosen(["gdn", "gla", "rwkv7"], {"gdn"}))
 def test_verify(name, target):
     plan = make_plan(NAMED[name], "verify", sizes=(20, 37), capacity=7, read=torch.float16)
     if not any("exp" in str(op) for op in plan.program.ops):
@@ -157,7 +161,7 @@ def test_steps_that_are_cut(variant):
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("inner", ["value", "key"])
+@pytest.mark.parametrize("inner", chosen(["value", "key"], {"key"}))
 def test_tiles_have_scales_of_their_own(inner):
     """More threads than lanes: each tile of a lane makes and reads its part of the shadow."""
     plan = make_plan(NAMED["gdn"], sizes=(128, 132), inner=inner, read=torch.float16)

@@ -226,7 +226,11 @@ class Drafts:
 
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no compiler")
-ways = [("aten", "eager"), pytest.param("cpp", "inductor", marks=needs_compiler)]
+ways = [
+    ("aten", "eager"),
+    pytest.param("cpp", "eager", marks=needs_compiler),
+    pytest.param("cpp", "inductor", marks=[needs_compiler, pytest.mark.nightly]),
+]
 TREE = [(-1, 0, 0, 1, 2, -1), (-1, 0, 1, 2, 3, 4)]
 
 

@@ -18,6 +18,7 @@ from kvbuffer_compile.steps import ops
 from tests.kernels.test_cpp import built, inners, lenient, shapes
 from tests.kernels.test_cut import CUT
 from tests.kernels.test_tree import Parents, trees
+from tests.support.daily import chosen
 from tests.support.programs import NAMED, random_programs
 from tests.support.sessions import EXACT_LIMIT, Session, make_plan, same
 
@@ -79,10 +80,10 @@ def forest(most: int, seed: int) -> list[Parents]:
     ]
 
 
-NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("rwkv7", "mlstm", "deltaproduct2", "gla")]
+PROGRAMS = ("gdn", "kda", "oja", "rwkv7", "mlstm", "deltaproduct2", "gla")
 
 
-@pytest.mark.parametrize("name", ["gdn", "kda", "oja", *NIGHTLY])
+@pytest.mark.parametrize("name", chosen(PROGRAMS, {"oja"}))
 def test_trees(name: str) -> None:
     """A flush at every fill level, padding, NaN in unused slots, any strides, states that hold nothing."""
     plan = make_plan(NAMED[name], sizes=(20, 37), capacity=12, inner="key" if len(name) % 2 else "value")

@@ -25,6 +25,7 @@ from tests.spelled.scan_forms import (
     state_in_front,
     unrolled,
 )
+from tests.support.daily import chosen
 from tests.support.oracle import Oracle
 from tests.support.steps import Sizes
 
@@ -59,7 +60,11 @@ def lifts(step: Step, tokens: int, sizes: Sizes) -> None:
     assert [(x.program.signature, x.tokens) for x in found] == [(one.kept[0], tokens)]
 
 
-@pytest.mark.parametrize("step", CAPTURED, **NAMED)
+# Carries added, multiplied, normalised and in logarithms; in front of the tokens, and into the first of them.
+DAILY = {"gated", "gla", "logarithms", "state_in_front", "running_products", "no_decay"}
+
+
+@pytest.mark.parametrize("step", chosen(CAPTURED, DAILY, NAMED["ids"]))
 def test_scans_lift(step: Step) -> None:
     lifts(step, 4, SIZES)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvbuffer_compile.backend import GraphRecord
 from tests.spelled.forms import SIZES, Form, forms
 from tests.spelled.lifting import capture, capture_plain, lifted_and_right
+from tests.support.daily import chosen, diagonal
 from tests.support.oracle import check, check_steps
 from tests.support.steps import Sizes
 
@@ -64,8 +65,10 @@ def test_forms_run_buffered(form: Form, records: list[GraphRecord]) -> None:
         assert rows == [("vector", True)] * form.kept.count("") and not record.declined
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
-@pytest.mark.parametrize("sizes", [Sizes(3, 3, 3, 3), Sizes(1, 1, 4, 4)], ids=["equal", "single"])
+OTHER_SIZES = (Sizes(3, 3, 3, 3), Sizes(1, 1, 4, 4))  # equal, and of one lane: in every run each form at one of them
+
+
+@pytest.mark.parametrize(("form", "sizes"), diagonal(FORMS, OTHER_SIZES), ids=lambda x: getattr(x, "name", str(x)))
 def test_forms_lift_at_other_sizes(form: Form, sizes: Sizes) -> None:
     g = torch.Generator().manual_seed(0)
     (gm,) = capture(form.step, *form.start(g, sizes), *form.inputs(sizes, g))
@@ -73,7 +76,21 @@ def test_forms_lift_at_other_sizes(form: Form, sizes: Sizes) -> None:
     assert [x.program.signature for x in found] == [ops for ops in form.kept if ops]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+# One with each kind of decay, correction and number of states; sizes are read alike in the others.
+SIZED = {
+    "retention",
+    "kda",
+    "gated_delta_product3",
+    "rwkv7",
+    "gated_oja_rule",
+    "gsa",
+    "ttt",
+    "lightning",
+    "precond_kda",
+}
+
+
+@pytest.mark.parametrize("form", chosen(FORMS, SIZED, lambda form: form.name))
 def test_forms_lift_with_dynamic_shapes(form: Form) -> None:
     g = torch.Generator().manual_seed(0)
     sizes = Sizes(4, 3, 6, 6) if form.name == "ttt" else Sizes(3, 4, 6, 5)

@@ -10,12 +10,14 @@ from tests.lift.test_forms import FAST, assert_served, run_beside, signatures
 from tests.spelled.forms import SIZES, Form
 from tests.spelled.graph_forms import GRAPH_FORMS, NEAR
 from tests.spelled.lifting import capture, capture_plain, lifted_and_right
+from tests.support.daily import chosen, diagonal
 from tests.support.oracle import Oracle, check
 from tests.support.steps import Sizes
 
 KEPT = ("vector", "overwritten", "cache")  # what no matrix state is refused as
 NAMED = {"ids": lambda form: form.name}
 BATCHED = ("merged_lanes", "flat_lanes", "flat_state", "one_feeds_the_next", "grouped_queries")
+DAILY = {"merged_lanes", "one_feeds_the_next", "flat_state"}
 
 
 @pytest.mark.parametrize("form", GRAPH_FORMS, **NAMED)
@@ -24,8 +26,12 @@ def test_graph_forms_run_buffered(form: Form, records: list[GraphRecord]) -> Non
     assert_served(form, records, "buffered")
 
 
-@pytest.mark.parametrize("form", GRAPH_FORMS, **NAMED)
-@pytest.mark.parametrize("sizes", [Sizes(3, 3, 3, 3), Sizes(1, 1, 4, 5)], ids=["equal", "single"])
+OTHER_SIZES = (Sizes(3, 3, 3, 3), Sizes(1, 1, 4, 5))  # equal, and of one lane: in every run each form at one of them
+
+
+@pytest.mark.parametrize(
+    ("form", "sizes"), diagonal(GRAPH_FORMS, OTHER_SIZES), ids=lambda x: getattr(x, "name", str(x))
+)
 def test_graph_forms_at_other_sizes(form: Form, sizes: Sizes) -> None:
     g = torch.Generator().manual_seed(0)
     (gm,) = capture(form.step, *form.start(g, sizes), *form.inputs(sizes, g))
@@ -42,16 +48,18 @@ def test_graph_forms_without_decompositions(form: Form) -> None:
 
 # Where a size of the state is a product of two that are both symbolic, neither is known to be fixed.
 FIXED = [form for form in GRAPH_FORMS if form.name != "flat_state"]
+# Merged and joined dims, matrices and lists of several states: what reads sizes. In every run the batches below too.
+SIZED = {"several_queries", "grouped_queries", "flat_lanes", "matrix", "diagonal_and_low_rank", "lists_of_tensors"}
 
 
-@pytest.mark.parametrize("form", FIXED, **NAMED)
+@pytest.mark.parametrize("form", chosen(FIXED, SIZED, lambda form: form.name))
 def test_graph_forms_with_dynamic_shapes(form: Form) -> None:
     g = torch.Generator().manual_seed(0)
     (gm,) = capture(form.step, *form.start(g), *form.inputs(SIZES, g), dynamic=True)
     assert [x.program.signature for x in lifted_and_right(gm).found] == list(form.kept)
 
 
-@pytest.mark.parametrize("form", [f for f in GRAPH_FORMS if f.name in BATCHED], **NAMED)
+@pytest.mark.parametrize("form", chosen([f for f in GRAPH_FORMS if f.name in BATCHED], DAILY, lambda form: form.name))
 def test_batches_of_any_size_run_buffered(form: Form, records: list[GraphRecord]) -> None:
     """The second size makes the batch symbolic, merged with heads too; the third one needs no other graph."""
     g = torch.Generator().manual_seed(0)

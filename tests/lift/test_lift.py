@@ -17,6 +17,7 @@ from kvbuffer_compile.passes.proof.validate import validate
 from kvbuffer_compile.passes.reading.captured import written
 from tests.spelled.lifting import TOLERANCE, capture, capture_plain, disagreement, evaluate, lifted_and_right
 from tests.spelled.near_misses import near_misses
+from tests.support.daily import chosen, diagonal, first_of_each, row
 from tests.support.steps import DISTINCT, EQUAL, GROUPED, GROUPED_EQUAL, Case, Sizes, cases, grouped_cases
 from tests.zoo import ARCHS, decode_step, make_model
 
@@ -24,8 +25,17 @@ CASES, GROUPED_CASES, NEAR = cases(), grouped_cases(), near_misses()
 SINGLE = Sizes(1, 1, 4, 5)
 
 
+def name(case: Case) -> str:
+    return case.name
+
+
 def names(given: list[Case]) -> list[str]:
     return [case.name for case in given]
+
+
+def family(case: Case) -> str:
+    """What it computes, in whatever spelling."""
+    return case.name.split("-")[0]
 
 
 def captured(case: Case, sizes: Sizes) -> GraphModule:
@@ -37,10 +47,12 @@ def signatures(graph: LiftedGraph) -> list[str]:
     return [lifted.program.signature for lifted in graph.found]
 
 
-SIZES = [(case, sizes) for case in CASES for sizes in (DISTINCT, EQUAL)] + [(case, SINGLE) for case in CASES[::3]]
+SIZES = diagonal(CASES, (DISTINCT, EQUAL)) + [row((case, SINGLE), daily=True) for case in CASES[::3]]
 
 
-@pytest.mark.parametrize(("case", "sizes"), SIZES, ids=[f"{c.name}-{s.B}{s.H}{s.K}{s.V}" for c, s in SIZES])
+@pytest.mark.parametrize(
+    ("case", "sizes"), SIZES, ids=lambda x: x.name if isinstance(x, Case) else f"{x.B}{x.H}{x.K}{x.V}"
+)
 def test_every_spelling_lifts(case: Case, sizes: Sizes) -> None:
     graph = lifted_and_right(captured(case, sizes))
     assert signatures(graph) == [case.signature], [str(r.why) for r in graph.refused]
@@ -63,7 +75,7 @@ def test_without_decompositions(case: Case) -> None:
     assert signatures(graph) == [case.signature]
 
 
-@pytest.mark.parametrize("case", CASES[1::3] + GROUPED_CASES, ids=names(CASES[1::3] + GROUPED_CASES))
+@pytest.mark.parametrize("case", first_of_each(CASES[1::3] + GROUPED_CASES, family, name))
 def test_dynamic_shapes(case: Case) -> None:
     (gm,) = capture(case.step, *case.make(GROUPED), dynamic=True)
     graph = lifted_and_right(gm)
@@ -74,14 +86,14 @@ def test_dynamic_shapes(case: Case) -> None:
 def families() -> dict[str, list[Case]]:
     found: dict[str, list[Case]] = {}
     for case in CASES:
-        found.setdefault(case.name.split("-")[0], []).append(case)
+        found.setdefault(family(case), []).append(case)
     return found
 
 
-@pytest.mark.parametrize("family", families())
-def test_one_family_is_one_program(family: str) -> None:
+@pytest.mark.parametrize("of", chosen(families(), {"gated_delta", "ssd", "retnet"}))
+def test_one_family_is_one_program(of: str) -> None:
     """Equal algebra compares equal, so that layers and models share kernels."""
-    programs: set[Program] = {lift(captured(case, DISTINCT)).found[0].program for case in families()[family]}
+    programs: set[Program] = {lift(captured(case, DISTINCT)).found[0].program for case in families()[of]}
     assert len(programs) == 1, "\n".join(map(str, programs))
 
 
@@ -162,17 +174,23 @@ def model(name: str, dtype: torch.dtype) -> Any:
     return make_model(name, dtype)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next", "mamba2"])
+CACHES = {  # and sequences, dtype
+    "dynamic": (1, torch.float32),
+    "static": (3, torch.bfloat16),
+}
+MODELS = {"qwen3_5": {"static"}, "qwen3_next": {"dynamic"}, "mamba2": {"dynamic", "static"}}  # in every run
+MORE = (
+    ("dynamic", 1, torch.bfloat16),
+    ("static", 3, torch.float32),
+    ("dynamic", 3, torch.float32),
+    ("dynamic", 3, torch.bfloat16),
+)
+
+
 @pytest.mark.parametrize(
-    ("kind", "batch", "dtype"),
-    [
-        pytest.param("dynamic", 1, torch.float32),
-        pytest.param("static", 3, torch.bfloat16),
-        pytest.param("dynamic", 1, torch.bfloat16, marks=pytest.mark.nightly),
-        pytest.param("static", 3, torch.float32, marks=pytest.mark.nightly),
-        pytest.param("dynamic", 3, torch.float32, marks=pytest.mark.nightly),
-        pytest.param("dynamic", 3, torch.bfloat16, marks=pytest.mark.nightly),
-    ],
+    ("name", "kind", "batch", "dtype"),
+    [row((n, kind, *CACHES[kind]), kind in MODELS[n]) for n in MODELS for kind in CACHES]
+    + [row((n, *more), daily=False) for n in MODELS for more in MORE],
 )
 def test_models_lift(name: str, kind: str, batch: int, dtype: torch.dtype) -> None:
     step, _ = decode_step(model(name, dtype), batch, kind)

@@ -16,6 +16,7 @@ from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.runtime import by_hand
 from tests.spelled.forms import operands, outer, read, rows
 from tests.spelled.lifting import capture, capture_plain, lifted_and_right
+from tests.support.daily import diagonal, row
 from tests.support.fuse import blown, fuse
 from tests.support.oracle import Oracle, check
 from tests.support.steps import Sizes
@@ -172,8 +173,11 @@ def test_the_report_is_of_the_whole_pool(pair: Beside) -> None:
 # --------------------------------------------------------------------------------------------------- running
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", STEPS)
+# Compiled in every run are one program with a mask and one without.
+RAGGED = [row((n, t), t == "aten" or n in ("gdn", "masked")) for n in STEPS for t in TARGETS]
+
+
+@pytest.mark.parametrize(("name", "target"), RAGGED)
 def test_pools_run_buffered_with_ragged_membership(name: str, target: str, records: list[GraphRecord]) -> None:
     p = Beside(name, target=target)
     for _ in range(4):
@@ -185,9 +189,7 @@ def test_pools_run_buffered_with_ragged_membership(name: str, target: str, recor
     assert all(r.name(r.rewritten[0][0].state) == "pool" for r in records)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-@pytest.mark.parametrize("name", ["gdn", "mamba2"])
-@pytest.mark.parametrize("flush", [1, L])
+@pytest.mark.parametrize(("name", "dtype", "flush"), diagonal(["gdn", "mamba2"], [torch.int64, torch.int32], [L, 1]))
 def test_with_inductor_and_the_check_option(
     name: str, dtype: torch.dtype, flush: int, records: list[GraphRecord]
 ) -> None:

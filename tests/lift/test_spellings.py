@@ -124,7 +124,7 @@ def sweep_of_near_misses(examples: int, derandomize: bool) -> None:
 
 
 def test_spellings_lift_and_run() -> None:
-    sweep(200, derandomize=True)
+    sweep(100, derandomize=True)
 
 
 def test_near_misses_are_declined_or_right() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvbuffer_compile.backend import GraphRecord
 from tests.spelled.lifting import capture, lifted_and_right
+from tests.support.daily import diagonal
 from tests.support.oracle import check, check_steps
 from tests.support.steps import DISTINCT, EQUAL, Sizes, gates, unit
 
@@ -68,8 +69,7 @@ def start(sizes: Sizes, g: torch.Generator) -> Tensor:
     return torch.randn(sizes.B, sizes.H, sizes.K, sizes.V, generator=g)
 
 
-@pytest.mark.parametrize("name", LOOPS)
-@pytest.mark.parametrize("tokens", [2, 3, 5])
+@pytest.mark.parametrize(("name", "tokens"), diagonal(LOOPS, [2, 3, 5]))
 def test_unrolled_tokens_are_one_program(name: str, tokens: int, records: list[GraphRecord]) -> None:
     step, ops = LOOPS[name]
     g = torch.Generator().manual_seed(0)

@@ -10,12 +10,10 @@ import torch
 
 from kvbuffer_compile import materialize
 from tests import zoo
+from tests.support.daily import chosen, row
 from tests.support.oracle import Oracle, check, check_steps
 
 MODELS = ("qwen3_next", "qwen3_5", "mamba2")
-NIGHTLY = pytest.mark.nightly
-FIRST, *OTHERS = MODELS
-ONE = [FIRST, *(pytest.param(name, marks=NIGHTLY) for name in OTHERS)]  # the others nightly
 FAST = {"inner": "eager", "target": "aten"}
 
 
@@ -30,12 +28,12 @@ def generate(model, ids, tokens, cache):
 
 
 def cases():
-    """All models x L x batch x cache nightly, one of each model always."""
-    yield "qwen3_next", 16, 1, "static", 128
-    yield "qwen3_5", 7, 3, "dynamic", 128
-    yield "mamba2", 7, 3, "dynamic", 128
+    """All models x L x batch x cache nightly, one always; `test_inference_mode` has a dynamic cache."""
+    yield "qwen3_next", 16, 1, "static", 64
+    yield row(("qwen3_5", 7, 3, "dynamic", 128), daily=False)
+    yield row(("mamba2", 7, 3, "dynamic", 128), daily=False)
     for case in itertools.product(MODELS, (1, 2, 7, 16, 32), (1, 3), ("dynamic", "static"), (512,)):
-        yield pytest.param(*case, marks=NIGHTLY)
+        yield row(case, daily=False)
 
 
 @pytest.mark.parametrize(("name", "flush", "batch", "cache", "tokens"), cases())
@@ -84,13 +82,14 @@ def run_in_step(name, dtype, flush, steps, batch=2, dynamic=None, **options):
                     oracle.add(got + 0, want, true, where)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", chosen(MODELS, {"mamba2"}))
 def test_logits_and_states_satisfy_the_oracle(name, records):
+    """Of other models in every run, over a few flushes, see `test_architectures`."""
     run_in_step(name, torch.float32, flush=7, steps=60)
     assert rewritten_graphs(records)
 
 
-@pytest.mark.parametrize("name", ONE)
+@pytest.mark.parametrize("name", chosen(MODELS, {"mamba2"}))
 def test_a_loop_with_dynamic_shapes(name, records):
     run_in_step(name, torch.float32, flush=5, steps=23, dynamic=True)
     assert rewritten_graphs(records) and all(
@@ -98,7 +97,7 @@ def test_a_loop_with_dynamic_shapes(name, records):
     )
 
 
-@pytest.mark.parametrize("name", ONE)
+@pytest.mark.parametrize("name", chosen(MODELS, {"qwen3_5"}))
 def test_bfloat16_models(name, records):
     """A model in bfloat16 rounds its logits; the states, float32 in all three, are held to the oracle as well."""
     model, reference = zoo.make_model(name, torch.bfloat16), zoo.make_model(name, torch.bfloat16)
@@ -117,7 +116,7 @@ def test_bfloat16_models(name, records):
     assert rewritten_graphs(records)
 
 
-@pytest.mark.parametrize("name", ONE)
+@pytest.mark.parametrize("name", chosen(MODELS, {"mamba2"}))
 def test_two_caches_interleave(name, records):
     model, reference = zoo.make_model(name), zoo.make_model(name)
     pairs = [(zoo.prefilled(model, zoo.prompt(2, n)), zoo.prefilled(reference, zoo.prompt(2, n))) for n in (5, 9)]
@@ -142,7 +141,22 @@ def test_inference_mode(records):
     assert torch.equal(got, expected) and rewritten_graphs(records)
 
 
-@pytest.mark.parametrize("name", ["mamba2", *(pytest.param(name, marks=NIGHTLY) for name in ("qwen3_next", "qwen3_5"))])
+def test_a_decode_step_with_inductor_and_generated_kernels(records):
+    """Without the prompt, which the next test compiles too."""
+    steps = [zoo.prefilled(zoo.make_model("mamba2"), zoo.prompt(2, 6)) for _ in range(2)]
+    compiled = torch.compile(steps[0], backend="kvbuffer", options={"flush": 4})
+    tokens = zoo.prompt(2, 11, seed=5)
+    with torch.no_grad():
+        for token in tokens.split(1, 1):
+            torch.testing.assert_close(compiled(token), steps[1](token), rtol=1e-4, atol=1e-4)
+    for record in rewritten_graphs(records):
+        assert len(record.rewritten) == zoo.ARCHS["mamba2"].states
+        assert {(plan.variant, plan.target) for _, plan in record.rewritten} == {("buffered", "cpp")}
+    assert rewritten_graphs(records)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", MODELS)
 def test_with_inductor_and_generated_kernels(name, records):
     """The whole way, as a user runs it, for some tokens."""
     model = zoo.make_model(name)

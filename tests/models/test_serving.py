@@ -31,6 +31,7 @@ from kvbuffer_compile.integrations.transformers import (
     standins,
 )
 from kvbuffer_compile.integrations.transformers.paged import HybridCache
+from tests.support.daily import chosen
 from tests.zoo.build import bare_model
 from tests.zoo.configs import VOCAB
 from tests.zoo.weights import remember
@@ -39,11 +40,7 @@ if not transformers.__version__.startswith(tuple(f"{known}." for known in servab
     pytest.skip("the engine of this version of transformers is not known", allow_module_level=True)
 
 FAST: dict[str, Any] = {"inner": "eager", "target": "aten", "flush": 4}
-NIGHTLY = pytest.mark.nightly
-SERVED = ("qwen3_5", "bamba", *(
-    pytest.param(name, marks=NIGHTLY)
-    for name in ("qwen3_next", "qwen3_5_moe", "olmo_hybrid", "falcon_h1", "granitemoehybrid", "nemotron_h")
-))  # fmt: skip
+SERVED = ("qwen3_5", "bamba", "qwen3_next", "qwen3_5_moe", "olmo_hybrid", "falcon_h1", "granitemoehybrid", "nemotron_h")
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -105,7 +102,7 @@ def buffered(records: list[GraphRecord]) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", chosen(SERVED, {"qwen3_5"}))  # other tests here have bamba
 def test_requests_have_the_text_they_have_alone(
     name: str, records: list[GraphRecord], poisoned: list[HybridCache]
 ) -> None:
@@ -282,7 +279,7 @@ def test_more_states_than_memory() -> None:
         model.init_continuous_batching(settings(4), engine())
 
 
-@pytest.mark.parametrize("name", ["jamba", pytest.param("zamba2", marks=NIGHTLY)])
+@pytest.mark.parametrize("name", chosen(["jamba", "zamba2"], {"jamba"}))
 def test_models_whose_logits_would_be_others(name: str) -> None:
     """Jamba's layers forget the state when a prompt goes on; Zamba2's attention has no pages of its own number."""
     model = model_of(name)

@@ -18,9 +18,9 @@ from kvbuffer_compile.integrations.transformers import disable_speculation, enab
 from kvbuffer_compile.runtime import by_hand
 from tests import zoo
 from tests.models.test_models import in_float64
+from tests.support.daily import chosen, row
 from tests.support.oracle import check
 
-NIGHTLY = pytest.mark.nightly
 # Assisted decoding as it was in transformers 5.17: it keeps tokens that were drafted behind an end of text.
 OLDER = "is_done_candidate" in inspect.signature(utils._speculative_sampling).parameters
 FLUSH = 8
@@ -94,9 +94,9 @@ def compiled_model(name: str) -> Any:
 
 
 def cases() -> list[Any]:
-    short = [pytest.param(n, 96, 15, marks=NIGHTLY if n == "falcon_h1" else []) for n in FIRST]
-    more = [pytest.param(n, 64, 8, marks=NIGHTLY) for n in MORE]
-    return short + more + [pytest.param(n, 520, 100, marks=NIGHTLY) for n in FIRST + MORE]
+    """All models nightly, one always: other tests here and those of `test_speculation_starts` have others."""
+    short = [row((n, 96, 15), n == "mamba2") for n in FIRST] + [row((n, 64, 8), False) for n in MORE]
+    return short + [row((n, 520, 100), False) for n in FIRST + MORE]
 
 
 @pytest.mark.parametrize(("name", "tokens", "rejections"), cases())
@@ -130,7 +130,7 @@ def test_disabling_restores_the_model() -> None:
 
 def test_the_cache_given_back_continues_like_any_other() -> None:
     """Its states are those of the text, it records no more, and its layers have their own classes again."""
-    model, reference = compiled_model("bamba"), zoo.make_model("bamba")
+    model, reference = compiled_model("qwen3_5"), zoo.make_model("qwen3_5")
     ids = zoo.prompt(1, 6)
     text = plain_text(reference, ids, 40)
     enable_speculation(model)
@@ -158,16 +158,16 @@ def assistant_for(name: str) -> Any:
     return assistant
 
 
-@pytest.mark.parametrize("schedule", ["constant", pytest.param("heuristic", marks=NIGHTLY)])
+@pytest.mark.parametrize("schedule", chosen(["constant", "heuristic"], {"constant"}))
 @pytest.mark.parametrize(
     ("name", "drafter"),
     [
         ("mamba2", "mamba2"),
-        pytest.param("mamba2", "llama", marks=NIGHTLY),
-        pytest.param("qwen3_next", "llama", marks=NIGHTLY),
-        pytest.param("qwen3_next", "qwen3_next", marks=NIGHTLY),
-        pytest.param("bamba", "mamba2", marks=NIGHTLY),
-        pytest.param("mamba2", "qwen3_next", marks=NIGHTLY),
+        row(("mamba2", "llama"), False),
+        row(("qwen3_next", "llama"), False),
+        row(("qwen3_next", "qwen3_next"), False),
+        row(("bamba", "mamba2"), False),
+        row(("mamba2", "qwen3_next"), False),
     ],
 )
 def test_assistants(name: str, drafter: str, schedule: str, taken_back: list[int]) -> None:

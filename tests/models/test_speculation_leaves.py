@@ -25,10 +25,10 @@ from kvbuffer_compile.integrations.transformers import disable_speculation, enab
 from kvbuffer_compile.integrations.transformers.recorded import _apart
 from kvbuffer_compile.runtime import by_hand
 from tests import zoo
+from tests.support.daily import chosen
 from tests.zoo.configs import BASE, BUFFERED
 from tests.zoo.weights import remember
 
-NIGHTLY = pytest.mark.nightly
 FAST: dict[str, Any] = {"inner": "eager", "target": "aten", "flush": 8}
 NAMES = ("qwen3_next", "kimi_linear", "bamba")
 
@@ -71,6 +71,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_the_next_model_has_the_graphs_that_it_has_alone(sizes: list[str]) -> None:
     """Graphs of other models neither count against its own, nor teach torch.compile that its sizes change."""
     model, ids = one_layer(), repeating(30)
@@ -94,7 +95,7 @@ def test_torch_compile_remembers_sizes_by_model() -> None:
     assert known[0] != known[1]
 
 
-@NIGHTLY
+@pytest.mark.nightly
 def test_models_one_after_another() -> None:
     for name in NAMES:
         model = zoo.make_model(name)
@@ -102,6 +103,7 @@ def test_models_one_after_another() -> None:
         lookup(model, repeating(27), 12)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_too_many_graphs_are_the_reason_that_is_given() -> None:
     model = one_layer()
     enable_speculation(model)
@@ -136,6 +138,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_copies_are_ordinary_models(tmp_path: Path) -> None:
     """And the model that was copied goes on; a copy of a copy can speculate in its turn."""
     plain, model, ids = one_layer(), one_layer(), repeating(20)
@@ -177,6 +180,7 @@ def test_nothing_in_the_model_leads_to_graphs() -> None:
     assert speculation_of(model) not in [getattr(x, "__self__", x) for x in vars(model).values()]
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_model_that_moves_speculates_as_before(records: list[GraphRecord]) -> None:
     """Whatever was remembered about it in another dtype is forgotten."""
     model, ids = one_layer(), repeating(20)
@@ -200,7 +204,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["mamba2", pytest.param("qwen3_next", marks=NIGHTLY)])
+@pytest.mark.parametrize("name", chosen(["mamba2", "qwen3_next"], {"mamba2"}))
 def test_plain_decoding_is_what_it_was(name: str) -> None:
     model, ids = zoo.make_model(name), zoo.prompt(2, 7)
     for way, extra in WAYS.items():
@@ -218,7 +222,7 @@ def test_plain_decoding_is_what_it_was(name: str) -> None:
 # -------------------------------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("how", ["compiled", *(pytest.param(how, marks=NIGHTLY) for how in ("as it is", "disabled"))])
+@pytest.mark.parametrize("how", chosen(["compiled", "as it is", "disabled"], {"compiled"}))
 def test_a_model_that_is_dropped_is_freed(how: str) -> None:
     model = one_layer()
     if how == "compiled":
@@ -235,9 +239,14 @@ def test_a_model_that_is_dropped_is_freed(how: str) -> None:
     assert not LEDGER.accounts
 
 
-@pytest.mark.parametrize("calls", [12, pytest.param(200, marks=NIGHTLY)])
-def test_many_calls_of_many_lengths_leave_nothing(calls: int, records: list[GraphRecord]) -> None:
-    """Graphs and tensors are those of the first calls: a prompt of one token, short ones, long ones."""
+@pytest.mark.parametrize("calls", chosen([12, 200], {"12"}))
+def test_many_calls_of_many_lengths_leave_nothing(
+    calls: int, records: list[GraphRecord], request: pytest.FixtureRequest
+) -> None:
+    """Graphs and tensors are those of the first calls: a prompt of one token, short ones, long ones; at night with
+    Inductor."""
+    if calls < 100:
+        request.getfixturevalue("uncompiled")
     model = one_layer()
     enable_speculation(model)
     lengths = [1, 9, 70] + [int(n) for n in torch.randint(1, 90, (calls - 3,))]

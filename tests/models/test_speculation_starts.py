@@ -25,7 +25,6 @@ from tests.models.test_speculation import (
     FAST,
     FIRST,
     MORE,
-    NIGHTLY,
     OLDER,
     Corrupted,
     compiled_model,
@@ -33,6 +32,7 @@ from tests.models.test_speculation import (
     speculate,
 )
 from tests.runtime.test_no_memory import state_bytes
+from tests.support.daily import chosen
 from tests.support.oracle import Oracle
 from tests.zoo.build import PREFIXES
 from tests.zoo.configs import BASE, BUFFERED
@@ -48,7 +48,7 @@ WIDE: dict[str, dict[str, Any]] = {
 
 def one_of_all(always: str) -> list[Any]:
     """The models, all but one of them nightly."""
-    return [pytest.param(n, marks=[] if n == always else NIGHTLY) for n in FIRST + MORE]
+    return chosen(FIRST + MORE, {always})
 
 
 def wide_model(name: str) -> Any:
@@ -83,7 +83,7 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
 # -------------------------------------------------------------------------------------- states that are not there
 
 
-@pytest.mark.parametrize("name", ["mamba2", pytest.param("qwen3_next", marks=NIGHTLY)])
+@pytest.mark.parametrize("name", chosen(["mamba2", "qwen3_next"], {"mamba2"}))
 def test_no_state_is_there_before_its_base(name: str, verified: list[tuple[int, list[int]]]) -> None:
     """At every length around the switch: text and states are those of a model that has its states from the start."""
     model, reference = wide_model(name), wide_model(name)
@@ -207,9 +207,8 @@ def test_a_cache_is_one_of_the_accepted_tokens(name: str) -> None:
 # -------------------------------------------------------------------------------------------- compiling and undoing
 
 
-@pytest.mark.parametrize(
-    "order", ["in between", *(pytest.param(o, marks=NIGHTLY) for o in ("after", "before", "both"))]
-)
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("order", chosen(["in between", "after", "before", "both"], {"in between"}))
 def test_compiling_before_or_after(order: str, records: list[GraphRecord]) -> None:
     """The options that count are those of the last compile; disabling leaves the model compiled and as it was."""
     model, reference = zoo.make_model("mamba2"), zoo.make_model("mamba2")
@@ -271,10 +270,11 @@ REASONS = {
     "zamba": "3 of 3 states of ZambaForCausalLM do not run buffered.*: (it is overwritten|.*state)",
     "xlstm": "xLSTMForCausalLM keeps its states outside the cache layers",
 }
-SLOW = ("falcon_mamba", "zamba", "jamba")
+SLOW = {"falcon_mamba", "zamba", "jamba"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=NIGHTLY if n in SLOW else []) for n in REASONS])
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("name", chosen(REASONS, REASONS.keys() - SLOW))
 def test_states_that_cannot_be_taken_back_are_refused_before_the_first_token(name: str) -> None:
     model = zoo.make_model(name)
     enable_speculation(model)

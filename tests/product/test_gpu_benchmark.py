@@ -25,8 +25,8 @@ def dry_run(path: Path, *arguments: str) -> dict:
     return json.loads(path.read_text())
 
 
-def complete(found: dict, names: tuple[str, ...]) -> None:
-    assert {(r["case"], r["dtype"]) for r in found["cases"]} == {(n, d) for n in names for d in ("float32", "bfloat16")}
+def complete(found: dict, names: tuple[str, ...], dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> None:
+    assert {(r["case"], r["dtype"]) for r in found["cases"]} == {(n, d) for n in names for d in dtypes}
     for row in found["cases"]:
         assert all(row[side] > 0 for side in SIDES) and row["fla"].startswith("skipped: ")
     (model,) = found["model"]
@@ -35,7 +35,7 @@ def complete(found: dict, names: tuple[str, ...]) -> None:
 
 
 def test_a_dry_run_runs_to_its_end(tmp_path):
-    complete(dry_run(tmp_path / "found.json", "--only", "gdn"), ("gdn",))
+    complete(dry_run(tmp_path / "found.json", "--only", "gdn", "--dtypes", "bfloat16"), ("gdn",), ("bfloat16",))
 
 
 @pytest.mark.nightly

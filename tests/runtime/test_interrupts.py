@@ -20,6 +20,7 @@ from kvbuffer_compile.process.at_once import at_once
 from kvbuffer_compile.runtime import drafts
 from kvbuffer_compile.steps import composite, ops, slots, tree
 from tests.kernels.test_cut import CUT
+from tests.support.daily import row
 from tests.support.exact import Exact
 from tests.support.interrupts import everywhere
 from tests.support.programs import NAMED
@@ -168,15 +169,20 @@ def test_a_recurrent_step(pool: bool) -> None:
     everywhere(begin, check)
 
 
-@pytest.mark.parametrize("tokens", [None, pytest.param(MOST, marks=pytest.mark.nightly)], ids=["one token", "several"])
-@pytest.mark.parametrize("index", [[2, 0], [1, -2]], ids=["two slots", "one slot twice"])
-def test_a_step_on_a_pool(index: list[int], tokens: int | None) -> None:
+SLOTS = {"two slots": [2, 0], "one slot twice": [1, -2]}
+
+
+@pytest.mark.parametrize(
+    ("index", "tokens"),
+    [row((at, tokens), (at, tokens) == ("one slot twice", None)) for tokens in (None, MOST) for at in SLOTS],
+)
+def test_a_step_on_a_pool(index: str, tokens: int | None) -> None:
     """Slots flush and have their rows written over in the same step."""
     start, run = held(3)
     start.cursor[1] = torch.tensor([3, 1, 9])
     start.plan = replace(start.plan, slots=True, variant="verify" if tokens else "buffered")
     operands = [x[:2] for x in stacked(run, tokens)]
-    at = torch.tensor(index)
+    at = torch.tensor(SLOTS[index])
     check_steps(start, lambda h: slots.buffered_step(h.plan, h.state, h.cursor, h.rows, at, operands))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -23,12 +22,9 @@ EXAMPLES = 200
 
 @pytest.fixture(autouse=True)
 def roomy() -> Iterator[None]:
-    """How many graphs there are is asked elsewhere. What exists now is no garbage: collections look at the rest."""
-    gc.collect()
-    gc.freeze()
+    """How many graphs there are is asked elsewhere."""
     with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=2048):
         yield
-    gc.unfreeze()
 
 
 def run(target: str, seeds: range) -> Counter[str]:

@@ -61,12 +61,14 @@ def capture_plain(fn: Callable[..., Any], *args: Any) -> GraphModule:
 
 def traced(step: Callable[..., Any], args: tuple[Tensor, ...], table: dict[Any, Any] | None = None) -> GraphModule:
     """A functional graph of a step, without Dynamo and AOTAutograd: each op is traced once instead of five times.
+    Nothing is written to args; the graph is for operands of their strides, so none is copied, which would write out
+    what is expanded.
 
     table: decompositions, Inductor's when None.
     """
     table = select_decomp_table() if table is None else table
     with torch.no_grad():
-        gm = make_fx(functionalize(step), decomposition_table=table, tracing_mode="fake")(*(x.clone() for x in args))
+        gm = make_fx(functionalize(step), decomposition_table=table, tracing_mode="fake")(*(x.detach() for x in args))
     end = gm.graph.output_node()
     if not isinstance(end.args[0], list | tuple):
         end.args = ((end.args[0],),)
