@@ -65,8 +65,9 @@ def traced(step: Callable[..., Any], args: tuple[Tensor, ...], table: dict[Any, 
     table: decompositions, Inductor's when None.
     """
     table = select_decomp_table() if table is None else table
+    given = [x.new_empty_strided(x.shape, x.stride()) for x in args]  # clone would fill in what is expanded
     with torch.no_grad():
-        gm = make_fx(functionalize(step), decomposition_table=table, tracing_mode="fake")(*(x.clone() for x in args))
+        gm = make_fx(functionalize(step), decomposition_table=table, tracing_mode="fake")(*given)
     end = gm.graph.output_node()
     if not isinstance(end.args[0], list | tuple):
         end.args = ((end.args[0],),)
