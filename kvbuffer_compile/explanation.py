@@ -75,7 +75,10 @@ class Findings:
         seen = record.predictions
         lifted = [(f.state, state_report(f, plan, seen.get(f.state.name))) for f, plan in record.states]
         refused = [(r.state, state_report(r.state, r.why, kept=r.kept)) for r in record.refused]
-        found = [self._named(report, record.name(state)) for state, report in lifted + refused]
+        found = [
+            self._named(replace(report, reason=record.told(report.reason)), record.name(state))
+            for state, report in lifted + refused
+        ]
         self.states += [report for report in found if report.status != "kept" or report not in self.states]
         whole = whole_call((report.prediction for _, report in lifted), record.call)
         self.calls += [whole] if whole and whole not in self.calls else []

@@ -79,6 +79,9 @@ def layer_row(name: str) -> Row:
     for parameter in layer.parameters():  # models fill in what layers leave at zero, or as it was in memory
         if not parameter.isfinite().all() or not parameter.any():
             torch.nn.init.normal_(parameter, std=0.3)
+    for module in layer.modules():  # a table of angles that grows token by token is compiled anew as often
+        if hasattr(module, "_update_cos_sin_cache"):
+            module._update_cos_sin_cache(PROMPT + calls.TOKENS, torch.device("cpu"), torch.float32)
     tokens = torch.randn(calls.B, PROMPT + calls.TOKENS, 32)
     told: dict[str, str] = {}
     records: list[GraphRecord] = []
