@@ -158,7 +158,8 @@ def page(functions: Iterable[Row], layers: Iterable[Row]) -> str:
             f"the library's own kernels in Triton's interpreter over {calls.TOKENS} tokens in float32, relative to the "
             "largest value of a step.",
             "Its cache puts a new state in the place of the old one at every token. States are buffered when the old "
-            'ones may be written to: `options={"donate": True}`, if you keep no state of an earlier token.',
+            'ones may be written to: `options={"donate": True}`, if you keep no state of an earlier token. Tables of '
+            "rotary angles were made long enough beforehand: one that grows is compiled anew, by any backend.",
             "## Layers",
             HEAD + "\n".join(map(line, layers)),
             "## Functions",
