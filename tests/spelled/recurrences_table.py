@@ -148,7 +148,8 @@ def of_records(name: str, records: Iterable[GraphRecord]) -> list[Row]:
         for _, plan in record.states:
             found.append(row(name, plan) if isinstance(plan, Plan) else Row(name, reason=f"{plan.rule}: {plan.reason}"))
         for r in record.refused:
-            found.append(Row(name, status="kept" if r.kept else "declined", reason=f"{r.why.rule}: {r.why.reason}"))
+            status = "kept" if r.kept else "declined"
+            found.append(Row(name, status=status, reason=f"{r.why.rule}: {record.told(r.why.reason)}"))
     return list(dict.fromkeys(found)) or [Row(name, status="", reason="nothing is written")]
 
 
