@@ -24,10 +24,10 @@ from torch.fx import GraphModule
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM, StaticCache
 
 from benchmarks.cpu_kernels import machine
-from kvbuffer_compile import backend
+from kvbuffer_compile import backend, planning
 from kvbuffer_compile.steps import targets
 
-STAGES = {"lift": (backend, "lift"), "choose": (backend, "choose"), "validate": (backend, "validate"),
+STAGES = {"lift": (backend, "lift"), "choose": (planning, "explain_choice"), "validate": (planning, "validate"),
           "splice": (backend, "splice"), "kernels": (targets, "build")}  # fmt: skip
 CAPACITY = 64
 

@@ -82,7 +82,10 @@ class Findings:
             for f, plan in record.states
         ]
         refused = [(r.state, state_report(r.state, r.why, kept=r.kept)) for r in record.refused]
-        found = [self._named(report, record.name(state)) for state, report in lifted + refused]
+        found = [
+            self._named(replace(report, reason=record.told(report.reason)), record.name(state))
+            for state, report in lifted + refused
+        ]
         self.states += [report for report in found if report.status != "kept" or report not in self.states]
         self.devices |= {f.state.meta["val"].device for f, _ in record.states if f.state.name in seen}
         whole = whole_call((report.prediction for _, report in lifted), record.call)

@@ -12,7 +12,7 @@ from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.choose import explain_choice, likely_flush, plans_of, state_tensor
 from kvbuffer_compile.passes.choice.predict import Prediction
 from kvbuffer_compile.passes.choice.words import duration
-from kvbuffer_compile.passes.lift.reasons import EMPTY
+from kvbuffer_compile.passes.lift.words import EMPTY
 from kvbuffer_compile.passes.lifted import Call, Lifted, LiftedGraph
 from kvbuffer_compile.passes.proof.validate import validate
 from kvbuffer_compile.passes.storage import pools

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,8 @@ from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.passes.choice.predict import Prediction
 from kvbuffer_compile.passes.lifted import ALONE, Call, Lifted, Refused
+
+MENTIONED = re.compile(r" \(`([^`]+)`\)")  # an input of the graph within a reason
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class GraphRecord:
         """What the user calls an input, e.g. "cache.layers[0].recurrent_states[0]"."""
         return self.names.get(state.name, state.name)
 
+    def told(self, reason: str) -> str:
+        """A reason with the user's names of the inputs that it mentions; those that have none are left out."""
+        known = lambda match: f" (`{self.names[match[1]]}`)" if match[1] in self.names else ""  # noqa: E731
+        return MENTIONED.sub(known, reason)
+
     @property
     def rewritten(self) -> list[tuple[Lifted, Plan]]:
         return [(lifted, plan) for lifted, plan in self.states if isinstance(plan, Plan)]
@@ -44,8 +52,9 @@ class GraphRecord:
     def declined(self) -> list[Declined]:
         """Why matrix states are not rewritten, each by the user's name of it. What is no matrix state is not among
         them: it is kept."""
-        states = [replace(why, node=self.name(one.state)) for one, why in self.states if isinstance(why, Declined)]
-        return states + [replace(one.why, node=self.name(one.state)) for one in self.refused if not one.kept]
+        found = [(one.state, why) for one, why in self.states if isinstance(why, Declined)]
+        found += [(one.state, one.why) for one in self.refused if not one.kept]
+        return [replace(why, node=self.name(state), reason=self.told(why.reason)) for state, why in found]
 
 
 @dataclass

@@ -24,6 +24,7 @@ from kvbuffer_compile.passes.choice.choose import lane_sizes, state_tensor
 from kvbuffer_compile.passes.choice.predict import Prediction
 from kvbuffer_compile.passes.choice.working_set import hint
 from kvbuffer_compile.passes.lifted import Lifted
+from kvbuffer_compile.records import MENTIONED
 from kvbuffer_compile.report import html
 from kvbuffer_compile.report import plot as report_plot
 from kvbuffer_compile.report.whole import WholeCall, in_bytes
@@ -65,7 +66,8 @@ class StateReport:
     @property
     def kind(self) -> StateReport:
         """The same without its name: what the layers of a model have in common."""
-        return replace(self, name="", reason=self.reason.replace(self.name, "it"))
+        reason = MENTIONED.sub("", self.reason)  # the others that it has to do with are of its own layer
+        return replace(self, name="", reason=reason.replace(self.name, "it"))
 
 
 def state_report(

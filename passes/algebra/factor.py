@@ -12,6 +12,7 @@ from itertools import product as cross
 
 from torch.fx import Node
 
+from kvbuffer_compile.passes.algebra.refusals import mentioned, prefill
 from kvbuffer_compile.passes.algebra.terms import (
     Call,
     Expr,
@@ -25,7 +26,6 @@ from kvbuffer_compile.passes.algebra.terms import (
     held,
     leaves,
     mean,
-    prefill,
     product,
 )
 from kvbuffer_compile.passes.reading.arguments import shape
@@ -252,7 +252,8 @@ def _full(where: Factor) -> Refusal:
     )
     if node.op == "placeholder":
         reason = (
-            "another tensor as large as the state is added to it: if it is the product of a key and a value (of the "
-            "token before), keep those two vectors and add their product"
+            f"another tensor as large as the state{mentioned(node)} is added to it, whole: if it is the product of a "
+            "key and a value (of the token before), keep those two vectors and add their product; else no few rows can "
+            "stand for it, and there is nothing to be done"
         )
     return Refusal(node, "full-rank", reason)

@@ -6,12 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
-from torch._ops import OpOverload
 from torch.fx import Node
 
 from kvbuffer_compile.ir.program import REDUCTIONS
-from kvbuffer_compile.passes.reading.forms import WIDEST, WIDEST_BLOCK
-from kvbuffer_compile.passes.reading.labels import Atom, Dim, Labels, Size, fixed, renamed, resolved
+from kvbuffer_compile.passes.reading.labels import Atom, Dim, Labels, fixed, renamed, resolved
 
 Number = float | int | bool
 
@@ -22,45 +20,6 @@ class Refusal(Exception):
     def __init__(self, node: Node, rule: str, reason: str) -> None:
         super().__init__(reason)
         self.node, self.rule, self.reason = node, rule, reason
-
-
-def called(node: Node) -> str:
-    """The name of the call that a node makes, as its author knows it."""
-    target = node.target
-    return target.overloadpacket.__name__.lstrip("_") if isinstance(target, OpOverload) else str(target)
-
-
-def nonlinear(node: Node, met: bool = False) -> Refusal:
-    """Something is done to the state that is no algebra. met: two values that both depend on it meet."""
-    reason = (
-        f"{called(node)} is applied to the state, which may only be scaled, contracted with a key and added to: apply "
-        "it to what is added or to what is read"
-    )
-    if met:
-        reason = (
-            f"two values that depend on the state meet in {called(node)}: the next state and what is read must be "
-            "linear in it, so factors and conditions may only be computed from what was read by a key"
-        )
-    return Refusal(node, "nonlinear", reason)
-
-
-def in_part(node: Node) -> Refusal:
-    """Less than the state is used."""
-    reason = (
-        "a part of the state is taken along one of its axes: use the whole state, with zeros in keys, values or a mask "
-        "for the part that is left out"
-    )
-    return Refusal(node, "partial", reason)
-
-
-def prefill(node: Node, count: Size, what: str) -> Refusal:
-    """More tokens in one call than are taken apart."""
-    reason = (
-        f"{count} {what} in one call, more than the {WIDEST} that are taken apart one by one: a prompt, which runs as "
-        f"it is; calls of at most {WIDEST} tokens are buffered, and of at most {WIDEST_BLOCK} if all of them read one "
-        "state by one product and are added to it by one product"
-    )
-    return Refusal(node, "prefill", reason)
 
 
 @dataclass(frozen=True)

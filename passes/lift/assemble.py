@@ -25,6 +25,7 @@ from kvbuffer_compile.ir.program import (
 from kvbuffer_compile.passes.algebra.coordinates import Coordinates, coordinates
 from kvbuffer_compile.passes.algebra.factor import Axes, Factoring
 from kvbuffer_compile.passes.algebra.operands import Inserter, Operands
+from kvbuffer_compile.passes.algebra.refusals import prefill
 from kvbuffer_compile.passes.algebra.terms import (
     Call,
     Expr,
@@ -36,7 +37,6 @@ from kvbuffer_compile.passes.algebra.terms import (
     is_reduction,
     leaves,
     mul,
-    prefill,
     settled,
 )
 from kvbuffer_compile.passes.lifted import Output

@@ -12,8 +12,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.passes.algebra.factor import Axes, Factoring
+from kvbuffer_compile.passes.algebra.refusals import mentioned
 from kvbuffer_compile.passes.algebra.terms import Refusal, Term, leaves
 from kvbuffer_compile.passes.algebra.versions import ReadOut
+from kvbuffer_compile.passes.lift import words
 from kvbuffer_compile.passes.lifted import Refused
 from kvbuffer_compile.passes.reading.arguments import shape, tensor
 from kvbuffer_compile.passes.reading.aten import read
@@ -49,38 +51,6 @@ _SYMPTOMS = frozenset(
 )
 _ENDS = Contract | Reduce | Variance | Opaque | Metadata | Constant  # of what is carried along element by element
 
-EMPTY = "the state has an axis of size 0: it holds nothing that could be buffered"
-VECTOR = (
-    "it is added to element by element, so what a token adds is as large as itself and there is nothing to buffer; the "
-    "compiler reads and writes all of it at every token, as much as one more column of a matrix that it lies beside"
-)
-CACHE = (
-    "values are put in, moved along or taken out, and nothing is decayed or added to: a cache or a shift register, no "
-    "recurrence"
-)
-ELEMENTS = "it is changed element by element, and neither decayed nor read by a key: no matrix state"
-OVERWRITTEN = "it is overwritten: what is stored does not depend on what was there"
-SMALL = "it has fewer than two dims: no matrix state"
-COUNTER = "it holds no real numbers: no state of a recurrence"
-COMPLEX = (
-    "the state holds complex numbers: a complex gate is a decay and a rotation of two rows into each other, and a "
-    "decay must be one factor a head, a row or a column; keep the state real, and rotate keys and queries by the sum "
-    "of the angles so far, as rotary embeddings do"
-)
-ROTATION = (
-    "parts of the state are taken along an axis and put together again, as when rows are rotated into each other in "
-    "pairs: a decay must be one factor a head, a row or a column; rotate keys and queries by the sum of the angles so "
-    "far instead, as rotary embeddings do"
-)
-INDEXED = (
-    "rows of the state are taken or stored by an index: they can be followed where they are taken once, whole, by a "
-    "one-dimensional integer index, and stored once by the same one"
-)
-TRANSITION = (
-    "the next state is contracted from the old one by a matrix that is no sum of identity (or a diagonal) and k q^T: "
-    "write the matrix as such a sum, or as a decay and products of vectors"
-)
-
 
 def refused(walk: Walk, refusal: Refusal, write: Node | None) -> Refused | None:
     """The refusal as reports show it. write: the copy_ that stores the next state, None when nothing is stored.
@@ -90,22 +60,24 @@ def refused(walk: Walk, refusal: Refusal, write: Node | None) -> Refused | None:
     refusal = _explained(walk, refusal)
     if write is None:
         shown = refusal.rule != "vector" and ((walk.after is not None and bool(walk.reads)) or _is_returned(walk))
-        if refusal.rule == "partial" and _is_rotated(walk, _onward(walk)):
-            refusal = Refusal(refusal.node, "rotation", ROTATION)
+        if refusal.rule == "partial" and _is_rotated(walk, _onward(walk.state)):
+            refusal = Refusal(refusal.node, "rotation", words.ROTATION)
         return told(walk.state, refusal) if shown else None
     carried = _between(walk, write)
     if not carried:
-        return told(walk.state, Refusal(write, "overwritten", OVERWRITTEN), kept=True)
+        return _overwritten(walk, write)
     if refusal.rule == "vector":
         return told(walk.state, refusal, kept=True)
+    if adder := next((n for n in carried if _adds_by_index(n)), None):
+        return _added_by_index(walk, adder)
     if refusal.rule != "empty" and all(_only_moves(read(n)) for n in carried - {walk.state}):
-        return told(walk.state, Refusal(write, "cache", CACHE), kept=True)
+        return told(walk.state, Refusal(write, "cache", words.CACHE), kept=True)
     if refusal.rule != "empty" and not walk.active and not _is_scaled_or_grows(carried):
-        return told(walk.state, Refusal(refusal.node, "vector", ELEMENTS), kept=True)
+        return told(walk.state, Refusal(refusal.node, "vector", words.ELEMENTS), kept=True)
     if refusal.rule == "overwritten":
-        refusal = Refusal(refusal.node, "full-transition", TRANSITION)
+        refusal = Refusal(refusal.node, "full-transition", words.TRANSITION)
     if refusal.rule == "partial" and _is_rotated(walk, carried):
-        refusal = Refusal(refusal.node, "rotation", ROTATION)
+        refusal = Refusal(refusal.node, "rotation", words.ROTATION)
     return told(walk.state, refusal)
 
 
@@ -126,26 +98,64 @@ def _other(state: Node, write: Node) -> Refused:
     value, last = tensor(state), write.args[1]
     where = last if isinstance(last, Node) and source(last) else write
     if value is not None and value.dtype.is_complex and value.dim() > 2:
-        return told(state, Refusal(where, "complex", COMPLEX))
+        return told(state, Refusal(where, "complex", words.COMPLEX))
     if value is not None and value.dtype.is_floating_point:
-        return told(state, Refusal(where, "vector", SMALL), kept=True)
-    return told(state, Refusal(where, "counter", COUNTER), kept=True)
+        return told(state, Refusal(where, "vector", words.SMALL), kept=True)
+    if value is not None and value.dim() > 2 and isinstance(last, Node) and _is_dequantised(state, last):
+        return told(state, Refusal(where, "quantised", words.QUANTISED))
+    return told(state, Refusal(where, "counter", words.COUNTER), kept=True)
 
 
 def _explained(walk: Walk, refusal: Refusal) -> Refusal:
     """The refusal, or what is behind it."""
     if refusal.rule == "nonlinear" and refusal.node.target in GATHERS | SCATTERS:
-        refusal = Refusal(refusal.node, "partial", INDEXED)
+        refusal = Refusal(refusal.node, "partial", words.INDEXED)
     if refusal.node.target is aten.view_as_complex.default:
-        refusal = Refusal(refusal.node, "rotation", COMPLEX)
+        refusal = Refusal(refusal.node, "rotation", words.COMPLEX)
     if 0 in walk.state.meta["val"].shape:  # of nothing much is true: sums are zeros, and axes look alike
-        return Refusal(refusal.node, "empty", EMPTY)
+        return Refusal(refusal.node, "empty", words.EMPTY)
     if refusal.rule in _SYMPTOMS and _is_vector(walk):
-        return Refusal(refusal.node, "vector", VECTOR)
+        return Refusal(refusal.node, "vector", words.VECTOR)
     return refusal
 
 
+def _overwritten(walk: Walk, write: Node) -> Refused:
+    """A tensor whose own values are not among what is stored: of no interest, unless another state moves into it."""
+    last = write.args[1]
+    assert isinstance(last, Node)
+    if len(shape(walk.state)) > 2:
+        like = (n for n in walk.state.graph.find_nodes(op="placeholder") if _like(n) == _like(walk.state))
+        other = next((n for n in like if n is not walk.state and n is not last and last in _grown(n)), None)
+        if other is not None:
+            return told(walk.state, Refusal(write, "elsewhere", words.ELSEWHERE.format(mentioned(other))))
+    return told(walk.state, Refusal(write, "overwritten", words.OVERWRITTEN), kept=True)
+
+
+def _added_by_index(walk: Walk, adder: Node) -> Refused:
+    """A matrix in some rows of which something is added. With two dims it may count as well."""
+    if len(shape(walk.state)) > 2:
+        return told(walk.state, Refusal(adder, "partial", words.ADDED))
+    return told(walk.state, Refusal(adder, "vector", words.ELEMENTS), kept=True)
+
+
 # ---------------------------------------------------------------------------------------------- carried
+
+
+def _adds_by_index(node: Node) -> bool:
+    """Whether values are added to some rows of a tensor, and not put in their place."""
+    if node.target in (aten.index_put.default, aten._unsafe_index_put.default):
+        return len(node.args) > 3 and node.args[3] is True
+    return node.target in (aten.scatter_add.default, aten.index_add.default, aten.scatter_reduce.two)
+
+
+def _is_dequantised(state: Node, last: Node) -> bool:
+    """Whether a stored integer is computed from the state's own through real numbers."""
+    inside, seen, stack = _onward(state), {last}, [last]
+    while stack:
+        above = [x for x in stack.pop().all_input_nodes if x in inside and x not in seen]
+        seen.update(above)
+        stack += above
+    return state in seen and any(n.meta["val"].dtype.is_floating_point for n in seen if tensor(n) is not None)
 
 
 def _only_moves(form: Form) -> bool:
@@ -169,18 +179,22 @@ def _is_rotated(walk: Walk, carried: Iterable[Node]) -> bool:
 
 
 def _is_returned(walk: Walk) -> bool:
-    """Whether an output of the state's shape is what became of it element by element, with a product of a row and a
-    column added on the way: a next state, though not stored by the graph."""
-    inside, found = _onward(walk), {_like(walk.state)}
-    size = prod(shape(walk.state))
+    """Whether an output is a next state, though not stored by the graph."""
+    state = walk.state
+    found = [n for n in _outputs(state.graph) if n is not state and _like(n) == _like(state)]
+    return bool(found) and not _grown(state).isdisjoint(found)
+
+
+def _grown(state: Node) -> set[Node]:
+    """What an input becomes element by element, if a product of a row and a column is added on the way."""
+    inside, size = _onward(state), prod(shape(state))
     sums = [form for n in inside if prod(shape(n)) == size and isinstance(form := read(n), Sum)]
-    grows = any(_is_outer(x, inside) for form in sums for x in operands(form))
-    return grows and any(n in inside and n is not walk.state and _like(n) in found for n in _outputs(walk.state.graph))
+    return inside if any(_is_outer(x, inside) for form in sums for x in operands(form)) else set()
 
 
-def _onward(walk: Walk) -> set[Node]:
+def _onward(state: Node) -> set[Node]:
     """What is computed from the state element by element: views, products, sums and functions of it."""
-    inside, stack = {walk.state}, [walk.state]
+    inside, stack = {state}, [state]
     while stack:
         for user in stack.pop().users:
             if user not in inside and user.op == "call_function" and not isinstance(read(user), _ENDS):

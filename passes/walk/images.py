@@ -11,7 +11,8 @@ from math import prod
 
 from torch.fx import Node
 
-from kvbuffer_compile.passes.algebra.terms import Leaf, Refusal, held, in_part, nonlinear
+from kvbuffer_compile.passes.algebra.refusals import in_part, nonlinear
+from kvbuffer_compile.passes.algebra.terms import Leaf, Refusal, held
 from kvbuffer_compile.passes.algebra.versions import Lin, Version
 from kvbuffer_compile.passes.reading.arguments import shape
 from kvbuffer_compile.passes.reading.forms import WIDEST, Blocks, Join, Operand, Select, Slice

@@ -9,7 +9,8 @@ from dataclasses import replace
 from torch.fx import Node
 
 from kvbuffer_compile.passes.algebra.factor import Axes
-from kvbuffer_compile.passes.algebra.terms import Call, Expr, Fetch, Leaf, Refusal, add, called, mul, where
+from kvbuffer_compile.passes.algebra.refusals import called
+from kvbuffer_compile.passes.algebra.terms import Call, Expr, Fetch, Leaf, Refusal, add, mul, where
 from kvbuffer_compile.passes.algebra.versions import ReadOut
 from kvbuffer_compile.passes.reading.arguments import shape
 from kvbuffer_compile.passes.reading.aten import read
@@ -149,13 +150,15 @@ class Opening:
         if resolved(labels) != resolved(natural):
             reason = (
                 "what was read of the state is used along its other axis, as a key of the next read (as in power "
-                "iterations and conjugate gradients), or mixes heads"
+                "iterations and conjugate gradients), or mixes heads: each read may change the next update element by "
+                "element, head by head; keys must be made without it, else there is nothing to be done"
             )
             raise Refusal(node, "opaque-map", reason)
 
     def _opaque(self, node: Node) -> Refusal:
         reason = (
             f"{called(node)} takes a read of the state into its next update, and is not elementwise over the heads and "
-            "one axis (or a sum, mean, maximum or minimum over that axis)"
+            "one axis (or a sum, mean, maximum or minimum over that axis): write it with such operations, or apply it "
+            "to the output"
         )
         return Refusal(node, "opaque-map", reason)

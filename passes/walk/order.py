@@ -96,7 +96,7 @@ def choices(walk: Walk) -> Iterator[Axes]:
             seen.add(value)
             yield Axes(_ordered(home, key), value)
     if not seen:
-        raise Refusal(walk.state, "vector", "the state has no second axis: it is a vector, not a matrix memory")
+        raise Refusal(walk.state, "vector", words.VECTOR)
 
 
 def _last(walk: Walk) -> Node:
@@ -107,7 +107,7 @@ def _inner(walk: Walk) -> frozenset[Atom]:
     """Without reads: the axis before the last."""
     dims = [resolve(d) for d in walk.home if d]
     if len(dims) < 2:
-        raise Refusal(walk.state, "vector", "the state has no second axis: it is a vector, not a matrix memory")
+        raise Refusal(walk.state, "vector", words.VECTOR)
     return frozenset(dims[-2])
 
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 
 from torch.fx import Node
 
-from kvbuffer_compile.passes.algebra.terms import Call, Expr, Leaf, Mask, Refusal, Term, in_part, mean, nonlinear, times
+from kvbuffer_compile.passes.algebra.refusals import in_part, mentioned, nonlinear, rounded
+from kvbuffer_compile.passes.algebra.terms import Call, Expr, Leaf, Mask, Refusal, Term, mean, times
 from kvbuffer_compile.passes.algebra.transition import applied
 from kvbuffer_compile.passes.algebra.versions import Lin, ReadOut, Version
 from kvbuffer_compile.passes.reading.arguments import shape
@@ -69,8 +70,7 @@ class Walk:
     values: what depends on the state, as one image of it, or as several with an index held at different positions
     (images.py). reads: by node; apart: reads of several pieces in one node; write: the copy_ that stores the next
     state; after: the next state; returned: its position among the outputs if it is not stored; active: something was
-    added or contracted; sequence: the call of several tokens of which one was walked through; block: the index of the
-    tokens that all reads are of at once (blocks.py).
+    added or contracted; sequence: the call of several tokens of which one was walked; block: their index (blocks.py).
     """
 
     def __init__(self, state: Node, order: dict[Node, int]) -> None:
@@ -177,10 +177,12 @@ class Walk:
             case Token():
                 raise in_part(node)
             case Cast(_, exact) if not exact:
-                raise nonlinear(node)
+                raise rounded(node)
         if labels is None:
             raise Refusal(node, "reshape", words.RESHAPED)
-        return Lin(lin.version, labels, lin.factors)
+        if len(labels) == len(shape(node)):
+            return Lin(lin.version, labels, lin.factors)
+        raise Refusal(node, "vector", words.VECTOR)  # a token's sum over one column, which contracts nothing
 
     def _product(self, node: Node, x: Operand, y: Operand, lins: Case) -> Lin:
         if x in lins and y in lins:
@@ -264,11 +266,9 @@ class Walk:
             self.reads[node] = found
         return None
 
-    # ------------------------------------------------------------------------------------------- ends
-
     def _write(self, node: Node, form: Write) -> None:
         if form.target is not self.state:
-            raise Refusal(node, "coupled", words.COUPLED)
+            raise Refusal(node, "coupled", words.COUPLED.format(mentioned(form.target)))
         if self.write is not None or node.users:
             raise Refusal(node, "written-twice", words.TWICE)
         if form.x not in self.values:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+VECTOR = "the state has no second axis: it is a vector, not a matrix memory"
 RESHAPED = "the state is reshaped across its axes in a way that cannot be followed: keep a dim for each axis"
 WIDER = "a sum runs over an axis of the state and one of another tensor at once: read by one key at a time"
 COUPLED = (
-    "what another state becomes depends on this one element by element, as with momentum, or two states rotated into "
+    "what another state{} becomes depends on this one element by element, as with momentum, or two states rotated into "
     "each other: states may feed each other by what is read from them, and each must be updated by products of keys "
     "and values"
 )

@@ -145,6 +145,7 @@ def test_a_function_that_is_left_alone_says_why() -> None:
     def chunk_mesa_net(x):
         return x + 1
 
+    chunk_mesa_net.__module__ = module.__name__
     module.chunk_mesa_net = chunk_mesa_net
     sys.modules[module.__name__] = module
     told: dict[str, str] = {}

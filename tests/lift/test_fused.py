@@ -168,6 +168,7 @@ def libraries() -> Iterator[dict[str, Any]]:
     for module, known in (("fla.ops", FLA), ("mamba_ssm.ops", MAMBA)):
         sys.modules[module] = types.ModuleType(module)
         for name, function in known.items():
+            function.__module__ = module
             held[name] = torch.compiler.disable(function)
             setattr(sys.modules[module], name, held[name])
         substitution._searched.discard(module)
@@ -355,3 +356,30 @@ def test_a_single_token_that_is_left_alone_is_spelled_out(libraries: dict[str, A
         torch.testing.assert_close(out, step(expected, *given))
     torch.testing.assert_close(state, expected)
     assert seen and not any("kvbuffer" in target for target in seen)
+
+
+def test_what_someone_else_put_in_its_place_is_traced_as_it_is(
+    libraries: dict[str, Any], records: list[GraphRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may mean something else: here there is no scale unless one is asked for."""
+
+    def fused_recurrent_gla(q, k, v, gk, initial_state, scale=None, output_final_state=True):
+        S = initial_state * gk[:, 0].exp()[..., None] + _outer(k[:, 0], v[:, 0])
+        return _read(S, q[:, 0])[:, None], S
+
+    def step(S: Tensor, q: Tensor, k: Tensor, v: Tensor, gk: Tensor) -> Tensor:
+        out, new = sys.modules["fla.ops"].fused_recurrent_gla(q, k, v, gk, S)
+        S.copy_(new)
+        return out
+
+    monkeypatch.setattr(sys.modules["fla.ops"], "fused_recurrent_gla", fused_recurrent_gla)
+    substitution._searched.discard("fla.ops")
+    substitution.substitute_known()
+    q, k, gk = torch.randn(3, B, 1, H, K)
+    v, state = torch.randn(B, 1, H, V), torch.randn(B, H, K, V)
+    expected = state.clone()
+    with torch.no_grad():
+        got = torch.compile(step, backend="kvbuffer", fullgraph=True, options=FAST)(state, q, k, v, -gk.exp())
+        torch.testing.assert_close(got, step(expected, q, k, v, -gk.exp()))
+    torch.testing.assert_close(state + 0, expected)
+    assert [plan.program.signature for r in records for _, plan in r.rewritten] == ["DUR"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,86 @@ def test_complex_states_are_declined_as_such() -> None:
     run = torch.compile(complex_gates, backend="kvbuffer", options={**FAST, "on_decline": "raise"})
     with torch.no_grad(), pytest.raises(DeclinedError, match="S: complex: .*rotate keys and queries"):
         run(*args)
+
+
+def leaks(fast: Tensor, slow: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    slow.mul_(0.9).add_(fast * 0.1)
+    fast.mul_(0.8).add_(outer(k, v))
+    return read(slow + fast, q)
+
+
+def takes_turns(old: Tensor, new: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    new.copy_(old * 0.9 + outer(k, v))
+    return read(new, q)
+
+
+def added_to_rows(S: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    at = k.topk(2, -1).indices
+    S.scatter_add_(2, at[..., None].expand(B, H, 2, V), v[..., None, :].expand(B, H, 2, V))
+    return read(S, q)
+
+
+def in_integers(S: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    S.copy_(((S.float() * 0.9 + outer(k, v)) * 8).round().clamp(-127, 127).to(torch.int8))
+    return read(S.float(), q)
+
+
+def mixed_heads(S: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    S.copy_(torch.einsum("bgh,bhkv->bgkv", torch.softmax(q @ q.mT, -1), S) + outer(k, v))
+    return read(S, q)
+
+
+def in_softmax(S: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    S.add_(outer(k, v))
+    return read(S.softmax(-2), q)
+
+
+DECLINED = {  # step -> rows, and what the reason of the first must say: of others by the user's names, never by ours
+    leaks: ([("fast", "coupled"), ("slow", "full-rank")], "another state (`slow`)"),
+    takes_turns: ([("new", "elsewhere")], "another state (`old`) becomes is stored here"),
+    added_to_rows: ([("S", "partial")], "a key that is zero in the other rows"),
+    in_integers: ([("S", "quantised")], "in floating point"),
+    mixed_heads: ([("S", "full-transition")], "mixes its rows, its columns or its heads"),
+    in_softmax: ([("S", "nonlinear")], "softmax is applied to the state"),
+}
+
+
+@pytest.mark.parametrize("step", DECLINED, ids=lambda step: step.__name__)
+def test_each_decline_says_what_to_write_instead(step: Callable[..., Any]) -> None:
+    expected, said = DECLINED[step]
+    states = draw("S", "S") if step in (leaks, takes_turns) else draw("S")
+    states = [x.to(torch.int8) for x in states] if step is in_integers else states
+    with torch.no_grad():
+        report = kvbuffer_compile.explain(step, *states, *draw("k", "k", "v"), options=FAST)
+    assert [(row.name, row.status, row.rule) for row in report.states] == [(n, "declined", r) for n, r in expected]
+    assert said in report.states[0].reason and all(row.source for row in report.states)
+    assert not [row.reason for row in report.states if re.search(r"arg\d", row.reason)]
+
+
+def test_layers_alike_are_one_kind_of_row() -> None:
+    """Though each names the tensor of its own layer."""
+
+    def layers(fast: list[Tensor], slow: list[Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sum(leaks(f, s, q, k, v) for f, s in zip(fast, slow, strict=True))
+
+    with torch.no_grad():
+        report = kvbuffer_compile.explain(
+            layers, *([x.clone() for x in draw("S", "S", "S")] for _ in range(2)), *draw("k", "k", "v"), options=FAST
+        )
+    assert [names for _, names in report.groups()] == [[f"{n}[{i}]" for i in range(3)] for n in ("fast", "slow")]
+
+
+def snapshot(S: Tensor, kept: Tensor, table: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    kept.copy_(S)
+    table.scatter_add_(1, k.flatten(1).argsort(-1), k.flatten(1))
+    S.add_(outer(k, v))
+    return read(S, q)
+
+
+def test_copies_and_counts_are_kept() -> None:
+    given = [*draw("S", "S"), torch.zeros(B, H * K), *draw("k", "k", "v")]
+    assert ("table", "kept", "vector") in rows(snapshot, *given)
+    assert ("kept", "kept", "overwritten") in rows(snapshot, *given)
 
 
 def test_wide_calls_are_called_a_prefill() -> None:

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from kvbuffer_compile.backend import GraphRecord
 from kvbuffer_compile.errors import Declined
-from kvbuffer_compile.integrations.functions.adapters import GATED, GATED_DELTA, MOST_TOKENS
+from kvbuffer_compile.integrations.functions.adapters import GATED, GATED_DELTA, MOST_TOKENS, SUMMED
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.runtime import by_hand
 from tests import zoo
@@ -75,6 +75,36 @@ def test_without_gain_the_call_stays(records: list[GraphRecord]) -> None:
     torch.testing.assert_close(state, expected)
     ((_, why),) = records[0].states
     assert isinstance(why, Declined) and why.rule == "no-gain"
+
+
+def beside_a_sum(A: Tensor, S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Keys over a running sum [B, H, K] of their squares, the one column of a matrix to a sequence of tokens."""
+    ones = torch.ones_like(g)[..., None]
+    after, sums = torch.ops.kvbuffer.sequence(A[..., None], [g.exp(), k * k, ones, ones], SUMMED)
+    new, out = torch.ops.kvbuffer.sequence(S, [g.exp(), k / (1 + sums), v, q], GATED["s"])
+    A.copy_(after[..., 0])
+    S.copy_(new)
+    return out.transpose(1, 2)
+
+
+def test_a_vector_beside_a_sequence_is_kept(records: list[GraphRecord]) -> None:
+    g = torch.Generator().manual_seed(0)
+    shapes = (B, H, K), (B, H, K, V)
+    dtypes = (torch.float32, torch.float32, torch.float64)
+    first = [torch.rand(shape, generator=g) for shape in shapes]
+    states, outs = [[x.to(d, copy=True) for x in first] for d in dtypes], ([], [], [])
+    run = torch.compile(beside_a_sum, backend="kvbuffer", fullgraph=True, options=FAST)
+    with torch.no_grad():
+        for _ in range(6):
+            q, k, v = (torch.randn(B, H, 4, n, generator=g) for n in (K, K, V))
+            given = (q, k, v, -torch.rand(B, H, 4, generator=g))
+            for step, held, dtype, kept in zip((run, *[beside_a_sum] * 2), states, dtypes, outs, strict=True):
+                kept.append(step(*held, *(x.to(dtype) for x in given)))
+    check_steps(*outs)
+    for got, eager, exact in zip(*states, strict=True):
+        check(got + 0, eager, exact)
+    assert [plan.variant for plan in plans(records)] == ["verify"]
+    assert [(records[0].name(r.state), r.kept, r.why.rule) for r in records[0].refused] == [("A", True, "vector")]
 
 
 def test_what_is_done_once_beside_the_tokens_is_refused(records: list[GraphRecord]) -> None:

@@ -204,7 +204,7 @@ def test_a_state_that_is_seen_from_elsewhere_says_so() -> None:
     p.run(2)
     seen = p.state.numpy()
     p.run(2)
-    with pytest.raises(ValueError, match=r"\[0, 0, 0\] tokens can be taken back: the memory"):
+    with pytest.raises(ValueError, match=r"0 tokens can be taken back: the memory"):
         rollback(p.state, 1)
     p.check(torch.from_numpy(seen))
 

@@ -68,7 +68,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "RodimusAttention": {"hidden_size": 32},
     "SimpleGatedLinearAttention": SMALL,
     "MultiScaleRetention": SMALL,
-    "Raven": {**SMALL, "num_slots": 16},
+    "Raven": {**SMALL, "num_slots": 16, "topk": 4},
     "MesaNet": HEADS,
     "MomentumDeltaNet": HEADS,
 }

@@ -79,6 +79,9 @@ def layer_row(name: str) -> Row:
     for parameter in layer.parameters():  # models fill in what layers leave at zero, or as it was in memory
         if not parameter.isfinite().all() or not parameter.any():
             torch.nn.init.normal_(parameter, std=0.3)
+    for module in layer.modules():  # a table of angles that grows token by token is compiled anew as often
+        if hasattr(module, "_update_cos_sin_cache"):
+            module._update_cos_sin_cache(PROMPT + calls.TOKENS, torch.device("cpu"), torch.float32)
     tokens = torch.randn(calls.B, PROMPT + calls.TOKENS, 32)
     told: dict[str, str] = {}
     records: list[GraphRecord] = []
@@ -155,7 +158,8 @@ def page(functions: Iterable[Row], layers: Iterable[Row]) -> str:
             f"the library's own kernels in Triton's interpreter over {calls.TOKENS} tokens in float32, relative to the "
             "largest value of a step.",
             "Its cache puts a new state in the place of the old one at every token. States are buffered when the old "
-            'ones may be written to: `options={"donate": True}`, if you keep no state of an earlier token.',
+            'ones may be written to: `options={"donate": True}`, if you keep no state of an earlier token. Tables of '
+            "rotary angles were made long enough beforehand: one that grows is compiled anew, by any backend.",
             "## Layers",
             HEAD + "\n".join(map(line, layers)),
             "## Functions",

@@ -5,10 +5,13 @@ Programs are printed as equations: S' is S transposed, Diag(a) a factor for each
 
 from __future__ import annotations
 
+import ast
+import inspect
 import logging
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,8 @@ from tests.spelled.lifting import traced
 from tests.support.steps import Sizes
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recurrences.md"
-HEAD = "| name | token | decay | rank | reads | ops | status | reason |\n|---|---|---|---|---|---|---|---|\n"
+COLUMNS = ("name", "token, or its code", "decay", "rank", "reads", "ops", "status", "reason")
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
 SIGNS = {"aten.mul.Tensor": " * ", "aten.add.Tensor": " + ", "aten.sub.Tensor": " - ", "aten.div.Tensor": " / "}
 FAMILIES = {
     "Linear attention and its gates": "linear_attn linear_attn_normalised retention lightning simple_gla gla hgrn2",
@@ -37,13 +41,34 @@ FAMILIES = {
     "Test-time training": "ttt ttt_layer_norm",
 }
 LONGEST = 160  # of a token's equations
+WORDS = """\
+A state S holds a matrix for each sequence and head: its rows belong to keys, its columns to values. A token may
+
+- decay it (D): one factor a head, a row or a column, `decay` says which; `S = Diag(x0) S` scales rows, `S = S Diag(x0)`
+  columns;
+- be read from it (R): `y1 = S' x0`, a sum of its rows weighted by a key, or `S x0`, of its columns by a value;
+- be added to it (U): `S += x1 x2'`, the product of a key and a value. `rank` is how many of them a token adds.
+
+x0, x1, ... are values that the model computes from the token, y1, y2, ... what was read; ' is the transpose. `ops` is
+the order, as `signature` in a report. Of a step that is declined its code is shown instead.
+
+| status | meaning |
+|---|---|
+| buffered, recurrent | one token a call is served, by a buffer or by one kernel that writes the state |
+| verify | several tokens a call, unrolled or by a scan: served as one step, any of them can be taken back |
+| block | several tokens a call, which read the state by one product and are added to it by one: served as one step |
+| kept | no matrix state: the compiler handles it as it is, and `on_decline` says nothing of it |
+| declined | a matrix state that is not served: the reason says what stood in the way and what to write instead |
+
+A reason with "there is nothing to be done" is about the recurrence, not about its spelling: such a state is left to
+Inductor. In a report, reasons name your own tensors and the line of your model."""
 ALONG = {"scalar": "head", "key": "row", "value": "column"}
 OPTIONS = {"inner": "eager", "target": "aten", "flush": 4, "donate": True}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line. token: the equations of one token, "" when there is no program."""
+    """One line. token: the equations of one token; of what is declined, the step as it is written; "" otherwise."""
 
     name: str
     token: str = ""
@@ -81,8 +106,11 @@ def token(program: Program) -> str:
                 )
             case Update(l, r):
                 out.append(f"S += {_text(l, known)} {_text(r, known)}'")
-    whole = "; ".join(out)
-    return whole if len(whole) <= LONGEST else whole[:LONGEST] + " ..."
+    return _short("; ".join(out))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else text[:LONGEST] + " ..."
 
 
 def _text(x: Any, known: dict[str, str]) -> str:
@@ -120,7 +148,8 @@ def of_records(name: str, records: Iterable[GraphRecord]) -> list[Row]:
         for _, plan in record.states:
             found.append(row(name, plan) if isinstance(plan, Plan) else Row(name, reason=f"{plan.rule}: {plan.reason}"))
         for r in record.refused:
-            found.append(Row(name, status="kept" if r.kept else "declined", reason=f"{r.why.rule}: {r.why.reason}"))
+            status = "kept" if r.kept else "declined"
+            found.append(Row(name, status=status, reason=f"{r.why.rule}: {record.told(r.why.reason)}"))
     return list(dict.fromkeys(found)) or [Row(name, status="", reason="nothing is written")]
 
 
@@ -132,7 +161,15 @@ def of_step(name: str, step: Any, args: tuple[torch.Tensor, ...]) -> list[Row]:
         compile_graph(traced(step, args), list(args), ours=Options(**OPTIONS), is_inference=True)
     finally:
         observers.listeners.remove(records.append)
-    return of_records(name, records)
+    return [replace(r, token=written(step)) if r.status == "declined" else r for r in of_records(name, records)]
+
+
+def written(step: Any) -> str:
+    """The statements of a plain function in one line."""
+    (function,) = ast.parse(textwrap.dedent(inspect.getsource(step))).body
+    assert isinstance(function, ast.FunctionDef)
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return _short("; ".join(" ".join(ast.unparse(x).split()) for x in body).replace("|", "\\|"))
 
 
 def of_forms(given: Iterable[forms.Form]) -> Iterator[Row]:
@@ -211,12 +248,11 @@ def sections() -> dict[str, Any]:
 def page() -> str:
     parts = [
         "# Recurrences",
-        f"Made by `python -m tests.spelled.recurrences_table` with {versions()}. Every row was captured, lifted and, "
-        "where it is buffered, proved on numbers. In the token's equations S' is S transposed, x0, x1, ... are "
-        "operands, y1, y2, ... reads; ops: D decay, R read, U update. Each tensor that is written has a row: what is "
-        "kept is no matrix state, and left to the compiler as it is; what is declined is one that is not "
-        "served, and the reason says what to write instead. Functions and layers of a library by themselves: "
-        "[flash-linear-attention](flash-linear-attention.md).",
+        "What `explain` says of recurrences from papers and libraries, a row for each tensor that is written. Made by "
+        f"`python -m tests.spelled.recurrences_table` with {versions()}: every row was captured, lifted and, where it "
+        "is served, proved on numbers. Functions and layers of flash-linear-attention: "
+        "[flash-linear-attention.md](flash-linear-attention.md).",
+        WORDS,
     ]
     for title, rows in sections().items():
         parts += [f"## {title}", table(rows()).rstrip()]

@@ -1,7 +1,7 @@
 """flash-linear-attention 0.6: for each function that hides a recurrence, which one, and its arguments.
 
 A function that is not served has the reason in its place. The signatures are checked against the installed library by
-tests/lift/test_fla_functions.py.
+tests/lift/test_fla.py.
 """
 
 from __future__ import annotations

@@ -106,9 +106,14 @@ def _substitute_in(module: types.ModuleType, known: dict[str, Adapter | Known]) 
     plain = {n: vars(module)[n].__wrapped__ for n in ONE_TOKEN if hasattr(vars(module).get(n), "__wrapped__")}
     for name, adapter in (known | plain).items():
         original = vars(module).get(name)
-        if isinstance(original, types.FunctionType) and id(original) not in _seen:
+        if isinstance(original, types.FunctionType) and _is_its_own(original, module) and id(original) not in _seen:
             _seen.add(id(original))
             substitute(original, adapter.adapter(original) if isinstance(adapter, Known) else adapter)
+
+
+def _is_its_own(function: types.FunctionType, module: types.ModuleType) -> bool:
+    """Whether the library wrote it. Someone else's, put in its place, may mean something else under the same name."""
+    return function.__module__.partition(".")[0] == module.__name__.partition(".")[0]
 
 
 def substitute(original: types.FunctionType, adapter: Adapter) -> None:
