@@ -19,12 +19,15 @@ from kvbuffer_compile.ir.shadow import Shadow
 from kvbuffer_compile.passes.choice import choose
 from kvbuffer_compile.runtime import by_hand
 from kvbuffer_compile.steps import composite, shadows
-from tests.program.test_choose import TIMED, lifted
+from tests.program.test_choose import FAR, KERNELS, NEAR, TIMED, lifted
 from tests.runtime.test_runtime import LAZY, B, H, K, L, Pair, V, step
 
 targets = ["aten", pytest.param("cpp", marks=pytest.mark.skipif(build.compiler() is None, reason="no compiler"))]
 HALF = {"read_dtype": torch.float16}
-FAST = replace(TIMED, threads=8)  # bound by memory where that is far
+# Bound by memory where that is far, and by conversions where it is near.
+FAST = replace(
+    TIMED, threads=8, speeds=(replace(NEAR, kernel_read=400e9), FAR), kernels=replace(KERNELS, narrow_read=4e-10)
+)
 
 
 def draw(batch: int = B) -> tuple[torch.Tensor, ...]:

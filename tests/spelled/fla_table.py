@@ -30,9 +30,12 @@ from kvbuffer_compile.integrations.functions import fla as table
 from kvbuffer_compile.integrations.functions import substitution
 from tests.spelled import fla_calls as calls
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "flash-linear-attention.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "flash-linear-attention.md"
+TIMES = ROOT / "benchmarks" / "results" / "fla.json"
 OPTIONS = {"inner": "eager", "target": "aten", "flush": 8, "donate": True}
 HEAD = "| name | ops | states | largest error | status |\n|---|---|---|---|---|\n"
+TIMED_HEAD = "| name | ops | states | largest error | Inductor's time over ours | status |\n|---|---|---|---|---|---|\n"
 PROMPT = 3  # tokens of a layer's prompt
 AT_ONCE = 8  # tokens of one call of a chunked function
 Row = dict[str, Any]
@@ -74,14 +77,7 @@ def layer_row(name: str) -> Row:
     """One layer with the library's own cache: a prompt, then token by token, compiled and as the library runs it."""
     from fla.models.utils import FLACache
 
-    torch.manual_seed(0)
-    layer = _layer(name)(layer_idx=0, **calls.LAYERS[name]).eval()
-    for parameter in layer.parameters():  # models fill in what layers leave at zero, or as it was in memory
-        if not parameter.isfinite().all() or not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.3)
-    for module in layer.modules():  # a table of angles that grows token by token is compiled anew as often
-        if hasattr(module, "_update_cos_sin_cache"):
-            module._update_cos_sin_cache(PROMPT + calls.TOKENS, torch.device("cpu"), torch.float32)
+    layer = layer_of(name, calls.LAYERS[name], PROMPT + calls.TOKENS)
     tokens = torch.randn(calls.B, PROMPT + calls.TOKENS, 32)
     told: dict[str, str] = {}
     records: list[GraphRecord] = []
@@ -104,12 +100,21 @@ def layer_row(name: str) -> Row:
         return _row(name, records, _error(ours, list(run(layer))))
 
 
-def _layer(name: str) -> Any:
-    """A layer by its name: not all are exported by the package itself."""
+def layer_of(name: str, given: dict[str, Any], tokens: int) -> Any:
+    """A layer by its name (not all are exported by the package itself) with random weights, for so many tokens."""
     import fla.layers
 
     modules = (importlib.import_module(f"fla.layers.{m.name}") for m in pkgutil.iter_modules(fla.layers.__path__))
-    return next(vars(module)[name] for module in modules if name in vars(module))
+    kind = next(vars(module)[name] for module in modules if name in vars(module))
+    torch.manual_seed(0)
+    layer = kind(layer_idx=0, **given).eval()
+    for parameter in layer.parameters():  # models fill in what layers leave at zero, or as it was in memory
+        if not parameter.isfinite().all() or not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3)
+    for module in layer.modules():  # a table of angles that grows token by token is compiled anew as often
+        if hasattr(module, "_update_cos_sin_cache"):
+            module._update_cos_sin_cache(tokens, torch.device("cpu"), torch.float32)
+    return layer
 
 
 def _compiled(step: Any) -> Any:
@@ -137,17 +142,19 @@ def _row(name: str, records: list[GraphRecord], error: float | None, unchecked: 
     }
 
 
-def line(row: Row) -> str:
+def line(row: Row, *timed: str) -> str:
     error = row.get("error")
     shown = "" if error is None else f"{error:.0e}"
     shown = f"not compared: {row['unchecked']}" if row.get("unchecked") else shown
-    cells = (row["name"], row.get("ops", ""), row.get("states", ""), shown, row["status"].replace("|", "/"))
+    cells = (row["name"], row.get("ops", ""), row.get("states", ""), shown, *timed, row["status"].replace("|", "/"))
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def page(functions: Iterable[Row], layers: Iterable[Row]) -> str:
     import fla
 
+    stored = json.loads(TIMES.read_text(encoding="utf-8"))
+    times = {row["layer"]: f"{row['inductor_over_kvbuffer']:.2f}" for row in stored["rows"]}
     return "\n\n".join(
         [
             "# flash-linear-attention",
@@ -161,7 +168,10 @@ def page(functions: Iterable[Row], layers: Iterable[Row]) -> str:
             'ones may be written to: `options={"donate": True}`, if you keep no state of an earlier token. Tables of '
             "rotary angles were made long enough beforehand: one that grows is compiled anew, by any backend.",
             "## Layers",
-            HEAD + "\n".join(map(line, layers)),
+            TIMED_HEAD + "\n".join(line(row, times.get(row["name"], "")) for row in layers),
+            f"Times are those of one layer of {stored['hidden_size']} features at batch {stored['batch']}, a token a "
+            f'call, on {stored["machine"]["cpu"]} with {stored["machine"]["threads"]} threads, `flush="auto"`, over '
+            "the same layer left to Inductor with its functions spelled out in torch ops (`python -m benchmarks.fla`).",
             "## Functions",
             "`buffered`: a token a call; `verify`: 8 tokens a call, as one step.",
             HEAD + "\n".join(map(line, functions)) + "\n",
