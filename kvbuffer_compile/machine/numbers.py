@@ -9,7 +9,7 @@ from typing import Literal
 Kind = Literal["read", "copy", "update", "kernel_read", "kernel_update", "kernel_twice"]
 
 # Times that a larger size is copied faster, above which a CPU counts as busy. Some is no sign: a small copy has few of
-# many threads. 34 was seen.
+# many threads. 32 was seen.
 INVERTED = 8.0
 BUSY = 0.3  # a spread above which a machine counts as busy
 
