@@ -171,7 +171,9 @@ def page(functions: Iterable[Row], layers: Iterable[Row]) -> str:
             TIMED_HEAD + "\n".join(line(row, times.get(row["name"], "")) for row in layers),
             f"Times are those of one layer of {stored['hidden_size']} features at batch {stored['batch']}, a token a "
             f'call, on {stored["machine"]["cpu"]} with {stored["machine"]["threads"]} threads, `flush="auto"`, over '
-            "the same layer left to Inductor with its functions spelled out in torch ops (`python -m benchmarks.fla`).",
+            "the same layer left to Inductor with its functions spelled out in torch ops (`python -m benchmarks.fla`). "
+            "A layer's state stays in the last cache here, so that for all but one the kernel that writes it at every "
+            "token was chosen; other programs ran beside.",
             "## Functions",
             "`buffered`: a token a call; `verify`: 8 tokens a call, as one step.",
             HEAD + "\n".join(map(line, functions)) + "\n",
