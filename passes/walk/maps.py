@@ -143,10 +143,11 @@ class Opening:
     def _meet(self, node: Node, labels: Labels) -> None:
         """A read is used: its own indices are what the free ones stand for."""
         natural = self.reads[node].labels
-        for used, own in zip(resolved(labels), resolved(natural), strict=True):
-            if len(used) == 1 and used[0] in self._free and used != own:
-                used[0].parts = own
-                self._free.discard(used[0])
+        if len(labels) == len(natural):  # else heads were taken apart on the way, or put together
+            for used, own in zip(resolved(labels), resolved(natural), strict=True):
+                if len(used) == 1 and used[0] in self._free and used != own:
+                    used[0].parts = own
+                    self._free.discard(used[0])
         if resolved(labels) != resolved(natural):
             reason = (
                 "what was read of the state is used along its other axis, as a key of the next read (as in power "
