@@ -178,25 +178,22 @@ def _mapped() -> list[Path]:
     return [Path(str(where.__file__)).resolve().parent for where in (codegen, passes)]
 
 
-def _stamps() -> dict[Path, tuple[int, ...]]:
+def _stamps() -> dict[str, tuple[int, ...]]:
     """Every file of the package's own source, and what changes with it."""
-    found: dict[Path, tuple[int, ...]] = {}
-    for folder in (OURS, *_mapped()):
+    found: dict[str, tuple[int, ...]] = {}
+    for folder in (OURS, *(elsewhere for elsewhere in _mapped() if OURS not in elsewhere.parents)):
         for at, _, names in os.walk(folder):
-            for name in names:
-                if not name.endswith(SOURCES):
-                    continue
-                path = Path(at, name).resolve()
+            for path in (os.path.join(at, name) for name in names if name.endswith(SOURCES)):
                 with suppress(OSError):  # an editor's file, gone again
-                    seen = path.stat()
+                    seen = os.stat(path)
                     found[path] = (seen.st_mtime_ns, seen.st_ctime_ns, seen.st_size, seen.st_ino)
     return found
 
 
-def _hashed(paths: Iterable[Path]) -> str:
+def _hashed(paths: Iterable[str]) -> str:
     seen = hashlib.sha256()
     for path in sorted(paths):
-        seen.update(path.as_posix().encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        seen.update(path.encode() + b"\0" + hashlib.sha256(Path(path).read_bytes()).digest())
     return seen.hexdigest()
 
 
@@ -206,7 +203,8 @@ _IMPORTED = _stamps()  # hashed when a key is asked for, if the files are those 
 @functools.cache
 def source() -> str:
     """A hash of the package's source as it was imported; raises Unknown where that cannot be said any more."""
-    _require({"key.py", "rewrite.py", "entry.py"} <= {path.name for path in _IMPORTED}, "our own source is not on disk")
+    names = {os.path.basename(path) for path in _IMPORTED}
+    _require({"key.py", "rewrite.py", "entry.py"} <= names, "our own source is not on disk")
     found = _hashed(_IMPORTED)
     _require(_stamps() == _IMPORTED, "our own source has changed since it was imported")
     return found
