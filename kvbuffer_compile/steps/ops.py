@@ -5,6 +5,7 @@ The composite implementation serves every device; a generated kernel takes prece
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from collections.abc import Callable
@@ -41,22 +42,30 @@ def use_cpp(plan: Plan) -> None:
     C++ spelling. EmitError when that cannot be."""
     from kvbuffer_compile.codegen import build
     from kvbuffer_compile.codegen.cut import built_as, pieces
+    from kvbuffer_compile.native.direct import call_directly
     from kvbuffer_compile.steps import cut_step
 
-    step_op(plan)
+    op = step_op(plan)
     one = built_as(plan)
     cut = pieces(plan.program, in_place=plan.variant == "recurrent")
     if len(cut) == 1:
-        build.load(plan)
+        call_directly(op, _address(build.load(plan), 0))
         return
     if plan.variant in ("tree", "block") or (plan.variant == "verify" and plan.slots):
         raise EmitError(f"no C++ kernel for {plan.variant} steps with {cut[0].calls[0].fn} on {plan}")
     kernels = [_piece_op(one, n, piece) for n, piece in enumerate(cut)]
-    build.load(one)
+    library = build.load(one)
+    for n, kernel in enumerate(kernels):
+        call_directly(kernel, _address(library, n))
     step = cut_step.one_token(one, cut, kernels)
     if plan.variant == "verify":
         step = cut_step.several_tokens(plan, step)
     LIBRARY.impl(plan.op_name, torch.compiler.disable(neutral(lambda *args: _returned(step(*args)))), "CPU")
+
+
+def _address(library: ctypes.CDLL, n: int) -> int:
+    """Of the n-th step that a kernel's library exports."""
+    return ctypes.cast(library[f"kvbuffer_step_{n}"], ctypes.c_void_p).value or 0
 
 
 @functools.cache
