@@ -11,9 +11,8 @@ from torch import Tensor
 
 from kvbuffer_compile.accounts import account as accounts
 from kvbuffer_compile.accounts import attempt, ledger
-from kvbuffer_compile.guard import dispatch_watch
+from kvbuffer_compile.guard import dispatch_watch, sharing
 from kvbuffer_compile.guard import guarded as guard
-from kvbuffer_compile.guard import sharing
 from kvbuffer_compile.runtime import access, by_hand, drafts, entry
 from kvbuffer_compile.steps import composite
 
