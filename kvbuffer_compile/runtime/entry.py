@@ -68,7 +68,7 @@ def enter_with_rows(compiled: Compiled, inputs: Sequence[Any], shared: Sequence[
 def _inside_of_disable(compiled: Compiled) -> Compiled:
     """What `torch.compiler.disable` was put around: Dynamo puts it around `enter` too."""
     is_disable = getattr(compiled, "_torchdynamo_wrapper_id", None) == id(compiled)  # and no copy of its attributes
-    return compiled._torchdynamo_orig_callable if is_disable else compiled  # type: ignore[attr-defined, no-any-return]
+    return compiled._torchdynamo_orig_callable if is_disable else compiled  # type: ignore[attr-defined]
 
 
 def outputs_that_share_memory() -> list[int]:
