@@ -175,11 +175,12 @@ class Step:
             out = drafts.run(tree, self.compiled, args, [s.plan for s in self.buffered], accounts, attempt)
         for account in accounts:
             account.finished()
-        attempt.done = attempt.begun
         lock = accounts[0].lock if accounts else None
+        again = None
         if tree is None and given and all(map(is_alias, given)) and all(a.may_go_on(lock) for a in accounts):
-            attempt.again = Again(accounts, given, lock, tail, _watch(accounts))
-            self.last = attempt
+            again = Again(accounts, given, lock, tail, _watch(accounts))
+        attempt.done = attempt.begun
+        attempt.again, self.last = again, attempt
         return out
 
     def _hand_over(self, args: list[Any], accounts: list[Account]) -> None:
