@@ -46,7 +46,7 @@ L = TypeVar("L")
 def load(plan: Plan) -> ctypes.CDLL:
     """Build the plan's kernel, or take it from the cache, and register it as the op's implementation on CPUs.
 
-    The library exports the step as `kvbuffer_step_0`, and the further pieces of one that is cut under higher numbers.
+    The library exports the step under a name of its own (`cpp.entry.exported`).
 
     The op must be defined (plan.schema). Calling again does nothing. EmitError with the compiler's message, or with
     what to install, when that cannot be done.

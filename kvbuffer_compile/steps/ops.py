@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvbuffer_compile.codegen.cpp.entry import exported
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.guard.overlap import has_memory
 from kvbuffer_compile.ir.plan import Plan
@@ -49,23 +50,23 @@ def use_cpp(plan: Plan) -> None:
     one = built_as(plan)
     cut = pieces(plan.program, in_place=plan.variant == "recurrent")
     if len(cut) == 1:
-        call_directly(op, _address(build.load(plan), 0))
+        call_directly(op, _address(build.load(plan), plan.op_name))
         return
     if plan.variant in ("tree", "block") or (plan.variant == "verify" and plan.slots):
         raise EmitError(f"no C++ kernel for {plan.variant} steps with {cut[0].calls[0].fn} on {plan}")
     kernels = [_piece_op(one, n, piece) for n, piece in enumerate(cut)]
     library = build.load(one)
     for n, kernel in enumerate(kernels):
-        call_directly(kernel, _address(library, n))
+        call_directly(kernel, _address(library, one.op_name, n))
     step = cut_step.one_token(one, cut, kernels)
     if plan.variant == "verify":
         step = cut_step.several_tokens(plan, step)
     LIBRARY.impl(plan.op_name, torch.compiler.disable(neutral(lambda *args: _returned(step(*args)))), "CPU")
 
 
-def _address(library: ctypes.CDLL, n: int) -> int:
-    """Of the n-th step that a kernel's library exports."""
-    return ctypes.cast(library[f"kvbuffer_step_{n}"], ctypes.c_void_p).value or 0
+def _address(library: ctypes.CDLL, op_name: str, n: int = 0) -> int:
+    """Of the n-th piece of a step that a kernel's library exports."""
+    return ctypes.cast(library[exported(op_name, n)], ctypes.c_void_p).value or 0
 
 
 @functools.cache
