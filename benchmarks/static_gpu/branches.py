@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-CHANCE = r"(last|arrive\()|.*atomic_add"  # conditions that hold for one program of many
+# Conditions that hold for one program of many, or for slots of a pool that several entries have.
+CHANCE = r"last|arrive\(|.*atomic_add|.*earlier > 0|writes == 0"
 
 
 class Around(NamedTuple):

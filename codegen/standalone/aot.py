@@ -32,7 +32,7 @@ TARGETS: dict[str, tuple[Any, ...]] = {
     "gfx942": ("hip", "gfx942", 64),
 }
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-         torch.int32: "*i32"}  # fmt: skip
+         torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,13 @@ def _recorded(
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *args, **options: calls.append((grid, args, options))
 
-    *buffers, operands = example(plan, lanes, tokens, "meta")
+    state, cursor, tickets, rows, operands, *slots = example(plan, lanes, tokens, "meta")
     if vectors is not None:
         inputs = zip(plan.program.inputs, operands, strict=True)
         operands = [x if v.kind == "scalar" else x.to(vectors) for v, x in inputs]
     kernel, vars(module)["step"] = module.step, Recorder()
     try:
-        module.launch(*buffers, operands)
+        module.launch(state, cursor, tickets, rows, operands, *slots)
     finally:
         vars(module)["step"] = kernel
     return calls[0]

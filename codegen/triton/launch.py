@@ -100,6 +100,8 @@ def _streaming(plan: Plan, schedule: Schedule) -> Iterator[Config]:
             held = phases(plan, schedule, config)["stream"] / (32 * config.warps)
             if held > MUCH and plan.state_dtype.itemsize == 4:
                 config = replace(config, registers=REGISTERS["many"])
+            elif plan.slots and plan.state_dtype.itemsize == 2 and not _gates(plan):
+                config = replace(config, registers=OCCUPIED)  # GDN took 130 instead of 128, and 75 us instead of 57
             yield config
             yield replace(config, stages=AHEAD - 1)
             yield replace(config, registers=OCCUPIED)

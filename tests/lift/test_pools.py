@@ -18,6 +18,7 @@ from tests.spelled.forms import operands, outer, read, rows
 from tests.spelled.lifting import capture, capture_plain, lifted_and_right
 from tests.support.daily import diagonal, row
 from tests.support.fuse import blown, fuse
+from tests.support.daily import row
 from tests.support.oracle import Oracle, check
 from tests.support.steps import Sizes
 
@@ -328,6 +329,21 @@ def test_padding_entries_share_a_slot_of_nobody(records: list[GraphRecord]) -> N
         p.run(1, idx)
     p.check()
     assert rewritten(records)
+
+
+@pytest.mark.parametrize("flush", [row(1, False), row(L, True)])
+def test_triton_kernels_step_slots(flush: int, records: list[GraphRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU runs, in Triton's interpreter: other slots at every step, two entries with one slot, a read between."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    p = Beside(flush=flush, target="triton")
+    for t in range(L + 2):
+        a, b, c = p.draw().tolist()
+        p.run(1, torch.tensor([a, b, a if t % 3 == 1 else c]))
+        if t == L:
+            p.check()
+    p.check()
+    assert rewritten(records, "buffered" if flush > 1 else "recurrent")
+    assert {plan.target for record in records for _, plan in record.rewritten} == {"triton"}
 
 
 # ------------------------------------------------------------------------------------ never stale, never lost
