@@ -70,8 +70,6 @@ class Step:
         """How likely a condition is to hold: 1 where it cannot be told."""
         if text == "owed < 0" or re.match(CHANCE, text):
             return 0.0
-        if text in ("flush", "not flush"):
-            return float(self.flush == (text == "flush"))
         found = self._value(text)
         return 1.0 if found is None else float(bool(found))
 
@@ -95,7 +93,8 @@ class Step:
 
     def _value(self, text: str) -> float | None:
         names = {**self.constants, "owed": self.length if self.flush else self.owed, "T": self.tokens}
-        names["kept"] = 0 if self.flush else self.owed
+        names |= {"kept": 0 if self.flush else self.owed, "flush": self.flush}
+        names |= {"exact": self.flush, "lacks": False, "writes": True}  # of a shadow, of a pool
         try:
             return float(eval(text, {"__builtins__": {"min": min, "max": max}}, names))
         except (NameError, TypeError, AttributeError, ValueError, ZeroDivisionError, SyntaxError):

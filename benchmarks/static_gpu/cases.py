@@ -42,7 +42,8 @@ class Case:
 
     @property
     def names(self) -> tuple[str, str, str]:
-        return self.name, self.state, self.variant
+        """What tells it from others in a file."""
+        return self.name, self.state, self.variant + " of a pool" * self.slots
 
     @property
     def tokens(self) -> int:

@@ -20,6 +20,7 @@ PINNED = (
     Case("gdn", "float32", "recurrent"), Case("gdn", "float32", "buffered"), Case("gdn", "bfloat16", "verify"),
     Case("mamba2", "bfloat16", "buffered"), Case("mamba2", "float32", "verify"),
     Case("kda", "bfloat16", "recurrent"), Case("kda", "bfloat16", "buffered"), Case("kda", "float32", "verify"),
+    Case("gdn", "bfloat16", "buffered", slots=True),
 )  # fmt: skip
 # How far a number may be from its pin, as a share of it: with the Triton that pinned it, and with another one.
 ROOM = {"instructions": (0.03, 0.2), "flush_instructions": (0.03, 0.2), "registers": (0.06, 0.25),
@@ -33,7 +34,8 @@ def found(case: Case) -> dict[str, Any]:
     k = case.kernel(BATCH)
     steady, folding = (trace(k.code, k.branches, step) for step in steps(k))
     loads, stores = state_passes(steady, k)
-    row = {"case": case.name, "state": case.state, "variant": case.variant, "instructions": len(steady)}
+    row: dict[str, Any] = dict(zip(("case", "state", "variant"), case.names, strict=True))
+    row["instructions"] = len(steady)
     row |= {"flush_instructions": len(folding)} if case.variant != "recurrent" else {}
     return row | {"registers": k.registers, "spills": k.spills, "loads": round(loads, 4), "stores": round(stores, 4)}
 

@@ -64,6 +64,11 @@ def configure(plan: Plan, schedule: Schedule) -> Config:
     for config in _streaming(plan, schedule):
         if _rows_held(plan, schedule, config) < plan.sizes[0] * plan.sizes[1]:  # RWKV-7 at 64 x 64 has more
             return config
+    return held(plan, schedule)
+
+
+def held(plan: Plan, schedule: Schedule) -> Config:
+    """The same for a step that holds its tile of the state at once."""
     _, size = _axis(plan, schedule)
     block = size if schedule.split is None else min(size, 64 if plan.variant == "recurrent" else 32)
     return next(_fitting(plan, schedule, block, applies(plan, schedule)), Config(block, WARPS[-1]))

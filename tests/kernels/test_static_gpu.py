@@ -19,7 +19,7 @@ from benchmarks.static_gpu.traffic import Traffic
 from tests.kernels.test_triton import elsewhere  # noqa: F401
 
 
-@pytest.mark.parametrize("case", pins.PINNED, ids=lambda c: f"{c.name}-{c.state}-{c.variant}")
+@pytest.mark.parametrize("case", pins.PINNED, ids=lambda c: "-".join(c.names))
 def test_kernels_are_made_of_what_they_were(case: Case, elsewhere) -> None:  # noqa: F811
     """Instructions of a warp, bytes of the state, registers and spills, from the machine code for an H100."""
     try:

@@ -18,7 +18,6 @@ from tests.spelled.forms import operands, outer, read, rows
 from tests.spelled.lifting import capture, capture_plain, lifted_and_right
 from tests.support.daily import diagonal, row
 from tests.support.fuse import blown, fuse
-from tests.support.daily import row
 from tests.support.oracle import Oracle, check
 from tests.support.steps import Sizes
 
@@ -333,7 +332,7 @@ def test_padding_entries_share_a_slot_of_nobody(records: list[GraphRecord]) -> N
 
 @pytest.mark.parametrize("flush", [row(1, False), row(L, True)])
 def test_triton_kernels_step_slots(flush: int, records: list[GraphRecord], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU runs, in Triton's interpreter: other slots at every step, two entries with one slot, a read between."""
+    """What a GPU runs, interpreted: other slots at every step, two entries with one slot, a read between."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     p = Beside(flush=flush, target="triton")
     for t in range(L + 2):
