@@ -24,7 +24,8 @@ a script that did not wait for asynchronous copies yet, so these are no held-out
 18 of 20 rows (median 6 %), buffered ones in 17 of 20 (median 19 %), verify steps in 8 of 20 (median 31 %): for those it
 is not calibrated. Two later kernels that were not fitted (buffered GDN and KDA, float32, batch 128) were measured at
 124 and 134 us and predicted at 104 and 115: decode that memory binds comes out 15 to 20 % too fast. Not modelled: bank
-conflicts, hits in L1, throttling, pages of DRAM, changing clocks.
+conflicts, hits in L1, throttling, pages of DRAM, changing clocks. Steps that read a shadow of their state cannot be
+told: ptxas puts the loads of both branches at lines behind them, and the model takes both.
 
 Good for: comparing variants of one kernel; telling memory, issue slots and latency apart as what binds; finding spills,
 loads made twice and repeated work. Not for: differences below 20 %, tenths of a microsecond at batch 1, verify steps in

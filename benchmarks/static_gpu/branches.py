@@ -93,8 +93,7 @@ class Step:
 
     def _value(self, text: str) -> float | None:
         names = {**self.constants, "owed": self.length if self.flush else self.owed, "T": self.tokens}
-        names |= {"kept": 0 if self.flush else self.owed, "flush": self.flush}
-        names |= {"exact": self.flush, "lacks": False, "writes": True}  # of a shadow, of a pool
+        names |= {"kept": 0 if self.flush else self.owed, "flush": self.flush, "writes": True}
         try:
             return float(eval(text, {"__builtins__": {"min": min, "max": max}}, names))
         except (NameError, TypeError, AttributeError, ValueError, ZeroDivisionError, SyntaxError):

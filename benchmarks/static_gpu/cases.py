@@ -25,12 +25,11 @@ BIG = 2**25  # bytes from which on a launcher tells the L2 cache to keep nothing
 
 @dataclass(frozen=True)
 class Case:
-    """A step of a recurrence on a state. half: steps read a float16 shadow of it. slots: it is a pool of slots."""
+    """A step of a recurrence on a state. slots: it is a pool of slots."""
 
     name: str
     state: str
     variant: str
-    half: bool = False
     slots: bool = False
 
     @property
@@ -38,7 +37,7 @@ class Case:
         flush = 1 if self.variant == "recurrent" else FLUSH
         capacity = flush + (ROOM if self.variant == "verify" else 0)
         plan = plan_of(RECURRENCES[self.name], self.variant, getattr(torch, self.state), flush, capacity)
-        return replace(plan, slots=self.slots, read_dtype=torch.float16 if self.half else None)
+        return replace(plan, slots=self.slots)
 
     @property
     def names(self) -> tuple[str, str, str]:

@@ -17,7 +17,6 @@ from kvbuffer_compile.codegen.triton.launch import Config
 
 OUT = Path(__file__).parents[1] / "results" / "gpu_predicted.json"
 BATCHES = (128, 32, 8)
-SHADOWED = ("gdn", "mamba2", "gla")  # whose steps may read a float16 shadow
 HEAD = {
     "PREDICTED": "nothing here was measured: machine code for sm_90 run on a model of one H100 multiprocessor; 15 to "
     "25 % from what was measured where decode could be compared, and 15 to 20 % too fast where memory binds; verify "
@@ -33,8 +32,7 @@ HEAD = {
 def write(path: Path = OUT) -> None:
     """All rows anew, written after each of them."""
     rows: list[dict[str, Any]] = []
-    shadowed = [Case(name, "float32", "buffered", half=True) for name in SHADOWED]
-    for case in [*cases(NAMES, STATES, VARIANTS), *shadowed]:
+    for case in cases(NAMES, STATES, VARIANTS):
         for row in predicted(case, BATCHES, Machine()):
             print(row, flush=True)
             rows.append(row)
@@ -48,10 +46,7 @@ def predicted(case: Case, batches: Sequence[int], m: Machine) -> Iterator[dict[s
     for form, config in case.forms().items():
         for batch in batches:
             p = predict(case.kernel(batch, config), m)
-            row = {
-                "case": case.name, "state": case.state, "batch": batch,
-                "form": f"{form}, reads a float16 shadow" if case.half else form, "us": _us(p.seconds),
-            }  # fmt: skip
+            row = {"case": case.name, "state": case.state, "batch": batch, "form": form, "us": _us(p.seconds)}
             if p.flush:
                 row |= {"steady_us": _us(p.steady.seconds), "flush_us": _us(p.flush.seconds)}
             row |= {

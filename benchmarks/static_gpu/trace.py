@@ -17,8 +17,7 @@ _MOVES = ("BSYNC", "NOP", "BRA", "EXIT")  # ptxas puts them at lines of its own 
 def trace(code: Code, branches: Branches, step: Step) -> list[Instruction]:
     """The instructions that a warp executes, in order.
 
-    A block runs if most of its instructions stand under conditions that hold, but for loads of it that are predicated
-    and stand under one that does not. A loop is a branch backwards, and runs
+    A block runs if most of its instructions stand under conditions that hold. A loop is a branch backwards, and runs
     as often as the innermost `for` around most of it.
     """
     return list(_Walk(code, branches, step).run(0, len(code.instructions)))
@@ -59,8 +58,6 @@ class _Walk:
             end, runs = self.blocks[self.starts[bisect_right(self.starts, n) - 1]]
             end = min(end, last)
             for i in self.code[n:end] if runs else ():
-                if i.guard and i.base in LOADS and not self._likely(i):
-                    continue  # a short branch that became a predicate
                 yield i
                 if i.base == "EXIT" and not i.guard:
                     return
@@ -71,9 +68,6 @@ class _Walk:
         known = [i for i in known if i.base not in _MOVES] or known
         likely = [self.step.likely(self.branches.path(i.lines)) for i in known]
         return not likely or sum(likely) / len(likely) >= 0.5
-
-    def _likely(self, i: Instruction) -> bool:
-        return self.step.likely(self.branches.path(i.lines)) >= 0.5
 
     def _loops(self) -> Iterator[tuple[int, tuple[int, int]]]:
         """(head, (last instruction, trips)) of each loop; of several branches to one head the last counts."""
