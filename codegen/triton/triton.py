@@ -3,6 +3,7 @@
 The text is one Python module that imports torch and Triton and nothing else:
 
     arrive                    the ticket a program takes when it has read what others may overwrite (triton_tickets)
+    slot_of, rivals, ...      of a pool: which slot an entry has, and which others have the same one (pool)
     step                      the kernel: one program computes one lane of a step, or one tile of it (triton_kernel)
     ticket_count              how many tickets a sequence needs
     launch                    a Python function around one launch (triton_arguments)
@@ -48,8 +49,6 @@ def emit(plan: Plan, config: Config | None = None) -> str:
 
 
 def _check(plan: Plan) -> None:
-    if plan.slots:
-        raise EmitError(f"no Triton kernel for a pool of slots\n{plan.program}")
     if plan.variant == "tree":
         raise EmitError(f"no Triton kernel for a tree of drafts\n{plan.program}")
     if min(plan.sizes) < 1:

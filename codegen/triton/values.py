@@ -37,7 +37,8 @@ TAKEN = frozenset(
     """tl torch triton libdevice step arrive state cursor tickets tile program lane sequence owed limit live flush kept
     t s T TOKENS BLOCK TILES EVICT FOLD QUERIES MATRIX PRECISION key value key_ok value_ok age used later dot token
     query part ahead chunk n fold float range asked asked_token queries result shadow shadow_scale scale exact lacks
-    folded largest exponent unit half slot start""".split()
+    folded largest exponent unit half slot start ENTRIES
+    slots pool chosen earlier writes rivals leave wait slot_of""".split()
 )
 PREFIXES = tuple(
     """in_ row_ out_ at_ size_ state_ left_ right_ later_ after_ fade_ fresh_ carry_ now_ run_ next_ slot_ cursor_
@@ -118,6 +119,12 @@ class Values:
     def ok(self, kind: Kind) -> str:
         """Which of the elements held are elements of the axis."""
         return f"{self.index[kind]}_ok"
+
+    def offset(self, strides: str) -> str:
+        """Where this program's lane is in a tensor of the state's lanes, whose strides are called <strides>_<lane>."""
+        lanes = self.plan.program.lanes
+        at = ["sequence" if n == 0 and self.plan.slots else f"at_{lane}" for n, lane in enumerate(lanes)]
+        return " + ".join(f"{x} * {strides}_{lane}" for x, lane in zip(at, lanes, strict=True))
 
     def load_state(self, live: str | None = None, policy: str = "") -> str:
         """The tile of the state, zeros unless `live`."""
@@ -242,13 +249,13 @@ class Shadow:
         """`scale` of this tile, `exact`: whether the tile itself is read, and `lacks`: whether it gets a shadow."""
         for name, strides in (("shadow", "half"), ("shadow_scale", "scale")):
             if self.plan.program.lanes:
-                offset = " + ".join(f"at_{lane} * {strides}_{lane}" for lane in self.plan.program.lanes)
+                offset = self.values.offset(strides)
                 self.out.line(f"{name} += {offset}")
         other = ", other=1.0" if self.values.padded(self.kind) else ""
         self.out.line(f"scale = tl.load(shadow_scale + {self.kind}{self.values.mask(self.kind)}{other})")
         self.out.line("lacks = tl.max((scale == 0.0).to(tl.int32), 0) > 0")
         self.out.line("exact = flush | lacks | (tl.max((scale != scale).to(tl.int32), 0) > 0)")
-        self.out.line("lacks = lacks & (tl.load(cursor + 3 * cursor_row) == 0)")
+        self.out.line(f"lacks = lacks & (tl.load(cursor + 3 * cursor_row) == 0){' & writes' * self.plan.slots}")
 
     def load(self, name: str) -> str:
         """The tile that is read: an expression, which is the name where it takes more than one."""

@@ -91,13 +91,14 @@ def use_triton(plan: Plan, interpret: bool = False) -> None:
     launch = load.load(triton.emit(plan, config), interpret).launch
     split = plan.sides
 
-    def recurrent(state: Tensor, *operands: Tensor) -> Any:
-        return _returned(tuple(launch(state, None, None, (), operands)))
+    def recurrent(state: Tensor, *rest: Tensor) -> Any:
+        return _returned(tuple(launch(state, None, None, (), rest[plan.slots :], *rest[: plan.slots])))
 
     def buffered(state: Tensor, cursor: Tensor, *rest: Tensor) -> Any:
         if not has_memory(state):  # the kernel wants its strides; this is neither read nor written, and gone at once
             state = torch.empty_strided(state.shape, state.stride(), dtype=state.dtype, device=state.device)
-        return _returned(tuple(launch(state, cursor, tickets_of(cursor), rest[:split], rest[split:])))
+        slots, operands = rest[split : split + plan.slots], rest[split + plan.slots :]
+        return _returned(tuple(launch(state, cursor, tickets_of(cursor), rest[:split], operands, *slots)))
 
     step = recurrent if plan.variant == "recurrent" else buffered
     LIBRARY.impl(plan.op_name, torch.compiler.disable(step), "CPU" if interpret else "CUDA")
@@ -107,7 +108,7 @@ def new_cursor(plan: Plan, lanes: tuple[int, ...], device: torch.device) -> Tens
     """A cursor of zeros, [4, N]. Behind it in the same storage lie the tickets that Triton kernels count with."""
     n = plan.sequences(lanes)
     tiles = -(-max(plan.sizes) // 16)
-    tickets = (1 + len(plan.program.logged)) * math.prod(lanes) // max(n, 1) * tiles
+    tickets = (2 + len(plan.program.logged)) * math.prod(lanes) // max(n, 1) * tiles
     slab = torch.zeros(n * (4 + tickets), dtype=torch.int32, device=device)
     return slab[: 4 * n].view(4, n)
 
