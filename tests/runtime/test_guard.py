@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import resource
+import signal
 import sys
 import threading
 
@@ -416,6 +417,35 @@ def test_a_forked_child_reads_what_is_owed():
     os.waitpid(child, 0)
     assert np.frombuffer(os.read(answer[0], 8))[0] == pytest.approx(p.eager.double().sum().item(), rel=1e-4)
     assert p.owed == 3
+
+
+def test_a_child_steps_on_though_another_thread_was_stepping_at_the_fork(pair):
+    """Its locks are its own: the thread that held them stayed behind."""
+    (account,) = by_hand.accounts_of(pair.state)
+    lock = account.lock
+    pair.run(2)
+    held, ended = threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            held.set()
+            ended.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(30)  # instead of waiting for ever
+            pair.run(2)
+            pair.check(pair.state.clone())
+            os._exit(7)
+        finally:
+            os._exit(1)
+    ended.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_copies_share_memory_as_their_originals_do(pair):
