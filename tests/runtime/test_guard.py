@@ -419,6 +419,29 @@ def test_a_forked_child_reads_what_is_owed():
     assert p.owed == 3
 
 
+def test_a_view_that_is_made_within_a_call_is_true_behind_it():
+    """Of the ordinary tensor that compiled code is given, by a compiler that keeps it: nobody has asked the state."""
+    kept, keep = [], False
+
+    def inner(gm, inputs):
+        (position,) = [i for i, x in enumerate(inputs) if x.shape == (B, H, K, V)]
+
+        def run(*args):
+            if keep:
+                kept.append(args[position].view(-1))
+            return gm(*args)
+
+        return run
+
+    p = Pair(compiled=torch.compile(step, backend="kvbuffer", options={**OPTIONS, "inner": inner}), steps=3)
+    keep = True
+    p.run()
+    keep = False
+    p.check(kept[0].view(B, H, K, V).clone())
+    p.run(2)
+    p.check(kept[0].view(B, H, K, V).clone())
+
+
 def test_a_child_steps_on_though_another_thread_was_stepping_at_the_fork(pair):
     """Its locks are its own: the thread that held them stayed behind."""
     (account,) = by_hand.accounts_of(pair.state)
