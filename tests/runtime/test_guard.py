@@ -619,7 +619,7 @@ def test_a_thousand_caches_leave_nothing_behind():
     Pair(compiled=compiled, steps=1)
     gc.collect()
     counters.clear()
-    before = len(LEDGER.accounts), len(LEDGER.allocations), len(LEDGER._numbers)
+    before = len(LEDGER.accounts), len(LEDGER.allocations), len(LEDGER._numbers)  # what other tests left among them
     for _ in range(250):
         states = [torch.zeros(B, H, K, V) for _ in range(4)]
         with torch.no_grad():
@@ -627,7 +627,8 @@ def test_a_thousand_caches_leave_nothing_behind():
                 compiled(state, *operands())
     del states, state
     gc.collect()
-    assert (len(LEDGER.accounts), len(LEDGER.allocations), len(LEDGER._numbers)) == before
+    after = len(LEDGER.accounts), len(LEDGER.allocations), len(LEDGER._numbers)
+    assert all(now <= was for now, was in zip(after, before, strict=True))
     assert counters["stats"]["unique_graphs"] == 0
 
 
