@@ -14,6 +14,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import random
 import statistics
 import time
@@ -36,9 +37,8 @@ from kvbuffer_compile.passes.choice.predict import Prediction
 from kvbuffer_compile.records import GraphRecord
 from kvbuffer_compile.steps.timing import calibrated
 
-FLUSHES = (1, 4, 8, 16)  # 1: the recurrent step
+FLUSHES = (1, 4, 8, 16)  # measured beside the one that is taken; 1: the recurrent step
 MOST_BYTES = 900 << 20  # of the states of one graph
-CALLS = max(FLUSHES)
 
 SHAPES = {  # (K, V), heads
     "gdn": [((16, 16), 4), ((32, 32), 8), ((64, 64), 8), ((128, 128), 16), ((128, 128), 32), ((256, 256), 4)],
@@ -135,7 +135,9 @@ class Graph:
         return explain_choice(found, Options(), calibrated(CPU, "cpp"), "cpp", call)[1]
 
 
-def candidates(case: Case, starts: list[Tensor], operands: list[list[Tensor]]) -> dict[int, Callable[[], None]]:
+def candidates(
+    case: Case, flushes: Sequence[int], starts: list[Tensor], operands: list[list[Tensor]]
+) -> dict[int, Callable[[], None]]:
     """A call of each, by its flush length, that steps all states once. They share the memory of the states."""
 
     def of(flush: int) -> Callable[[], None]:
@@ -148,7 +150,7 @@ def candidates(case: Case, starts: list[Tensor], operands: list[list[Tensor]]) -
 
         return call
 
-    return {flush: of(flush) for flush in FLUSHES}
+    return {flush: of(flush) for flush in flushes}
 
 
 # ------------------------------------------------------------------------------------------------- measuring
@@ -171,9 +173,11 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         assert error < tolerance, f"{case}: outputs differ by {error} of the largest"
     prediction, chosen = auto.prediction(), auto.chosen
     graphs: dict[str, Callable[[], Any]] = {"inductor": lambda: plain(operands), "auto": lambda: auto(operands)}
-    times = alternate(graphs, seconds)
-    ranked = alternate({str(k): f for k, f in candidates(case, starts, operands).items()}, seconds)
-    predicted = {str(c.flush): round(c.seconds * 1e6, 2) for c in prediction.candidates if c.flush in FLUSHES}
+    flushes = sorted({*FLUSHES, chosen} - {0})
+    calls = math.lcm(*flushes)
+    times = alternate(graphs, calls, seconds)
+    ranked = alternate({str(k): f for k, f in candidates(case, flushes, starts, operands).items()}, calls, seconds)
+    predicted = {str(c.flush): round(c.seconds * 1e6, 2) for c in prediction.candidates if c.flush in flushes}
     pairs = sorted(b / a for a, b in zip(times["inductor"], times["auto"], strict=True))
     row: dict[str, Any] = asdict(case) | {"case": str(case), "MB": round(case.bytes / 1e6, 3), "chosen": chosen}
     row |= {name: summary(x) for name, x in times.items()}
@@ -184,15 +188,15 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     return row
 
 
-def alternate(sides: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Microseconds a call of each side, turn by turn, in an order that alternates. A turn is CALLS calls, or a
+def alternate(sides: dict[str, Callable[[], Any]], calls: int, seconds: float) -> dict[str, list[float]]:
+    """Microseconds a call of each side, turn by turn, in an order that alternates. A turn is so many calls, or a
     multiple; at least four turns, however long they take."""
     gc.collect()
     gc.disable()
     try:
         started = time.perf_counter()
         for step in sides.values():
-            for _ in range(CALLS):
+            for _ in range(calls):
                 step()
         spent = time.perf_counter() - started
         repeat = max(1, round(0.004 * len(sides) / spent))
@@ -202,9 +206,9 @@ def alternate(sides: dict[str, Callable[[], Any]], seconds: float) -> dict[str, 
             order = list(sides.items())
             for name, step in order if turn % 2 else reversed(order):
                 begin = time.perf_counter()
-                for _ in range(repeat * CALLS):
+                for _ in range(repeat * calls):
                     step()
-                times[name].append((time.perf_counter() - begin) / (repeat * CALLS) * 1e6)
+                times[name].append((time.perf_counter() - begin) / (repeat * calls) * 1e6)
         return times
     finally:
         gc.enable()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kvbuffer_compile.errors import EmitError
+from kvbuffer_compile.native.library import library
 
 
 class Storage:
@@ -32,22 +37,36 @@ class Storage:
 
 
 class Watch:
-    """Who holds several storages, to be compared at every step: quicker than asking each."""
+    """Who holds several storages, to be compared at every step: quicker than asking each.
 
-    __slots__ = ("_handles", "_seen", "_storages")
+    unchanged: whether each is held as often as it was, so that nobody has come by one, or let it go.
+    """
+
+    __slots__ = ("_storages", "unchanged")
 
     def __init__(self, storages: Sequence[Storage]) -> None:
-        self._handles = [s.handle for s in storages]
-        self._storages = storages  # not the objects, whose holders are counted
-        self._seen = self._now()
+        self._storages = storages  # for as long as they are watched
+        self.unchanged = _comparison()(storages)
 
-    def unchanged(self) -> bool:
-        """Whether each is held as often as it was: nobody has come by one, or let it go."""
-        return self._seen == self._now()
 
-    def _now(self) -> list[int]:
-        count = sys.getrefcount
-        return [*map(torch._C._storage_Use_Count, self._handles), *[count(s.object) for s in self._storages]]
+@functools.cache
+def _comparison() -> Callable[[Sequence[Storage]], Callable[[], bool]]:
+    """What makes `unchanged`: in C++ where the library can be had. It does not hold the storages, which would count."""
+    try:
+        make = library().kvbuffer_holders
+    except (EmitError, OSError, AttributeError):
+        return _compared_here
+    make.argtypes, make.restype = (ctypes.py_object,) * 2, ctypes.py_object
+    return lambda storages: make([s.handle for s in storages], [s.object for s in storages])
+
+
+def _compared_here(storages: Sequence[Storage]) -> Callable[[], bool]:
+    def held() -> list[int]:
+        uses, references = torch._C._storage_Use_Count, sys.getrefcount
+        return [n for s in storages for n in (uses(s.handle), references(s.object))]
+
+    seen = held()
+    return lambda: seen == held()
 
 
 _OWN_USES = _OWN_REFERENCES = 0

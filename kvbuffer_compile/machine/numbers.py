@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import log
 from typing import Literal
 
-Kind = Literal["read", "copy", "update", "kernel_read", "kernel_update", "kernel_twice"]
+Kind = Literal["read", "copy", "update", "kernel_read", "kernel_update", "kernel_twice", "kernel_rows"]
 
 # Times that a larger size is copied faster, above which a CPU counts as busy. Some is no sign: a small copy has few of
 # many threads. 32 was seen.
@@ -21,7 +21,7 @@ class Speed:
 
     read: a sum. copy: into another array. update: multiplied in place. kernel_read, kernel_update, kernel_twice: what
     generated kernels reach that only read a state, that change it, and that read it before they change it, their
-    arithmetic left out; 0 where none was timed.
+    arithmetic left out; 0 where none was timed. kernel_rows: the same of owed rows, which are short and lie apart.
     """
 
     bytes: int
@@ -31,10 +31,13 @@ class Speed:
     kernel_read: float = 0.0
     kernel_update: float = 0.0
     kernel_twice: float = 0.0
+    kernel_rows: float = 0.0
 
     def of(self, kind: Kind) -> float:
         """One of the speeds; where no kernel was timed, that of the same traffic without arithmetic."""
-        return float(getattr(self, kind)) or (self.read if kind in ("read", "kernel_read") else self.update)
+        return float(getattr(self, kind)) or (
+            self.read if kind in ("read", "kernel_read", "kernel_rows") else self.update
+        )
 
 
 @dataclass(frozen=True)

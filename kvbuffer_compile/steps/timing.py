@@ -146,9 +146,9 @@ class _Level:
         elements = max(1, size // (4 * prod(LARGE))) * prod(LARGE)
         self.bytes, self.kernels = 4 * elements, kernels
 
-        def took(plan: Plan) -> float:
+        def took(plan: Plan, owed: int = 0) -> float:
             called = kernels.rows_call if plan.variant == "buffered" else kernels.call
-            step = _step(plan, elements * 4 // (prod(LARGE) * plan.state_dtype.itemsize))
+            step = _step(plan, elements * 4 // (prod(LARGE) * plan.state_dtype.itemsize), owed)
             return max(_best(step) - called - kernels.fork, 1e-9)
 
         def arithmetic(lane: float, operations: float, rate: float) -> float:
@@ -160,6 +160,10 @@ class _Level:
         self.twice = took(plans.twice), arithmetic(kernels.lane, CHANGED + READ, kernels.rate)
         narrow = self.update[1] + elements * kernels.bfloat16 / machine.threads
         self.narrow = took(plans.rounding), 2 * narrow  # as many bytes are twice as many elements
+        owing = ROWS * elements // prod(LARGE)
+        walked = owing * (kernels.row + 2 * sum(LARGE) / kernels.walk) / machine.threads
+        self.rows = max(took(plans.reading[LARGE], ROWS) - self.read[0], 1e-9), walked
+        self.row_bytes = owing * 4 * (sum(LARGE) + 1)  # a key, a value, a decay
 
     @property
     def exposed(self) -> float:
@@ -178,8 +182,12 @@ class _Level:
         twice = max(kernels.moving(*self.twice), least)
         update = max(min(kernels.moving(*self.update), twice), least)
         read = max(min(kernels.moving(*self.read), update), least)
+        rows = max(kernels.moving(*self.rows), self.row_bytes / found.read)
         both = 2 * self.bytes
-        return replace(found, kernel_read=self.bytes / read, kernel_update=both / update, kernel_twice=both / twice)
+        return replace(
+            found, kernel_read=self.bytes / read, kernel_update=both / update, kernel_twice=both / twice,
+            kernel_rows=self.row_bytes / rows,
+        )  # fmt: skip
 
 
 def _line(each: float, small: float, large: float, size: Size = prod) -> tuple[float, float]:

@@ -61,7 +61,7 @@ def explain_choice(
     case, read = _shadowed(case, machine, options, possible_read(lifted, options))
     prediction = predict(case, machine, (*_ladder(case, times or ()), *wanted))
     if times:
-        prediction = with_measured(prediction, case, times)
+        prediction = with_measured(prediction, times)
     chosen = _asked(prediction, wanted[0]) if wanted else _fastest(prediction, case, machine)
     if most is None:
         reason = (
@@ -154,11 +154,10 @@ def _shared_flush(case: Case, machine: Machine) -> int:
 
 
 def _order(prediction: Prediction) -> list[int]:
-    """Candidates, the fastest first; of equals, within a few percent, the shorter buffer."""
-    found = prediction.candidates
-    least = min(c.seconds for c in found)
-    order = [i for i, c in enumerate(found) if c.seconds <= EQUAL * least]
-    return order + sorted(range(len(found)), key=lambda i: found[i].seconds)
+    """Candidates, the fastest first; of equals, whose ops take the same within a few percent, the shorter buffer."""
+    spent = [c.seconds - prediction.around for c in prediction.candidates]
+    order = [i for i, seconds in enumerate(spent) if seconds <= EQUAL * min(spent)]
+    return order + sorted(range(len(spent)), key=spent.__getitem__)
 
 
 def _shadowed(

@@ -21,11 +21,20 @@ def recurrent(case: Case, machine: Machine, timed: Kernels, work: Work) -> float
     """A C++ step that reads and writes the state: arithmetic on all threads, and the state's way from where it is,
     which hide each other in part."""
     passes: Kind = "kernel_twice" if work.state_read > case.state_bytes else "kernel_update"
-    moving = 2 * case.state_bytes / machine.speed(passes, case.working_set)
+    moving = 2 * case.state_bytes / machine.speed(passes, case.working_set) + _met_again(case, machine, work)
     arithmetic = prod(case.lanes) * timed.lane + work.operations / timed.rate + _rounding(case, timed)
     vectors = work.operands / machine.speed("read", case.working_set)
     threads, fork = _threads(case, machine, timed)
     return timed.call + fork + timed.together(arithmetic / threads, moving) + vectors + host(case, machine)
+
+
+def _met_again(case: Case, machine: Machine, work: Work) -> float:
+    """Seconds in which passes after the first fetch a lane from behind the core's own cache. What was timed had small
+    lanes, which were still there; while a lane is met again the next one comes in, so there must be room for both."""
+    lane = prod(case.sizes) * case.state_width
+    if 2 * lane <= machine.cache / machine.threads:
+        return 0.0
+    return max(work.state_read - case.state_bytes, 0.0) / machine.speed("kernel_read", 2 * machine.cache)
 
 
 def buffered(case: Case, machine: Machine, timed: Kernels, period: Period) -> float:
@@ -38,9 +47,10 @@ def buffered(case: Case, machine: Machine, timed: Kernels, period: Period) -> fl
         passing = timed.together(
             _pass_arithmetic(case, timed, work, flushes) / threads, _pass_moving(case, machine, work, flushes, between)
         )
-        read = machine.speed("read", between)
-        rows = timed.together(_row_arithmetic(case, timed, work, flushes) / threads, work.rows_read / read)
-        return passing + rows + (work.rows_written + work.operands) / read
+        # A row that is stored is fetched before, and written back later.
+        rows_moving = (work.rows_read + 2 * work.rows_written) / machine.speed("kernel_rows", between)
+        rows = timed.together(_row_arithmetic(case, timed, work, flushes) / threads, rows_moving)
+        return passing + rows + work.operands / machine.speed("read", between)
 
     ordinary, last = step(period.reading, False), step(period.flushing, True)
     mean = (1 - period.share) * ordinary + period.share * last

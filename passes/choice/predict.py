@@ -84,6 +84,7 @@ class Prediction:
     slot_bytes: one slot of the log, over all lanes. best_flush: L*, of the bytes alone. formula: L* with its numbers.
     shadow_bytes: of the shadow that buffered steps read, 0 for none.
     plain: the step as Inductor compiles it (flush 1, gain 1). chosen: index into candidates, None when declined.
+    around: seconds that the host takes around the op of a kernel, the same for each candidate.
     """
 
     machine: Machine
@@ -96,6 +97,7 @@ class Prediction:
     candidates: tuple[Candidate, ...]
     chosen: int | None = None
     shadow_bytes: int = 0
+    around: float = 0.0
 
     @property
     def choice(self) -> Candidate | None:
@@ -120,19 +122,15 @@ def predict(case: Case, machine: Machine, flushes: tuple[int, ...]) -> Predictio
     best, formula = _best_flush(case, counts)
     return Prediction(
         machine, case.target, case.state_bytes, round(counts.slot), best, formula, plain, candidates,
-        shadow_bytes=case.elements * case.shadow_width,
+        shadow_bytes=case.elements * case.shadow_width, around=_around(case, machine),
     )  # fmt: skip
 
 
-def with_measured(prediction: Prediction, case: Case, times: Mapping[int, float]) -> Prediction:
+def with_measured(prediction: Prediction, times: Mapping[int, float]) -> Prediction:
     """The candidates that were timed, judged by that. times: seconds of an op by flush length."""
 
-    machine = prediction.machine
-    launch = KERNEL_LAUNCHES.get(machine.device, 1.0) * machine.launch
-    around = launch if machine.kernels is None else kernels.host(case, machine)
-
     def judged(c: Candidate) -> Candidate:
-        spent = times[c.flush] + around
+        spent = times[c.flush] + prediction.around
         return replace(c, seconds=spent, gain=prediction.plain.seconds / spent, measured=times[c.flush])
 
     timed = tuple(judged(c) for c in prediction.candidates if c.flush in times)
@@ -250,6 +248,14 @@ def _kernel(case: Case, machine: Machine, counts: _Counts, variant: Variant, flu
     launches, efficiency = KERNEL_LAUNCHES.get(machine.device, 1.0), KERNEL_EFFICIENCY.get(machine.device, 1.0)
     operations = (work.operations + work.row_operations + work.gathered + work.fold_operations) / efficiency
     return work.bytes, _seconds(case, machine, work.bytes / efficiency, operations, launches)
+
+
+def _around(case: Case, machine: Machine) -> float:
+    """Composite steps are many ops, and how many depends on the variant."""
+    if case.target == "aten":
+        return 0.0
+    launches = KERNEL_LAUNCHES.get(machine.device, 1.0)
+    return launches * machine.launch if machine.kernels is None else kernels.host(case, machine)
 
 
 def _composite(case: Case, machine: Machine, counts: _Counts, variant: Variant, flush: int) -> tuple[float, float]:

@@ -34,6 +34,7 @@ def complete(found: dict, names: tuple[str, ...], dtypes: tuple[str, ...] = ("fl
     assert found["dry_run"] and not found["left_out"] and found["targets"]
 
 
+@pytest.mark.nightly
 def test_a_dry_run_runs_to_its_end(tmp_path):
     complete(dry_run(tmp_path / "found.json", "--only", "gdn", "--dtypes", "bfloat16"), ("gdn",), ("bfloat16",))
 
@@ -43,7 +44,6 @@ def test_a_dry_run_of_everything(tmp_path):
     complete(dry_run(tmp_path / "found.json"), gpu.NAMES)
 
 
-@pytest.mark.nightly
 def test_what_there_is_no_time_for_is_listed(tmp_path):
     found = dry_run(tmp_path / "found.json", "--only", "gla", "--seconds", "0")
     assert not found["cases"] and not found["model"]
