@@ -125,11 +125,11 @@ def sweep_of_near_misses(examples: int, derandomize: bool) -> None:
 
 
 def test_spellings_lift_and_run() -> None:
-    sweep(100, derandomize=True)
+    sweep(60, derandomize=True)
 
 
 def test_near_misses_are_declined_or_right() -> None:
-    sweep_of_near_misses(60, derandomize=True)
+    sweep_of_near_misses(40, derandomize=True)
 
 
 @pytest.mark.nightly
