@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+from kvbuffer_compile.codegen.triton.drafts import LINES, MOST
 from kvbuffer_compile.codegen.triton.launch import Config
 from kvbuffer_compile.codegen.triton.tickets import Tickets
 from kvbuffer_compile.codegen.triton.values import Python, Values, power_of_two
@@ -33,7 +34,8 @@ def arguments(plan: Plan, split: Kind | None, streamed: bool = False) -> list[Ar
     found += [Argument(f"out_{n}", f"outputs[{n}]") for n, _ in enumerate(plan.program.outputs)]
     if plan.several:
         found += [Argument("T", "tokens"), Argument("TOKENS", "triton.next_power_of_2(tokens)", True)]
-        found += [Argument("QUERIES", "queries", True), Argument("MATRIX", "matrix", True)]
+        found += [Argument("QUERIES", "queries", True), Argument("MATRIX", "True" if streamed else "matrix", True)]
+        found += [Argument("DRAFTS", "drafts", True)] if streamed else []
     if streamed:
         found += [Argument("STAGES", "stages", True)]
     if streamed or plan.several:
@@ -134,7 +136,7 @@ class Launcher:
         c = self.config
         head = "state, cursor, tickets, rows, operands, "
         head += f"block={c.block}, warps={c.warps}, fold={c.fold}, stages={c.stages}"
-        head += f", matrix={c.matrix}" if self.plan.several else ""
+        head += f", matrix={c.matrix}" if self.plan.several and not c.part else ""
         head += f", registers={c.registers}" if c.registers else ""
         with self.out.block(f"def launch({head})"):
             self._contract()
@@ -182,7 +184,8 @@ class Launcher:
             state=f"{_short(plan.state_dtype)}, {plan.layout}",
             log="" if plan.variant == "recurrent" else LOG.format(rows=rows, shadow=shadow),
             operands=", ".join(shape(v, lanes, *middle) for v in plan.program.inputs),
-            matrix=(MATRIX if plan.several else "") + (REGISTERS if self.config.registers else ""),
+            matrix=(MATRIX if plan.several and not self.config.part else "")
+            + (REGISTERS if self.config.registers else ""),
         )
         self.out.lines(text)
 
@@ -204,6 +207,8 @@ class Launcher:
         if self.plan.several:
             self.out.line(f"tokens = max(x.shape[{self.plan.layout.lanes}] for x in operands)")
             self.out.line(f"queries = max(16, {self.width or 1} * triton.next_power_of_2(tokens))")
+            if self.config.part:
+                self.out.line(f"drafts = tokens if queries <= {LINES} and tokens <= {MOST} else 0")
             tokens = " tokens,"
         if self.plan.several or self.config.part:
             self.out.line('precision = "ieee" if torch.version.hip else "tf32x3"')

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from kvbuffer_compile.codegen.schedule import Fold as TokenFold
 from kvbuffer_compile.codegen.schedule import Old, Schedule, steps_for
 from kvbuffer_compile.codegen.triton.arguments import arguments
+from kvbuffer_compile.codegen.triton.drafts import Drafts
 from kvbuffer_compile.codegen.triton.fold import Fold
 from kvbuffer_compile.codegen.triton.rows import Rows
 from kvbuffer_compile.codegen.triton.stream import Stream
@@ -36,16 +37,17 @@ class Kernel:
         self.fold = Fold(out, plan, values, self.rows)
         self.shadow = self.fold.shadow
         self.verify = plan.several
-        self.stream = Stream(out, plan, schedule, values, self.rows, part) if part else None
+        self.part = part
+        self.stream = Stream(out, plan, schedule, values, self.rows, part) if part and not self.verify else None
 
     def emit(self) -> None:
-        if self.plan.variant != "recurrent" and not self.stream:
+        if self.plan.variant != "recurrent" and not self.part:
             self.fold.define()
             self.out.line()
             self.out.line()
         self.out.line("@triton.jit")
         self.out.line("def step(")
-        for a in arguments(self.plan, self.values.split, self.stream is not None):
+        for a in arguments(self.plan, self.values.split, self.part > 0):
             self.out.line(f"    {a.name}{': tl.constexpr' if a.constant else ''},")
         with self.out.block(")"):
             self._place()
@@ -54,6 +56,8 @@ class Kernel:
                 self._recurrent()
             elif self.stream:
                 self._streamed(self.stream)
+            elif self.part:
+                self._drafted(Drafts(self.out, self.plan, self.schedule, self.values, self.rows, self.part))
             else:
                 self._logged()
 
@@ -137,6 +141,24 @@ class Kernel:
             self.values.steps(stage.steps)
         self._outputs(zero=False)
         self._store_owned("kept")
+        self._finish_all()
+
+    def _drafted(self, drafts: Drafts) -> None:
+        drafts.give(self._operands())
+        self._cursor()
+        self._state_address()
+        self.out.line("kept = owed")
+        drafts.read()
+        self._arrive()
+
+        def store() -> None:
+            self._outputs(zero=False)
+            self._store_owned("(kept + t)")
+
+        with self.out.block("if DRAFTS"):
+            drafts.tokens(store)
+        with self.out.block("else"):
+            self._tokens(drafts.fresh)
         self._finish_all()
 
     # ------------------------------------------------------------------------------- buffered and verify

@@ -190,6 +190,12 @@ class Rows:
             gates = [after["scalar"]] if "scalar" in after else []
             self._say(f"weight_{n} = {' * '.join([*gates, 'later_scalar'])}")
 
+    def side(self, n: int, side: str) -> Var:
+        """One side of update n, "left" or "right"."""
+        event = self.events[self.updates[n]]
+        assert isinstance(event, Update)
+        return event.left if side == "left" else event.right
+
     # ------------------------------------------------------------------------------------------- reading
 
     def read(self, read: Old, query: str) -> None:

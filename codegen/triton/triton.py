@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from kvbuffer_compile.codegen.schedule import schedule
 from kvbuffer_compile.codegen.triton.arguments import Launcher
+from kvbuffer_compile.codegen.triton.drafts import HELPERS, drafts
 from kvbuffer_compile.codegen.triton.kernel import Kernel
 from kvbuffer_compile.codegen.triton.launch import Config, configure, whole
 from kvbuffer_compile.codegen.triton.matrix import queries
@@ -33,13 +34,16 @@ def emit(plan: Plan, config: Config | None = None) -> str:
         raise EmitError(f"no Triton kernel for a shadow of {plan.state_dtype} with these reads\n{plan.program}")
     order = schedule(plan.program, in_place=plan.variant != "buffered")
     launch = config or configure(plan, order)
-    if launch.part and not streams(plan, order):
+    if launch.part and not (drafts(plan, order) if plan.several else streams(plan, order)):
         raise EmitError(f"no Triton kernel streams this state\n{plan.program}")
     body = Python()
     values = Values(body, plan, None if whole(plan, order, launch) else order.split)
     kernel = Kernel(body, plan, order, values, launch.part)
     if plan.variant != "recurrent":
         body.lines(ARRIVE)
+        _gap(body)
+    if launch.part and plan.several:
+        body.lines(HELPERS)
         _gap(body)
     kernel.emit()
     _gap(body)

@@ -35,13 +35,14 @@ SHADOW = "shadow + {key}[:, None] * SHADOW_KEY + {value}[None, :] * SHADOW_VALUE
 # Names of the kernel that a value of the same name would hide, and how such names begin.
 TAKEN = frozenset(
     """tl torch triton libdevice step arrive state cursor tickets tile program lane sequence owed limit live flush kept
-    t s T TOKENS BLOCK TILES EVICT FOLD QUERIES MATRIX PRECISION key value key_ok value_ok age used later dot token
+    t s T TOKENS BLOCK TILES EVICT FOLD QUERIES MATRIX DRAFTS PRECISION key value key_ok value_ok age used later dot token
     query part ahead chunk n fold float range asked asked_token queries result shadow shadow_scale scale exact lacks
-    folded largest exponent unit half slot start""".split()
+    folded largest exponent unit half slot start stored faded j high product halves fours columns totals add_four
+    add_eight""".split()
 )
 PREFIXES = tuple(
     """in_ row_ out_ at_ size_ state_ left_ right_ later_ after_ fade_ fresh_ carry_ now_ run_ next_ slot_ cursor_
-    tickets_ weight_ last_ met_ gram_ all_ key_ value_ half_ scale_ part_ raw_ base_ sum_ asked_""".split()
+    tickets_ weight_ last_ met_ gram_ all_ key_ value_ half_ scale_ part_ raw_ base_ sum_ asked_ given_ each_""".split()
 )
 
 
@@ -125,10 +126,14 @@ class Values:
 
     def load_tile(self, address: str, live: str | None, policy: str) -> str:
         """A tile like the state's, at an address with the places {key} and {value}."""
+        return f"{self.load_raw(live, policy, address)}.to({self.real})"
+
+    def load_raw(self, live: str | None = None, policy: str = "", address: str = STATE) -> str:
+        """The same as it is stored."""
         masks = self._tile_mask([live] if live else [])
         other = ", other=0.0" if masks else ""
         policy = f", eviction_policy={policy}" if policy else ""
-        return f"tl.load({address.format(**self.index)}{masks}{other}{policy}).to({self.real})"
+        return f"tl.load({address.format(**self.index)}{masks}{other}{policy})"
 
     def store_state(self) -> None:
         self.store_tile(STATE, f"s.to({DTYPES[self.plan.state_dtype]})")
@@ -182,7 +187,7 @@ class Values:
         for v in inputs:
             self.out.line(f"next_{v} = {self._operand(v, 'ahead')}")
 
-    def operand_tile(self, v: Var, token: str) -> str:
+    def operand_tile(self, v: Var, token: str, dtype: str = "") -> str:
         """An operand of many tokens, a row for each of the tensor `token`; zero where there is no such token."""
         vector = v.kind != "scalar"
         at = [f"at_{lane} * in_{v}_{lane}" for lane in self.plan.program.lanes if lane in v.lanes]
@@ -190,15 +195,19 @@ class Values:
         at += [f"{self.index[v.kind]}[None, :] * in_{v}_last"] if vector else []
         mask = f"(({token} >= 0) & ({token} < T)){'[:, None]' if vector else ''}"
         mask += f" & {self.ok(v.kind)}[None, :]" if vector and self.padded(v.kind) else ""
-        return f"tl.load({' + '.join([f'in_{v}', *at])}, mask={mask}, other=0.0).to({self.real})"
+        return f"tl.load({' + '.join([f'in_{v}', *at])}, mask={mask}, other=0.0).to({dtype or self.real})"
 
     def _operand(self, v: Var, token: str) -> str:
+        return f"{self.operand(v, token)}.to({self.real})"
+
+    def operand(self, v: Var, token: str) -> str:
+        """An operand of one token as it is stored."""
         at = [f"at_{lane} * in_{v}_{lane}" for lane in self.plan.program.lanes if lane in v.lanes]
         at += [f"{token} * in_{v}_t"] if self.plan.several else []
         at += [f"{self.index[v.kind]} * in_{v}_last"] if v.kind != "scalar" else []
         masks = self.mask(v.kind) if v.kind != "scalar" else ""
         other = ", other=0.0" if masks else ""
-        return f"tl.load({' + '.join([f'in_{v}', *at])}{masks}{other}).to({self.real})"
+        return f"tl.load({' + '.join([f'in_{v}', *at])}{masks}{other})"
 
     def steps(self, steps: Iterable[Step]) -> None:
         """Compute steps in order."""

@@ -1,0 +1,334 @@
+"""A verify step that streams the state and knows its tokens when it is compiled.
+
+The reads of all tokens are one tile of matrix products (matrix.py), taken part by part as stream.py does: parts of the
+state are on their way through shared memory, one program takes a whole head or a wide tile of it, and a step that
+flushes folds each part and reads it in one go.
+
+    steady   result = queries s; met_n = queries met-side of the owed rows; then result faded + (met_n weight_n) free_n
+    flush    s = s faded + met_n^T free_n, stored; result = queries s
+
+Up to `unrolled` tokens are printed one after the other. The rows of `result` are split off in halves, so that a thread has
+all rows of its columns; the sums over the contracted axis that no read has part in (a token's queries with the rows of
+the tokens before it, and within the token) are numbers that are reduced eight at a time: warps wait once for eight.
+More tokens take the loop of verify.py.
+
+given_<name>      an operand, one for each token
+each_sum          the sums, token by token
+each_free_n       the free side of the rows of the tokens so far
+each_weight       what scalar decays leave of them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from kvbuffer_compile.codegen.schedule import Dot, Old, Schedule
+from kvbuffer_compile.codegen.triton.matrix import applies, known, needed
+from kvbuffer_compile.codegen.triton.rows import SLOT, Rows
+from kvbuffer_compile.codegen.triton.values import DTYPES, Python, Values
+from kvbuffer_compile.codegen.triton.verify import Fresh
+from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.ir.program import REDUCTIONS, Map, Var
+
+MOST = 8  # tokens that are unrolled
+LINES = 16  # queries that the rows of a thread are split into
+
+HELPERS = '''@triton.jit
+def high(x):
+    """The upper bits of float32 numbers, as many as tensor cores take: exact in tf32, and so is the rest but for 2^-22."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product(x, s, total, PRECISION: tl.constexpr):
+    """total + x s, as exact as float32. Numbers of 16 bits are exact in any format, so they need no second part."""
+    if PRECISION == "ieee" or (x.dtype == tl.float32 and s.dtype == tl.float32):
+        total = tl.dot(x.to(tl.float32), s.to(tl.float32), total, input_precision=PRECISION)
+    elif x.dtype == s.dtype:
+        total = tl.dot(x, s, total)
+    elif s.dtype == tl.float32:
+        total = tl.dot(x.to(tl.float32), high(s), total, input_precision="tf32")
+        total = tl.dot(x.to(tl.float32), s - high(s), total, input_precision="tf32")
+    elif x.dtype == tl.float32 and s.dtype == tl.bfloat16:
+        first = x.to(tl.bfloat16)
+        rest = x - first.to(tl.float32)
+        second = rest.to(tl.bfloat16)
+        total = tl.dot(first, s, total)
+        total = tl.dot(second, s, total)
+        total = tl.dot((rest - second.to(tl.float32)).to(tl.bfloat16), s, total)
+    elif x.dtype == tl.float32:
+        total = tl.dot(high(x), s.to(tl.float32), total, input_precision="tf32")
+        total = tl.dot(x - high(x), s.to(tl.float32), total, input_precision="tf32")
+    else:
+        total = tl.dot(x.to(tl.float32), s.to(tl.float32), total, input_precision="tf32")
+    return total
+
+
+@triton.jit
+def halves(x, N: tl.constexpr):
+    """The first and the last N of 2 N columns."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, N)), (0, 2, 1)))
+
+
+@triton.jit
+def fours(x):
+    """Four columns."""
+    low, high = halves(x, 2)
+    a, b = tl.split(low)
+    c, d = tl.split(high)
+    return a, b, c, d
+
+
+@triton.jit
+def columns(x):
+    """The 16 columns of x, each a vector."""
+    low, high = halves(x, 8)
+    a, b = halves(low, 4)
+    c, d = halves(high, 4)
+    return fours(a) + fours(b) + fours(c) + fours(d)
+
+
+@triton.jit
+def add_four(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def add_eight(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+
+
+@triton.jit
+def totals(xs, N: tl.constexpr):
+    """The sum of each of N vectors."""
+    found = ()
+    for n in tl.static_range(0, N // 8 * 8, 8):
+        found = found + tl.reduce(
+            (xs[n], xs[n + 1], xs[n + 2], xs[n + 3], xs[n + 4], xs[n + 5], xs[n + 6], xs[n + 7]), 0, add_eight
+        )
+    for n in tl.static_range(N // 8 * 8, N // 4 * 4, 4):
+        found = found + tl.reduce((xs[n], xs[n + 1], xs[n + 2], xs[n + 3]), 0, add_four)
+    for n in tl.static_range(N // 4 * 4, N):
+        found = found + (tl.sum(xs[n], 0),)
+    return found'''
+
+
+def drafts(plan: Plan, schedule: Schedule) -> bool:
+    """Whether a step of several tokens can be streamed: by matrix products, and no row that reads meet needs a read."""
+    if not applies(plan, schedule) or plan.shadowed or schedule.fold is None:
+        return False
+    kind = schedule.stages[0].reads[0].x.kind
+    steps = [step for stage in schedule.stages for step in stage.steps]
+    met = {row[0 if kind == "key" else 1] for row in schedule.fold.rows}
+    whole = any(isinstance(s, Dot) or (isinstance(s, Map) and s.fn in REDUCTIONS) for s in needed(steps, met))
+    return not whole and met <= known(plan.program.inputs, steps)
+
+
+class Drafts:
+    """Prints the reads and the unrolled tokens of a step for which `drafts` holds.
+
+    part: elements of the contracted axis at a time.
+    """
+
+    def __init__(self, out: Python, plan: Plan, schedule: Schedule, values: Values, rows: Rows, part: int) -> None:
+        self.fresh = Fresh(out, plan, schedule, values, rows)
+        assert schedule.fold is not None and self.fresh.matrix
+        self.out, self.plan, self.values, self.rows, self.part = out, plan, values, rows, part
+        self.matrix, self.fold, self.stages, self.reads = (
+            self.fresh.matrix,
+            schedule.fold,
+            schedule.stages,
+            schedule.stages[0].reads,
+        )
+        self.kind, self.other, self.width = self.matrix.kind, self.matrix.other, self.matrix.width
+        self.met, self.free = ("left", "right") if self.kind == "key" else ("right", "left")
+        self.updates = range(len(rows.updates))
+        self.factor = self.matrix.factor
+        self.sides = [self.matrix.met(n) for n in range(len(self.fresh.seen))]
+        before = known(plan.program.inputs, self.matrix.steps)
+        self.dots = [s for s in self.matrix.steps if isinstance(s, Dot) and before >= {s.left, s.right}]
+        self.ahead = needed(self.matrix.steps, self._roots())
+        self.dots = [s for s in self.dots if s not in self.ahead]
+
+    def _roots(self) -> list[Var]:
+        """What the sums of a token are made of."""
+        roots = [*self.sides, *([self.factor] if self.factor else [])]
+        roots += [r.x for r in self.reads] if self.sides else []
+        return roots + [v for s in self.dots for v in (s.left, s.right)]
+
+    # ------------------------------------------------------------------------------------------- the reads
+
+    def give(self, inputs: Sequence[Var]) -> None:
+        """Ask for the operands of all tokens; they are used behind the state."""
+        self.given = list(inputs)
+        with self.out.block("if DRAFTS"):
+            for v in inputs:
+                self.out.line(f"given_{v} = ()")
+            with self.out.block("for j in tl.static_range(DRAFTS)"):
+                for v in inputs:
+                    self.out.line(f"given_{v} = given_{v} + ({self.values.operand(v, 'j')},)")
+
+    def read(self) -> None:
+        """`result`, a row for each query. `kept` rows are owed afterwards."""
+        self.matrix.start()
+        self.out.line("token = tl.arange(0, TOKENS)")
+        if self.matrix.grams:
+            with self.out.block("if not DRAFTS"):
+                self.matrix.multiply_fresh()
+        with self.out.block("if flush"):
+            self._flush()
+            self.out.line("kept = 0")
+        with self.out.block("else"):
+            self._steady()
+
+    def _steady(self) -> None:
+        late = self.rows.at_once(("scalar", self.other), SLOT, ahead=True)
+        for n in self.updates:
+            self.matrix.empty(f"met_{n}", "QUERIES", str(self.rows.all_slots))
+        with self._parts("STAGES"):
+            self.rows.at_once((self.kind,), SLOT)
+            for n in self.updates:
+                self._product(f"met_{n}", "queries", f"tl.trans({self._exact(self.met, n)})")
+            faded = f"queries * fade_{self.kind}[None, :]" if self.kind in self.rows.fades else "queries"
+            tile = self.values.load_raw("live", "EVICT")
+            self._product("result", faded, tile if self.kind == "key" else f"tl.trans({tile})")
+        self.out.lines("\n".join(late))
+        self.matrix.fade_result()
+        for n in self.updates:
+            weight = f" * weight_{n}[None, :]" if "scalar" in self.rows.fades else ""
+            self._product("result", f"met_{n}{weight}", self._exact(self.free, n))
+
+    def _flush(self) -> None:
+        self.rows.at_once(("scalar", self.other), SLOT)
+        weighted = "scalar" in self.rows.fades
+        for n in self.updates:
+            if weighted:
+                self.out.line(f"{self.free}_{n} = {self.free}_{n} * weight_{n}[:, None]")
+        state = DTYPES[self.plan.state_dtype]
+        with self._parts("1"):
+            self.rows.at_once((self.kind,), SLOT)
+            fades = "".join(f" * fade_{k}{'' if k == 'scalar' else self.values.across(k)}" for k in self.rows.fades)
+            self.out.line(f"s = {self.values.load_state('live', 'EVICT')}{fades}")
+            for n in self.updates:
+                met, free = self._exact(self.met, n), f"{self.free}_{n}" if weighted else self._exact(self.free, n)
+                left, right = (met, free) if self.kind == "key" else (free, met)
+                self._product("s", f"tl.trans({left})", right)
+            self.values.store_state()
+            tile = f"s.to({state})"
+            self._product("result", "queries", tile if self.kind == "key" else f"tl.trans({tile})")
+
+    @contextmanager
+    def _parts(self, stages: str) -> Iterator[None]:
+        """The loop over parts of the contracted axis; within it `queries` are those of the part."""
+        size, index = self.values.size(self.kind), f"{self.kind}_part"
+        self.matrix.empty("result", "QUERIES", self.values.length(self.other))
+        with self.values.part(self.kind, self.part):
+            with self.out.block(f"for start in tl.range(0, {size}, {self.part}, num_stages={stages})"):
+                self.out.line(f"{index} = (start + tl.arange(0, {self.part})).to(tl.int64)")
+                if self.values.padded(self.kind):
+                    self.out.line(f"{index}_ok = {index} < {size}")
+                self.matrix.lay(stored=True)
+                yield
+
+    def _product(self, total: str, left: str, right: str) -> None:
+        self.out.line(f"{total} = product({left}, {right}, {total}, PRECISION)")
+
+    def _exact(self, side: str, n: int) -> str:
+        """A tile of rows as it is stored, where nothing fades it: then products take fewer parts."""
+        v = self.rows.side(n, side)
+        bare = v.kind != "scalar" and v.kind not in self.rows.fades
+        dtype = self.plan.row_dtypes[self.plan.program.logged.index(v)]
+        return f"{side}_{n}" + (f".to({DTYPES[dtype]})" if bare and dtype.itemsize == 2 else "")
+
+    # ---------------------------------------------------------------------------------------- the tokens
+
+    def tokens(self, store: Callable[[], None]) -> None:
+        """The tokens one after the other. store: prints what is stored of token t."""
+        if self.dots or self.sides:
+            self._sum()
+        self.out.line("each_result = columns(tl.trans(result))")
+        fold, seen = self.fold, range(len(self.fresh.seen))
+        self.out.line("each_weight = ()")
+        for n in seen:
+            self.out.line(f"each_free_{n} = ()")
+        self.fresh.start_fading()
+        with self.out.block("for t in tl.static_range(DRAFTS)"):
+            self._take(self.given)
+            for stage in self.stages:
+                for step in stage.steps:
+                    if step in self.dots:
+                        assert isinstance(step, Dot)
+                        self.out.line(
+                            f"{self.values.name(step.out)} = each_sum[{self._at()} + {self.dots.index(step)}]"
+                        )
+                    else:
+                        self.values.steps([step])
+                for read in stage.reads:
+                    self._read(read)
+            store()
+            self.fresh.fade_on()
+            if self.sides and fold.scalar:
+                self._append("each_weight", fold.scalar, f"(tl.full([], 1.0, {self.values.real}),)")
+            for n in seen:
+                free = self.fresh.seen[n][1 if self.kind == "key" else 0]
+                self._append(
+                    f"each_free_{n}", fold.value if self.kind == "key" else fold.key, f"({self.values.name(free)},)"
+                )
+        self.out.line("t = 0  # a name for loops at run time again")
+
+    def _sum(self) -> None:
+        """each_sum: of the queries of each token and the rows that they meet."""
+        used = self.values.operands(self.ahead, self._roots())
+        self.out.line("each_sum = ()")
+        for n, _ in enumerate(self.sides):
+            self.out.line(f"each_met_{n} = ()")
+        with self.out.block("for t in tl.static_range(DRAFTS)"):
+            self._take(used)
+            self.values.steps(self.ahead)
+            for dot in self.dots:
+                self._add_sum(f"{self.values.name(dot.left)} * {self.values.name(dot.right)}")
+            if self.sides:
+                with self.out.block("for j in tl.static_range(t)"):
+                    for n, _ in enumerate(self.sides):
+                        for read in self.reads:
+                            self._add_sum(f"each_met_{n}[j] * {self.values.name(read.x)}")
+            for n, side in enumerate(self.sides):
+                self._append(f"each_met_{n}", self.factor, f"({self.values.name(side)},)")
+        self.out.line(f"each_sum = totals(each_sum, {self._at('DRAFTS')})")
+
+    def _add_sum(self, text: str) -> None:
+        text = f"tl.where({self.values.ok(self.kind)}, {text}, 0.0)" if self.values.padded(self.kind) else text
+        self.out.line(f"each_sum = each_sum + ({text},)")
+
+    def _at(self, t: str = "t") -> str:
+        """How many sums there are of the tokens before t."""
+        pairs = len(self.sides) * len(self.reads)
+        return f"{t} * {len(self.dots)} + {t} * ({t} - 1) // 2 * {pairs}"
+
+    def _append(self, name: str, factor: Var | None, last: str) -> None:
+        """What a decay leaves of a tuple of earlier tokens, and the token's own behind it."""
+        if factor is None:
+            self.out.line(f"{name} = {name} + {last}")
+            return
+        self.out.line("faded = ()")
+        with self.out.block("for j in tl.static_range(t)"):
+            self.out.line(f"faded = faded + ({name}[j] * {self.values.name(factor)},)")
+        self.out.line(f"{name} = faded + {last}")
+
+    def _take(self, inputs: Sequence[Var]) -> None:
+        for v in inputs:
+            self.out.line(f"{self.values.name(v)} = given_{v}[t].to({self.values.real})")
+
+    def _read(self, read: Old) -> None:
+        """One read of token t: of the state, and of the rows of the tokens before."""
+        out, place = self.values.name(read.out), self.reads.index(read)
+        self.out.line(f"{out} = each_result[t * {self.width} + {place}]")
+        self.fresh.fade(out, read)
+        if not self.sides:
+            return
+        weight = " * each_weight[j]" if self.fold.scalar else ""
+        with self.out.block("for j in tl.static_range(t)"):
+            for n, _ in enumerate(self.sides):
+                at = f"{self._at()} + {len(self.dots)} + (j * {len(self.sides)} + {n}) * {len(self.reads)} + {place}"
+                self.out.line(f"{out} += each_sum[{at}]{weight} * each_free_{n}[j]")
