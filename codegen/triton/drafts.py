@@ -29,40 +29,67 @@ from kvbuffer_compile.codegen.triton.rows import SLOT, Rows
 from kvbuffer_compile.codegen.triton.values import DTYPES, Python, Values
 from kvbuffer_compile.codegen.triton.verify import Fresh
 from kvbuffer_compile.ir.plan import Plan
-from kvbuffer_compile.ir.program import REDUCTIONS, Map, Var
+from kvbuffer_compile.ir.program import REDUCTIONS, Decay, Map, Update, Var
 
 MOST = 8  # tokens that are unrolled
 LINES = 16  # queries that the rows of a thread are split into
 
 HELPERS = '''@triton.jit
 def high(x):
-    """The upper bits of float32 numbers, as many as tensor cores take: exact in tf32, and so is the rest but for 2^-22."""
+    """The upper bits of float32 numbers, as many as tensor cores take; what is left of x has as few but for 2^-22."""
     return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
+def short(x):
+    """The upper bits of float32 numbers that bfloat16 has, exactly."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def product(x, s, total, PRECISION: tl.constexpr):
-    """total + x s, as exact as float32. Numbers of 16 bits are exact in any format, so they need no second part."""
-    if PRECISION == "ieee" or (x.dtype == tl.float32 and s.dtype == tl.float32):
+    """total + x s, as exact as float32: numbers are cut into parts that tensor cores take exactly. Numbers of 16 bits
+    need no cut; inf becomes NaN."""
+    if PRECISION == "ieee":
         total = tl.dot(x.to(tl.float32), s.to(tl.float32), total, input_precision=PRECISION)
-    elif x.dtype == s.dtype:
-        total = tl.dot(x, s, total)
+    elif x.dtype == tl.float32 and s.dtype == tl.float32:
+        total = tl.dot(high(x), high(s), total, input_precision="tf32")
+        total = tl.dot(x - high(x), high(s), total, input_precision="tf32")
+        total = tl.dot(high(x), s - high(s), total, input_precision="tf32")
     elif s.dtype == tl.float32:
         total = tl.dot(x.to(tl.float32), high(s), total, input_precision="tf32")
         total = tl.dot(x.to(tl.float32), s - high(s), total, input_precision="tf32")
+    elif x.dtype == s.dtype:
+        total = tl.dot(x, s, total)
     elif x.dtype == tl.float32 and s.dtype == tl.bfloat16:
-        first = x.to(tl.bfloat16)
-        rest = x - first.to(tl.float32)
-        second = rest.to(tl.bfloat16)
-        total = tl.dot(first, s, total)
-        total = tl.dot(second, s, total)
-        total = tl.dot((rest - second.to(tl.float32)).to(tl.bfloat16), s, total)
+        rest = x - short(x)
+        total = tl.dot(short(x).to(tl.bfloat16), s, total)
+        total = tl.dot(short(rest).to(tl.bfloat16), s, total)
+        total = tl.dot((rest - short(rest)).to(tl.bfloat16), s, total)
     elif x.dtype == tl.float32:
         total = tl.dot(high(x), s.to(tl.float32), total, input_precision="tf32")
         total = tl.dot(x - high(x), s.to(tl.float32), total, input_precision="tf32")
     else:
         total = tl.dot(x.to(tl.float32), s.to(tl.float32), total, input_precision="tf32")
     return total
+
+
+@triton.jit
+def stack(xs, N: tl.constexpr, LOG: tl.constexpr):
+    """N = 2 ** LOG vectors as the columns of a tile; all of a row lies in one thread."""
+    for n in tl.static_range(LOG):
+        joined = ()
+        for j in tl.static_range(N >> (n + 1)):
+            pair = tl.join(xs[j], xs[j + (N >> (n + 1))])
+            joined = joined + (tl.reshape(pair, (xs[0].shape[0], 2 << n)),)
+        xs = joined
+    return xs[0]
+
+
+@triton.jit
+def part_of(x, rows):
+    """The given rows of a tile."""
+    return tl.gather(x, tl.broadcast_to(rows[:, None], (rows.shape[0], x.shape[1])), 0)
 
 
 @triton.jit
@@ -144,7 +171,7 @@ class Drafts:
         self.kind, self.other, self.width = self.matrix.kind, self.matrix.other, self.matrix.width
         self.met, self.free = ("left", "right") if self.kind == "key" else ("right", "left")
         self.updates = range(len(rows.updates))
-        self.factor = self.matrix.factor
+        self.factor, self.gated = self.matrix.factor, self.kind in rows.fades
         self.sides = [self.matrix.met(n) for n in range(len(self.fresh.seen))]
         before = known(plan.program.inputs, self.matrix.steps)
         self.dots = [s for s in self.matrix.steps if isinstance(s, Dot) and before >= {s.left, s.right}]
@@ -176,6 +203,9 @@ class Drafts:
         if self.matrix.grams:
             with self.out.block("if not DRAFTS"):
                 self.matrix.multiply_fresh()
+        if self.gated:
+            self._stack_queries()
+            self._stack_rows()
         with self.out.block("if flush"):
             self._flush()
             self.out.line("kept = 0")
@@ -186,13 +216,16 @@ class Drafts:
         late = self.rows.at_once(("scalar", self.other), SLOT, ahead=True)
         for n in self.updates:
             self.matrix.empty(f"met_{n}", "QUERIES", str(self.rows.all_slots))
-        with self._parts("STAGES"):
-            self.rows.at_once((self.kind,), SLOT)
+        if self.gated:
             for n in self.updates:
-                self._product(f"met_{n}", "queries", f"tl.trans({self._exact(self.met, n)})")
-            faded = f"queries * fade_{self.kind}[None, :]" if self.kind in self.rows.fades else "queries"
-            tile = self.values.load_raw("live", "EVICT")
-            self._product("result", faded, tile if self.kind == "key" else f"tl.trans({tile})")
+                self._product(f"met_{n}", "tl.trans(queries)", f"{self.met}_{n}")
+            self.out.line(f"asked_all = queries * fade_{self.kind}[:, None]")
+        with self._parts("STAGES"):
+            if not self.gated:
+                self.rows.at_once((self.kind,), SLOT)
+                for n in self.updates:
+                    self._product(f"met_{n}", "queries", f"tl.trans({self._exact(self.met, n)})")
+            self._read_part(self.values.load_raw("live", "EVICT"))
         self.out.lines("\n".join(late))
         self.matrix.fade_result()
         for n in self.updates:
@@ -205,22 +238,33 @@ class Drafts:
         for n in self.updates:
             if weighted:
                 self.out.line(f"{self.free}_{n} = {self.free}_{n} * weight_{n}[:, None]")
-        state = DTYPES[self.plan.state_dtype]
+        if self.gated:
+            self.out.line("asked_all = queries")
+        names = {k: f"fade_{k}" for k in self.rows.fades}
         with self._parts("1"):
-            self.rows.at_once((self.kind,), SLOT)
-            fades = "".join(f" * fade_{k}{'' if k == 'scalar' else self.values.across(k)}" for k in self.rows.fades)
+            if self.gated:
+                names[self.kind] = f"fade_{self.kind}_part"
+                self.out.line(f"{names[self.kind]} = tl.gather(fade_{self.kind}, here, 0)")
+            else:
+                self.rows.at_once((self.kind,), SLOT)
+            fades = "".join(f" * {name}{'' if k == 'scalar' else self.values.across(k)}" for k, name in names.items())
             self.out.line(f"s = {self.values.load_state('live', 'EVICT')}{fades}")
             for n in self.updates:
-                met, free = self._exact(self.met, n), f"{self.free}_{n}" if weighted else self._exact(self.free, n)
-                left, right = (met, free) if self.kind == "key" else (free, met)
-                self._product("s", f"tl.trans({left})", right)
+                met = f"part_of({self.met}_{n}, here)" if self.gated else f"tl.trans({self._exact(self.met, n)})"
+                free = f"{self.free}_{n}" if weighted else self._exact(self.free, n)
+                left, right = (met, free) if self.kind == "key" else (f"tl.trans({free})", f"tl.trans({met})")
+                self._product("s", left, right)
             self.values.store_state()
-            tile = f"s.to({state})"
-            self._product("result", "queries", tile if self.kind == "key" else f"tl.trans({tile})")
+            self._read_part(f"s.to({DTYPES[self.plan.state_dtype]})")
+
+    def _read_part(self, tile: str) -> None:
+        """What a part of the state gives to all reads."""
+        queries = "tl.trans(part_of(asked_all, here))" if self.gated else "queries"
+        self._product("result", queries, tile if self.kind == "key" else f"tl.trans({tile})")
 
     @contextmanager
     def _parts(self, stages: str) -> Iterator[None]:
-        """The loop over parts of the contracted axis; within it `queries` are those of the part."""
+        """The loop over parts of the contracted axis; within it `queries` are those of the part, or `here` its place."""
         size, index = self.values.size(self.kind), f"{self.kind}_part"
         self.matrix.empty("result", "QUERIES", self.values.length(self.other))
         with self.values.part(self.kind, self.part):
@@ -228,7 +272,10 @@ class Drafts:
                 self.out.line(f"{index} = (start + tl.arange(0, {self.part})).to(tl.int64)")
                 if self.values.padded(self.kind):
                     self.out.line(f"{index}_ok = {index} < {size}")
-                self.matrix.lay(stored=True)
+                if self.gated:
+                    self.out.line(f"here = {index}.to(tl.int32)")
+                else:
+                    self.matrix.lay(stored=True)
                 yield
 
     def _product(self, total: str, left: str, right: str) -> None:
@@ -240,6 +287,61 @@ class Drafts:
         bare = v.kind != "scalar" and v.kind not in self.rows.fades
         dtype = self.plan.row_dtypes[self.plan.program.logged.index(v)]
         return f"{side}_{n}" + (f".to({DTYPES[dtype]})" if bare and dtype.itemsize == 2 else "")
+
+    # ------------------------------------------------------------------ decays along the contracted axis
+
+    def _stack_queries(self) -> None:
+        """`queries`, as columns, with what the decays of the tokens before leave of them."""
+        roots = [r.x for r in self.reads] + ([self.factor] if self.factor else [])
+        steps = needed(self.matrix.steps, roots)
+        with self.out.block("if DRAFTS"):
+            self.out.line("each_query = ()")
+            self.out.line(f"now = {self.values.full(self.kind, '1.0')}")
+            with self.out.block("for t in tl.static_range(DRAFTS)"):
+                self._take(self.values.operands(steps, roots))
+                self.values.steps(steps)
+                for read in self.reads:
+                    self.out.line(f"each_query = each_query + ({self._inside(self.values.name(read.x))} * now,)")
+                for _ in range(self.width - len(self.reads)):
+                    self.out.line(f"each_query = each_query + ({self.values.full(self.kind, '0.0')},)")
+                if self.factor:
+                    self.out.line(f"now = now * {self.values.name(self.factor)}")
+            with self.out.block(f"for t in tl.static_range(DRAFTS * {self.width}, {LINES})"):
+                self.out.line(f"each_query = each_query + ({self.values.full(self.kind, '0.0')},)")
+            self.out.line(f"queries = stack(each_query, {LINES}, {LINES.bit_length() - 1})")
+        with self.out.block("else"):
+            self.matrix.lay()
+            self.out.line("queries = tl.trans(queries)")
+
+    def _stack_rows(self) -> None:
+        """The side of the owed rows that reads meet, as columns, and fade_<axis>: slot by slot, the newest first."""
+        slots, name = self.rows.all_slots, f"fade_{self.kind}"
+        self.out.line(f"{name} = {self.values.full(self.kind, '1.0')}")
+        for n in self.updates:
+            self.out.line(f"each_{self.met}_{n} = ()")
+        with self.out.block(f"for n in tl.static_range({slots})"):
+            self.out.line(f"there = tl.full([1], {slots - 1} - n, tl.int32) < kept")
+            for event in reversed(self.rows.events):
+                if isinstance(event, Decay) and event.factor.kind == self.kind:
+                    self.out.line(f"{name} = {name} * {self._slot(event.factor, 1)}")
+                elif isinstance(event, Update):
+                    n = self.rows.events.index(event)
+                    n = self.rows.updates.index(n)
+                    side = self._slot(self.rows.side(n, self.met), 0)
+                    held = f"each_{self.met}_{n}"
+                    self.out.line(f"{held} = ({side} * {name},) + {held}")
+        for n in self.updates:
+            self.out.line(f"{self.met}_{n} = stack(each_{self.met}_{n}, {slots}, {slots.bit_length() - 1})")
+
+    def _slot(self, v: Var, other: int) -> str:
+        """A logged value of slot n from the last, `other` where nothing is owed."""
+        mask = self.values.mask("there", *([v.kind] if v.kind != "scalar" else []))
+        address = self.rows.address(v, f"({self.rows.all_slots - 1} - n)", False)
+        return f"tl.load({address}{mask}, other={other}.0).to({self.values.real})"
+
+    def _inside(self, text: str) -> str:
+        """A vector with zeros beyond the axis."""
+        return f"tl.where({self.values.ok(self.kind)}, {text}, 0.0)" if self.values.padded(self.kind) else text
 
     # ---------------------------------------------------------------------------------------- the tokens
 
@@ -298,8 +400,7 @@ class Drafts:
         self.out.line(f"each_sum = totals(each_sum, {self._at('DRAFTS')})")
 
     def _add_sum(self, text: str) -> None:
-        text = f"tl.where({self.values.ok(self.kind)}, {text}, 0.0)" if self.values.padded(self.kind) else text
-        self.out.line(f"each_sum = each_sum + ({text},)")
+        self.out.line(f"each_sum = each_sum + ({self._inside(text)},)")
 
     def _at(self, t: str = "t") -> str:
         """How many sums there are of the tokens before t."""

@@ -37,7 +37,7 @@ TAKEN = frozenset(
     """tl torch triton libdevice step arrive state cursor tickets tile program lane sequence owed limit live flush kept
     t s T TOKENS BLOCK TILES EVICT FOLD QUERIES MATRIX DRAFTS PRECISION key value key_ok value_ok age used later dot token
     query part ahead chunk n fold float range asked asked_token queries result shadow shadow_scale scale exact lacks
-    folded largest exponent unit half slot start stored faded j high product halves fours columns totals add_four
+    folded largest exponent unit half slot start stored faded j high product halves fours columns totals short stack now there here add_four
     add_eight""".split()
 )
 PREFIXES = tuple(
