@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from kvbuffer_compile.codegen.schedule import Dot, Old, Schedule
-from kvbuffer_compile.codegen.triton.matrix import applies, known, needed
+from kvbuffer_compile.codegen.triton.matrix import PART, applies, known, needed
 from kvbuffer_compile.codegen.triton.rows import SLOT, Rows
-from kvbuffer_compile.codegen.triton.values import DTYPES, Python, Values
+from kvbuffer_compile.codegen.triton.values import DTYPES, Python, Values, power_of_two
 from kvbuffer_compile.codegen.triton.verify import Fresh
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import REDUCTIONS, Decay, Map, Update, Var
@@ -87,7 +87,23 @@ def stack(xs, N: tl.constexpr, LOG: tl.constexpr):
 
 
 @triton.jit
-def part_of(x, rows):
+def pieces(x, PART: tl.constexpr, LOG: tl.constexpr):
+    """2 ** LOG tiles of PART rows each, one after the other in each thread."""
+    found = (tl.permute(tl.reshape(x, (1 << LOG, PART, x.shape[1])), (1, 2, 0)),)
+    for n in tl.static_range(LOG):
+        cut = ()
+        for j in tl.static_range(1 << n):
+            pair = tl.reshape(found[j], (PART, x.shape[1], 2, (1 << LOG) >> (n + 1)))
+            cut = cut + tl.split(tl.permute(pair, (0, 1, 3, 2)))
+        found = cut
+    tiles = ()
+    for j in tl.static_range(1 << LOG):
+        tiles = tiles + (tl.reshape(found[j], (PART, x.shape[1])),)
+    return tiles
+
+
+@triton.jit
+def some(x, rows):
     """The given rows of a tile."""
     return tl.gather(x, tl.broadcast_to(rows[:, None], (rows.shape[0], x.shape[1])), 0)
 
@@ -217,9 +233,8 @@ class Drafts:
         for n in self.updates:
             self.matrix.empty(f"met_{n}", "QUERIES", str(self.rows.all_slots))
         if self.gated:
-            for n in self.updates:
-                self._product(f"met_{n}", "tl.trans(queries)", f"{self.met}_{n}")
-            self.out.line(f"asked_all = queries * fade_{self.kind}[:, None]")
+            self._meet()
+            self.out.line(f"queries = queries * fade_{self.kind}[:, None]")
         with self._parts("STAGES"):
             if not self.gated:
                 self.rows.at_once((self.kind,), SLOT)
@@ -238,8 +253,6 @@ class Drafts:
         for n in self.updates:
             if weighted:
                 self.out.line(f"{self.free}_{n} = {self.free}_{n} * weight_{n}[:, None]")
-        if self.gated:
-            self.out.line("asked_all = queries")
         names = {k: f"fade_{k}" for k in self.rows.fades}
         with self._parts("1"):
             if self.gated:
@@ -250,7 +263,7 @@ class Drafts:
             fades = "".join(f" * {name}{'' if k == 'scalar' else self.values.across(k)}" for k, name in names.items())
             self.out.line(f"s = {self.values.load_state('live', 'EVICT')}{fades}")
             for n in self.updates:
-                met = f"part_of({self.met}_{n}, here)" if self.gated else f"tl.trans({self._exact(self.met, n)})"
+                met = f"some({self.met}_{n}, here)" if self.gated else f"tl.trans({self._exact(self.met, n)})"
                 free = f"{self.free}_{n}" if weighted else self._exact(self.free, n)
                 left, right = (met, free) if self.kind == "key" else (f"tl.trans({free})", f"tl.trans({met})")
                 self._product("s", left, right)
@@ -259,12 +272,13 @@ class Drafts:
 
     def _read_part(self, tile: str) -> None:
         """What a part of the state gives to all reads."""
-        queries = "tl.trans(part_of(asked_all, here))" if self.gated else "queries"
+        queries = "tl.trans(some(queries, here))" if self.gated else "queries"
         self._product("result", queries, tile if self.kind == "key" else f"tl.trans({tile})")
 
     @contextmanager
     def _parts(self, stages: str) -> Iterator[None]:
-        """The loop over parts of the contracted axis; within it `queries` are those of the part, or `here` its place."""
+        """The loop over parts of the contracted axis; within it `queries` are those of the part, or `here` is where in
+        all of them."""
         size, index = self.values.size(self.kind), f"{self.kind}_part"
         self.matrix.empty("result", "QUERIES", self.values.length(self.other))
         with self.values.part(self.kind, self.part):
@@ -289,6 +303,16 @@ class Drafts:
         return f"{side}_{n}" + (f".to({DTYPES[dtype]})" if bare and dtype.itemsize == 2 else "")
 
     # ------------------------------------------------------------------ decays along the contracted axis
+
+    def _meet(self) -> None:
+        """met_n, piece by piece: products over the whole axis at once take too many registers."""
+        size = power_of_two(self.values.size(self.kind))
+        count = max(1, size // PART)
+        for tile in ("queries", *(f"{self.met}_{n}" for n in self.updates)):
+            self.out.line(f"cut_{tile} = pieces({tile}, {min(size, PART)}, {count.bit_length() - 1})")
+        with self.out.block(f"for n in tl.static_range({count})"):
+            for n in self.updates:
+                self._product(f"met_{n}", "tl.trans(cut_queries[n])", f"cut_{self.met}_{n}[n]")
 
     def _stack_queries(self) -> None:
         """`queries`, as columns, with what the decays of the tokens before leave of them."""
@@ -315,12 +339,12 @@ class Drafts:
 
     def _stack_rows(self) -> None:
         """The side of the owed rows that reads meet, as columns, and fade_<axis>: slot by slot, the newest first."""
-        slots, name = self.rows.all_slots, f"fade_{self.kind}"
+        slots, name, most = self.rows.all_slots, f"fade_{self.kind}", self.plan.capacity
         self.out.line(f"{name} = {self.values.full(self.kind, '1.0')}")
         for n in self.updates:
-            self.out.line(f"each_{self.met}_{n} = ()")
-        with self.out.block(f"for n in tl.static_range({slots})"):
-            self.out.line(f"there = tl.full([1], {slots - 1} - n, tl.int32) < kept")
+            self.out.line(f"each_{self.met}_{n} = ({self.values.full(self.kind, '0.0')},) * {slots - most}")
+        with self.out.block(f"for n in tl.static_range({most})"):
+            self.out.line(f"there = tl.full([1], {most - 1} - n, tl.int32) < kept")
             for event in reversed(self.rows.events):
                 if isinstance(event, Decay) and event.factor.kind == self.kind:
                     self.out.line(f"{name} = {name} * {self._slot(event.factor, 1)}")
@@ -336,7 +360,7 @@ class Drafts:
     def _slot(self, v: Var, other: int) -> str:
         """A logged value of slot n from the last, `other` where nothing is owed."""
         mask = self.values.mask("there", *([v.kind] if v.kind != "scalar" else []))
-        address = self.rows.address(v, f"({self.rows.all_slots - 1} - n)", False)
+        address = self.rows.address(v, f"({self.plan.capacity - 1} - n)", False)
         return f"tl.load({address}{mask}, other={other}.0).to({self.values.real})"
 
     def _inside(self, text: str) -> str:
