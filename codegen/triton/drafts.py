@@ -32,6 +32,7 @@ from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import REDUCTIONS, Decay, Map, Update, Var
 
 MOST = 8  # tokens that are unrolled
+FOLDED = 16  # elements of the contracted axis that are folded at a time where gates run along it
 LINES = 16  # queries that the rows of a thread are split into
 
 HELPERS = '''@triton.jit
@@ -220,8 +221,8 @@ class Drafts:
             with self.out.block("if not DRAFTS"):
                 self.matrix.multiply_fresh()
         if self.gated:
-            self._stack_queries()
             self._stack_rows()
+            self._stack_queries()
         with self.out.block("if flush"):
             self._flush()
             self.out.line("kept = 0")
@@ -235,7 +236,7 @@ class Drafts:
         if self.gated:
             self._meet()
             self.out.line(f"queries = queries * fade_{self.kind}[:, None]")
-        with self._parts("STAGES"):
+        with self._parts("STAGES", self.part):
             if not self.gated:
                 self.rows.at_once((self.kind,), SLOT)
                 for n in self.updates:
@@ -254,7 +255,7 @@ class Drafts:
             if weighted:
                 self.out.line(f"{self.free}_{n} = {self.free}_{n} * weight_{n}[:, None]")
         names = {k: f"fade_{k}" for k in self.rows.fades}
-        with self._parts("1"):
+        with self._parts("1", min(self.part, FOLDED) if self.gated else self.part):
             if self.gated:
                 names[self.kind] = f"fade_{self.kind}_part"
                 self.out.line(f"{names[self.kind]} = tl.gather(fade_{self.kind}, here, 0)")
@@ -276,14 +277,14 @@ class Drafts:
         self._product("result", queries, tile if self.kind == "key" else f"tl.trans({tile})")
 
     @contextmanager
-    def _parts(self, stages: str) -> Iterator[None]:
+    def _parts(self, stages: str, part: int) -> Iterator[None]:
         """The loop over parts of the contracted axis; within it `queries` are those of the part, or `here` is where in
         all of them."""
         size, index = self.values.size(self.kind), f"{self.kind}_part"
         self.matrix.empty("result", "QUERIES", self.values.length(self.other))
-        with self.values.part(self.kind, self.part):
-            with self.out.block(f"for start in tl.range(0, {size}, {self.part}, num_stages={stages})"):
-                self.out.line(f"{index} = (start + tl.arange(0, {self.part})).to(tl.int64)")
+        with self.values.part(self.kind, part):
+            with self.out.block(f"for start in tl.range(0, {size}, {part}, num_stages={stages})"):
+                self.out.line(f"{index} = (start + tl.arange(0, {part})).to(tl.int64)")
                 if self.values.padded(self.kind):
                     self.out.line(f"{index}_ok = {index} < {size}")
                 if self.gated:
