@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from kvbuffer_compile.codegen.schedule import schedule
 from kvbuffer_compile.codegen.triton.arguments import Launcher
-from kvbuffer_compile.codegen.triton.drafts import HELPERS, drafts
+from kvbuffer_compile.codegen.triton.drafts import drafts
 from kvbuffer_compile.codegen.triton.kernel import Kernel
 from kvbuffer_compile.codegen.triton.launch import Config, configure, whole
 from kvbuffer_compile.codegen.triton.matrix import queries
+from kvbuffer_compile.codegen.triton.pieces import HELPERS
 from kvbuffer_compile.codegen.triton.stream import streams
 from kvbuffer_compile.codegen.triton.tickets import ARRIVE
 from kvbuffer_compile.codegen.triton.values import DTYPES, Python, Values

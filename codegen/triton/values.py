@@ -187,6 +187,15 @@ class Values:
         for v in inputs:
             self.out.line(f"next_{v} = {self._operand(v, 'ahead')}")
 
+    def take(self, inputs: Iterable[Var]) -> None:
+        """Operands of token t, from tuples given_<name>."""
+        for v in inputs:
+            self.out.line(f"{self.name(v)} = given_{v}[t].to({self.real})")
+
+    def inside(self, text: str, kind: Kind) -> str:
+        """A vector with zeros beyond the axis."""
+        return f"tl.where({self.ok(kind)}, {text}, 0.0)" if self.padded(kind) else text
+
     def operand_tile(self, v: Var, token: str, dtype: str = "") -> str:
         """An operand of many tokens, a row for each of the tensor `token`; zero where there is no such token."""
         vector = v.kind != "scalar"

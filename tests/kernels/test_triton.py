@@ -76,7 +76,7 @@ class Session:
         self, plan: Plan, limits: list[int], state: Tensor | None = None, block: int = 4, config: Config | None = None
     ) -> None:
         block = config.block if config else block
-        self.streamed = config is not None and config.part > 0
+        self.streamed = (config or configure(plan, schedule(plan.program, plan.variant != "buffered"))).part > 0
         self.plan, self.options, self.steps = plan, {"block": block}, 0
         self.lanes = tuple(LANES[x] for x in plan.program.lanes)
         self.module = load(triton.emit(plan, config), interpret=True)
