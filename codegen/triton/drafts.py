@@ -7,8 +7,8 @@ flushes folds each part and reads it in one go.
     steady   result = queries s; met_n = queries met-side of the owed rows; then result faded + (met_n weight_n) free_n
     flush    s = s faded + met_n^T free_n, stored; result = queries s
 
-Up to `unrolled` tokens are printed one after the other. The rows of `result` are split off in halves, so that a thread has
-all rows of its columns; the sums over the contracted axis that no read has part in (a token's queries with the rows of
+Up to MOST tokens are printed one after the other. The rows of `result` are split off in halves, so that a thread has
+all of its columns; the sums over the contracted axis that no read has part in (a token's queries with the rows of
 the tokens before it, and within the token) are numbers that are reduced eight at a time: warps wait once for eight.
 More tokens take the loop of verify.py.
 

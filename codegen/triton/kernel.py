@@ -20,7 +20,7 @@ from kvbuffer_compile.codegen.triton.drafts import Drafts
 from kvbuffer_compile.codegen.triton.fold import Fold
 from kvbuffer_compile.codegen.triton.rows import Rows
 from kvbuffer_compile.codegen.triton.stream import Stream
-from kvbuffer_compile.codegen.triton.tickets import Group, Tickets
+from kvbuffer_compile.codegen.triton.tickets import Group, Tickets, place
 from kvbuffer_compile.codegen.triton.values import Python, Values
 from kvbuffer_compile.codegen.triton.verify import Fresh
 from kvbuffer_compile.ir.plan import Plan
@@ -50,7 +50,7 @@ class Kernel:
         for a in arguments(self.plan, self.values.split, self.part > 0):
             self.out.line(f"    {a.name}{': tl.constexpr' if a.constant else ''},")
         with self.out.block(")"):
-            self._place()
+            place(self.out, self.plan)
             self.values.axes()
             if self.plan.variant == "recurrent":
                 self._recurrent()
@@ -62,18 +62,6 @@ class Kernel:
                 self._logged()
 
     # ---------------------------------------------------------------------------------------------- parts
-
-    def _place(self) -> None:
-        """at_<lane>, lane (all lanes as one number) and tile: what this program is about."""
-        self.out.line("program = tl.program_id(0)")
-        self.out.line("tile = program % TILES")
-        self.out.line("lane = (program // TILES).to(tl.int64)")
-        rest = "lane"
-        for name in reversed(self.plan.program.lanes[1:]):
-            self.out.line(f"at_{name} = {rest} % size_{name}")
-            rest = f"{rest} // size_{name}"
-        if self.plan.program.lanes:
-            self.out.line(f"at_{self.plan.program.lanes[0]} = {rest}")
 
     def _state_address(self) -> None:
         if self.plan.program.lanes:
@@ -150,13 +138,8 @@ class Kernel:
         self.out.line("kept = owed")
         drafts.read()
         self._arrive()
-
-        def store() -> None:
-            self._outputs(zero=False)
-            self._store_owned("(kept + t)")
-
         with self.out.block("if DRAFTS"):
-            drafts.tokens(store)
+            drafts.tokens(self._store_token)
         with self.out.block("else"):
             self._tokens(drafts.fresh)
         self._finish_all()
@@ -257,9 +240,12 @@ class Kernel:
                 self.values.steps(stage.steps)
                 for read in stage.reads:
                     fresh.read(read)
-            self._outputs(zero=False)
-            self._store_owned("(kept + t)")
+            self._store_token()
             fresh.append()
+
+    def _store_token(self) -> None:
+        self._outputs(zero=False)
+        self._store_owned("(kept + t)")
 
     # ------------------------------------------------------------------------------------------------ end
 

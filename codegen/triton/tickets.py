@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvbuffer_compile.codegen.triton.values import Values
+from kvbuffer_compile.codegen.triton.values import Python, Values
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Map, Read, Var, operands
@@ -109,3 +109,16 @@ class Tickets:
         bad = [v for group in self.groups for v in group.shared if v in read]
         if bad:
             raise EmitError(f"{bad[0]} depends on a read of the state but is shared by programs\n{program}")
+
+
+def place(out: Python, plan: Plan) -> None:
+    """at_<lane>, lane (all lanes as one number) and tile: what this program is about."""
+    out.line("program = tl.program_id(0)")
+    out.line("tile = program % TILES")
+    out.line("lane = (program // TILES).to(tl.int64)")
+    rest = "lane"
+    for name in reversed(plan.program.lanes[1:]):
+        out.line(f"at_{name} = {rest} % size_{name}")
+        rest = f"{rest} // size_{name}"
+    if plan.program.lanes:
+        out.line(f"at_{plan.program.lanes[0]} = {rest}")

@@ -6,15 +6,12 @@ import pytest
 import torch
 
 from kvbuffer_compile.codegen.schedule import schedule
-from kvbuffer_compile.codegen.triton import drafts as triton_drafts
 from kvbuffer_compile.codegen.triton import rows as triton_rows
-from kvbuffer_compile.codegen.triton import triton
 from kvbuffer_compile.codegen.triton.drafts import drafts
 from kvbuffer_compile.codegen.triton.launch import Config
 from tests.kernels.test_stream import PROGRAMS
 from tests.kernels.test_triton import Session, draw, make_plan
 from tests.support.daily import row
-from tests.support.programs import NAMED
 
 TILES = Config(block=4, warps=4, stages=2, matrix=True, part=2)
 WHOLE = Config(block=8, warps=4, stages=2, matrix=True, part=4)
