@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+from kvbuffer_compile.codegen.triton.drafts import MOST
 from kvbuffer_compile.codegen.triton.launch import Config
-from kvbuffer_compile.codegen.triton.several.drafts import MOST
-from kvbuffer_compile.codegen.triton.several.vectors import LINES
 from kvbuffer_compile.codegen.triton.tickets import Tickets
 from kvbuffer_compile.codegen.triton.values import Python, Values, power_of_two
+from kvbuffer_compile.codegen.triton.vectors import LINES
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Kind, Var
 

@@ -16,9 +16,9 @@ from contextlib import nullcontext
 from kvbuffer_compile.codegen.schedule import Fold as TokenFold
 from kvbuffer_compile.codegen.schedule import Old, Schedule, steps_for
 from kvbuffer_compile.codegen.triton.arguments import arguments
+from kvbuffer_compile.codegen.triton.drafts import Drafts
 from kvbuffer_compile.codegen.triton.fold import Fold
 from kvbuffer_compile.codegen.triton.rows import Rows
-from kvbuffer_compile.codegen.triton.several.drafts import Drafts
 from kvbuffer_compile.codegen.triton.stream import Stream
 from kvbuffer_compile.codegen.triton.tickets import Group, Tickets, place
 from kvbuffer_compile.codegen.triton.values import Python, Values

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from kvbuffer_compile.codegen.schedule import Schedule
+from kvbuffer_compile.codegen.triton.drafts import drafts
 from kvbuffer_compile.codegen.triton.matrix import PART, applies, read_axis
 from kvbuffer_compile.codegen.triton.rows import CHUNK, LEAST
-from kvbuffer_compile.codegen.triton.several.drafts import drafts
 from kvbuffer_compile.codegen.triton.stream import streams
 from kvbuffer_compile.codegen.triton.values import AXES, power_of_two
 from kvbuffer_compile.ir.plan import Plan

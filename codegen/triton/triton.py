@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from kvbuffer_compile.codegen.schedule import schedule
 from kvbuffer_compile.codegen.triton.arguments import Launcher
+from kvbuffer_compile.codegen.triton.drafts import drafts
 from kvbuffer_compile.codegen.triton.kernel import Kernel
 from kvbuffer_compile.codegen.triton.launch import Config, configure, whole
 from kvbuffer_compile.codegen.triton.matrix import queries
-from kvbuffer_compile.codegen.triton.several.drafts import drafts
-from kvbuffer_compile.codegen.triton.several.vectors import HELPERS
 from kvbuffer_compile.codegen.triton.stream import streams
 from kvbuffer_compile.codegen.triton.tickets import ARRIVE
 from kvbuffer_compile.codegen.triton.values import DTYPES, Python, Values
+from kvbuffer_compile.codegen.triton.vectors import HELPERS
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.shadow import may_have_shadow
