@@ -16,7 +16,7 @@ from torch import Tensor
 from kvbuffer_compile.codegen.schedule import schedule
 from kvbuffer_compile.codegen.standalone.check import Subject, check
 from kvbuffer_compile.codegen.standalone.reference import emit_reference
-from kvbuffer_compile.codegen.triton.launch import Config, space
+from kvbuffer_compile.codegen.triton.launch import Config, held, space
 from kvbuffer_compile.codegen.triton.load import load
 from kvbuffer_compile.codegen.triton.triton import emit
 from kvbuffer_compile.commands.recurrences import DRAWN, Recurrence
@@ -75,10 +75,9 @@ def plan_of(r: Recurrence, variant: str, dtype: torch.dtype, flush: int, capacit
 
 def forms(plan: Plan) -> dict[str, Config]:
     """The forms of a buffered step, "streamed" and "held", with the likeliest launch of each."""
-    found: dict[str, Config] = {}
-    for config in space(plan, schedule(plan.program, in_place=plan.variant != "buffered")):
-        found.setdefault("streamed" if config.part else "held", config)
-    return found
+    order = schedule(plan.program, in_place=plan.variant != "buffered")
+    streamed = [config for config in space(plan, order) if config.part]
+    return {**({"streamed": streamed[0]} if streamed else {}), "held": held(plan, order)}
 
 
 def step_of(plan: Plan, place: Place, config: Config | None = None) -> Callable[..., Any]:

@@ -130,8 +130,8 @@ class Kernel:
 
     @cached_property
     def key(self) -> str:
-        """What decides the numbers: the text with its launch, the target, the compiler."""
-        parts = (emit(self.plan, self.config), self.target, str(self.tokens), triton.__version__)
+        """What decides the numbers: the text with its launch, the target, the compiler, and where they are read."""
+        parts = (emit(self.plan, self.config), self.target, str(self.tokens), triton.__version__, "machine code")
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def measured(self) -> dict[str, Any]:

@@ -39,28 +39,31 @@ INSTALL = cxx.INSTALL
 SEAL = 32  # bytes of the SHA-256 of name and contents at a library's end: loaders ignore it, a torn file is noticed
 MOST = 1 << 28  # bytes of a library
 
-_loaded: set[str] = set()
+_loaded: dict[str, ctypes.CDLL] = {}
 L = TypeVar("L")
 
 
-def load(plan: Plan) -> None:
+def load(plan: Plan) -> ctypes.CDLL:
     """Build the plan's kernel, or take it from the cache, and register it as the op's implementation on CPUs.
+
+    The library exports the step under a name of its own (`cpp.entry.exported`).
 
     The op must be defined (plan.schema). Calling again does nothing. EmitError with the compiler's message, or with
     what to install, when that cannot be done.
     """
     if plan.key in _loaded:
-        return
+        return _loaded[plan.key]
     source = cpp.emit(plan)
     try:
-        loaded(library(source), ctypes.CDLL)
+        found = loaded(library(source), ctypes.CDLL)
     except OSError:  # whole, and still not loadable: built for another machine or PyTorch, or by a broken compiler
         try:
-            loaded(library(source, afresh=True), ctypes.CDLL)
+            found = loaded(library(source, afresh=True), ctypes.CDLL)
         except OSError as error:
             name = shlex.join(cxx.command())
             raise EmitError(f"what the C++ compiler {name!r} makes cannot be loaded: {INSTALL}\n{error}") from error
-    _loaded.add(plan.key)
+    _loaded[plan.key] = found
+    return found
 
 
 def loaded(path: Path, loader: Callable[[str], L]) -> L:

@@ -13,7 +13,8 @@ from kvbuffer_compile.ir.program import Var
 
 def example(plan: Plan, lanes: tuple[int, ...], tokens: int, device: str | torch.device) -> tuple[Any, ...]:
     """(state, cursor, tickets, rows and shadow, operands) for a state whose lanes have these sizes: contiguous zeros,
-    and a cursor that flushes every plan.flush tokens. tokens: of a verify step."""
+    and a cursor that flushes every plan.flush tokens. tokens: of a verify step. For a pool also its slots, all of them
+    backwards."""
 
     def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -33,9 +34,10 @@ def example(plan: Plan, lanes: tuple[int, ...], tokens: int, device: str | torch
     return (
         zeros(state_shape(plan, lanes), plan.state_dtype),
         cursor,
-        zeros((sequences, (1 + len(plan.program.logged)) * prod(lanes[1:]) * -(-max(plan.sizes) // 16)), torch.int32),
+        zeros((sequences, (2 + len(plan.program.logged)) * prod(lanes[1:]) * -(-max(plan.sizes) // 16)), torch.int32),
         [*(zeros(plan.row_shape(v, lanes), dtype) for v, dtype in logged), *shadow],
         [operand(v) for v in plan.program.inputs],
+        *([torch.arange(sequences, device=device).flip(0)] if plan.slots else []),
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from torch import Tensor
+
 from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.machine import Machine, machine_for
@@ -12,6 +14,7 @@ from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.choose import explain_choice, likely_flush, plans_of, state_tensor
 from kvbuffer_compile.passes.choice.predict import Prediction
 from kvbuffer_compile.passes.choice.words import duration
+from kvbuffer_compile.passes.choice.working_set import hint
 from kvbuffer_compile.passes.lift.words import EMPTY
 from kvbuffer_compile.passes.lifted import Call, Lifted, LiftedGraph
 from kvbuffer_compile.passes.proof.validate import validate
@@ -39,10 +42,8 @@ def plan_for(graph: LiftedGraph, found: Lifted, ours: Options, call: Call) -> Ou
         return Declined(found.state.name, "empty", EMPTY, found.source), None
     device = value.device
     target = targets.resolve(ours.target, device)
-    if found.slots is not None:
-        target = targets.for_slots(target, ours.target)
-        if (elsewhere := pools.misplaced(found)) is not None:
-            return elsewhere, None
+    if found.slots is not None and (elsewhere := pools.misplaced(found)) is not None:
+        return elsewhere, None
     # timing kernels takes seconds, once for a machine: not for a flush length that is obeyed anyway
     machine = calibrated(device, target) if ours.flush == "auto" else machine_for(device)
     times = timed(found, ours, machine, target, call)
@@ -83,9 +84,9 @@ def tell_of_loss(message: str) -> None:
 
 def timed(found: Lifted, ours: Options, machine: Machine, target: str, call: Call) -> Mapping[int, float]:
     """What steps of this state take, by flush length; nothing where that is not measured: several tokens take the flush
-    length of one, pools go by the model. On a GPU it always is, since nothing is buffered there that was not timed; on
-    a CPU with options={"tune": True}."""
-    if found.several or found.slots is not None or ours.flush != "auto":
+    length of one, pools on a CPU go by the model. On a GPU it always is, since nothing is buffered there that was not
+    timed; on a CPU with options={"tune": True}."""
+    if found.several or ours.flush != "auto" or (found.slots is not None and target != "triton"):
         return {}
     flushes: tuple[int, ...] = ()
     if target == "triton" and trial.may_measure():
@@ -95,5 +96,13 @@ def timed(found: Lifted, ours: Options, machine: Machine, target: str, call: Cal
     if not flushes:
         return {}
     plans = plans_of(found, ours, machine, target, flushes, call)
-    times = trial.times(plans, state_tensor(found), max(call.bytes, 1), machine)
+    times = trial.times(plans, _stepped(found), max(call.bytes, 1), machine)
     return times if 1 in times or target != "triton" else {}  # what there is to be compared with
+
+
+def _stepped(found: Lifted) -> Tensor:
+    """A tensor like what one call steps: of a pool, the slots that it takes."""
+    state = state_tensor(found)
+    if found.slots is None:
+        return state
+    return state.new_empty((hint(found.slots.meta["val"].shape[0]), *state.shape[1:]))

@@ -29,12 +29,17 @@ inline void done(int32_t error) {
   if (error) fail("a call into torch failed");
 }
 
-// An argument taken from the stack: its reference is given back at the end of the step, also after an error.
+// An argument taken from the stack: its reference is given back at the end of the step, also after an error, unless it
+// was only lent (native/direct.cpp marks such handles by their last bit).
 struct Argument {
   AtenTensorOpaque* handle;
-  explicit Argument(uint64_t slot) { std::memcpy(&handle, &slot, sizeof handle); }
+  bool lent;
+  explicit Argument(uint64_t slot) : lent(slot & 1) {
+    slot &= ~uint64_t(1);
+    std::memcpy(&handle, &slot, sizeof handle);
+  }
   Argument(const Argument&) = delete;
-  ~Argument() { aoti_torch_delete_tensor_object(handle); }
+  ~Argument() { if (!lent) aoti_torch_delete_tensor_object(handle); }
   int64_t dims() const { int64_t n; done(aoti_torch_get_dim(handle, &n)); return n; }
   const int64_t* sizes() const { int64_t* p; done(aoti_torch_get_sizes(handle, &p)); return p; }
   const int64_t* strides() const { int64_t* p; done(aoti_torch_get_strides(handle, &p)); return p; }

@@ -65,6 +65,7 @@ def emit(plan: Plan) -> str:
                 _emit_piece(out, plan, piece)
         names = [""] if len(cut) == 1 else [f"piece_{n}::" for n in range(len(cut))]
         entry.register(out, [(_op(n, len(cut)), f"{name}step") for n, name in enumerate(names)])
+    entry.export(out, plan.op_name, [f"{name}step" for name in names])
     return str(out)
 
 

@@ -231,3 +231,15 @@ def register(out: Source, steps: Sequence[tuple[str, str]]) -> None:
             out.line('done(aoti_torch_library_init_impl("kvbuffer", "CPU", __FILE__, __LINE__, &library));')
             for name, function in steps:
                 out.line(f"done(aoti_torch_library_impl(library, {name}, {function}));")
+
+
+def export(out: Source, op_name: str, functions: Sequence[str]) -> None:
+    """The functions by names that a loader can look up: `exported`."""
+    for n, function in enumerate(functions):
+        arguments = "uint64_t* stack, uint64_t arguments, uint64_t outputs"
+        out.line(f'extern "C" void {exported(op_name, n)}({arguments}) {{ {function}(stack, arguments, outputs); }}')
+
+
+def exported(op_name: str, n: int = 0) -> str:
+    """What a library calls the n-th piece of an op's step."""
+    return f"kvbuffer_{op_name}_{n}"

@@ -32,12 +32,12 @@ TARGETS: dict[str, tuple[Any, ...]] = {
     "gfx942": ("hip", "gfx942", 64),
 }
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-         torch.int32: "*i32"}  # fmt: skip
+         torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Usage:
-    """registers: of a thread. spills: bytes of a thread that went to memory. shared: bytes of a program.
+    """registers: of a thread. spills: bytes of a thread's stack, where registers went. shared: bytes of a program.
 
     seconds: processor time of the compilation, that of other programs it ran included.
     """
@@ -48,14 +48,38 @@ class Usage:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Built:
+    """A kernel compiled for one target, for exactly one launch.
+
+    compiled: what Triton returns. text: of the module; file: the name its lines go by in the machine code. arguments:
+    by name, tensors on the meta device; signature: their types as Triton spells them, "constexpr" for what the
+    compiler knew, which `constants` has. programs: how many the launch has; options: as Triton takes them.
+    """
+
+    compiled: Any
+    target: str
+    text: str
+    file: str
+    arguments: dict[str, Any]
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    programs: int
+    options: dict[str, Any]
+    seconds: float
+
+    def usage(self) -> Usage:
+        registers, spills = (_nvidia if TARGETS[self.target][0] == "cuda" else _amd)(self.compiled)
+        return Usage(registers, spills, self.compiled.metadata.shared, self.seconds)
+
+    def disassembly(self, *options: str) -> str:
+        """nvdisasm's text of the machine code, of a target of NVIDIA's. FileNotFoundError where Triton bundles none."""
+        return _tool("nvdisasm", self.compiled.asm["cubin"], "-c", *options)
+
+
 def usage(plan: Plan, target: str, lanes: tuple[int, ...], tokens: int = 1, config: Config | None = None) -> Usage:
     """Compile the plan's kernel for a target of TARGETS. lanes: sizes of the state's lanes; tokens: of a verify."""
-    started = sum(os.times()[:4])
-    compiled = _compiled(plan, target, lanes, tokens, config)
-    seconds = sum(os.times()[:4]) - started
-    read = _nvidia if TARGETS[target][0] == "cuda" else _amd
-    registers, spills = read(compiled, TARGETS[target][1])
-    return Usage(registers, spills, compiled.metadata.shared, seconds)
+    return build(plan, target, lanes, tokens, config).usage()
 
 
 def instructions(
@@ -65,88 +89,108 @@ def instructions(
 
     FileNotFoundError where Triton bundles no nvdisasm.
     """
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(_compiled(plan, target, lanes, tokens, config).asm["cubin"])
-        done = subprocess.run([str(tool), "-c", str(cubin)], capture_output=True, text=True, check=True)
-    return Counter(re.findall(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", done.stdout))
+    text = build(plan, target, lanes, tokens, config).disassembly()
+    return Counter(re.findall(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text))
 
 
-def _compiled(plan: Plan, target: str, lanes: tuple[int, ...], tokens: int, config: Config | None) -> Any:
+def build(
+    plan: Plan, target: str, lanes: tuple[int, ...], tokens: int = 1, config: Config | None = None,
+    vectors: torch.dtype | None = None,
+) -> Built:  # fmt: skip
+    """Compile the plan's kernel for a target of TARGETS. vectors: dtype of operands that are no scalars, the plan's
+    compute dtype unless given."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module = load(emitter.emit(plan, config))
-    kernel = module.step
-    values, options = launched(module, plan, lanes, tokens)
-    signature, constants, attributes = _signature(kernel.arg_names, values)
-    if "PRECISION" in kernel.arg_names and TARGETS[target][0] == "hip":
-        constants[(kernel.arg_names.index("PRECISION"),)] = "ieee"  # as the launcher has it there
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    started = sum(os.times()[:4])
+    text = emitter.emit(plan, config)
+    module = load(text)
+    grid, values, options = _recorded(module, plan, lanes, tokens, vectors)
+    names = module.step.arg_names
+    signature, constants, attributes = _signature(module.step, values)
+    if "PRECISION" in names and TARGETS[target][0] == "hip":
+        constants[(names.index("PRECISION"),)] = "ieee"  # as the launcher has it there
+    source = ASTSource(module.step, signature, constexprs=constants, attrs=attributes)
     before = triton.knobs.compilation.always_compile
     triton.knobs.compilation.always_compile = True
     try:
-        return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     finally:
         triton.knobs.compilation.always_compile = before
+    known = {names[n]: value for (n,), value in constants.items()}
+    given = dict(zip(names, values, strict=True))
+    seconds = sum(os.times()[:4]) - started
+    return Built(compiled, target, text, str(module.__file__), given, signature, known, grid[0], options, seconds)
 
 
 def launched(
     module: ModuleType, plan: Plan, lanes: tuple[int, ...], tokens: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the launcher passes to the kernel: its arguments, and its options."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    return _recorded(module, plan, lanes, tokens, None)[1:]
+
+
+def _recorded(
+    module: ModuleType, plan: Plan, lanes: tuple[int, ...], tokens: int, vectors: torch.dtype | None
+) -> tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
+    """One launch: its grid, arguments and options."""
+    calls: list[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []
 
     class Recorder:
-        def __getitem__(self, grid: object) -> Any:
-            return lambda *args, **options: calls.append((args, options))
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **options: calls.append((grid, args, options))
 
+    state, cursor, tickets, rows, operands, *slots = example(plan, lanes, tokens, "meta")
+    if vectors is not None:
+        inputs = zip(plan.program.inputs, operands, strict=True)
+        operands = [x if v.kind == "scalar" else x.to(vectors) for v, x in inputs]
     kernel, vars(module)["step"] = module.step, Recorder()
     try:
-        module.launch(*example(plan, lanes, tokens, "meta"))
+        module.launch(state, cursor, tickets, rows, operands, *slots)
     finally:
         vars(module)["step"] = kernel
     return calls[0]
 
 
-def _signature(names: list[str], values: tuple[Any, ...]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+def _signature(kernel: Any, values: tuple[Any, ...]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
     """The types, constants and known multiples of 16 among the arguments, as a launch would specialise them."""
     signature, constants, attributes = {}, {}, {}
-    for n, (name, value) in enumerate(zip(names, values, strict=True)):
+    for n, (parameter, value) in enumerate(zip(kernel.params, values, strict=True)):
         if isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
+            signature[parameter.name] = TYPES[value.dtype]
             attributes[(n,)] = [["tt.divisibility", 16]]
-        elif value == 1 or name.isupper() or name.startswith(("ROW_", "STATE_")):
-            signature[name] = "constexpr"
+        elif value == 1 or parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
             constants[(n,)] = value
         else:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
             attributes.update({(n,): [["tt.divisibility", 16]]} if value % 16 == 0 else {})
     return signature, constants, attributes
 
 
-def _nvidia(compiled: Any, arch: int) -> tuple[int, int]:
-    from triton.backends.nvidia.compiler import get_ptxas
+def _nvidia(compiled: Any) -> tuple[int, int]:
+    """As the machine code itself says: ptxas run once more, without Triton's options, had told of no spills (GDN,
+    verify) where the code that runs has a stack of 16 to 48 bytes."""
+    text = _tool("cuobjdump", compiled.asm["cubin"], "-res-usage")
+    registers, stack = re.search(r"\bREG:(\d+)", text), re.search(r"\bSTACK:(\d+)", text)
+    if registers is None or stack is None:
+        raise EmitError(f"cuobjdump says nothing about registers: {text[-2000:]}")
+    return int(registers[1]), int(stack[1])
 
-    text = compiled.asm["ptx"]
-    found = re.search(r"\.target (\w+)", text)
-    assert found
+
+def _tool(name: str, cubin: bytes, *options: str) -> str:
+    """What one of NVIDIA's tools that Triton bundles says. FileNotFoundError where it does not."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(text, encoding="utf-8")
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={found[1]}", str(ptx), "-o", f"{ptx}.cubin"]
-        done = subprocess.run(command, capture_output=True, text=True)
-    registers = re.search(r"Used (\d+) registers", done.stderr)
-    if registers is None:
-        raise EmitError(f"ptxas says nothing about registers: {done.stderr[-2000:]}")
-    return int(registers[1]), sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        return subprocess.run([str(tool), *options, str(file)], capture_output=True, text=True, check=True).stdout
 
 
-def _amd(compiled: Any, arch: str) -> tuple[int, int]:
+def _amd(compiled: Any) -> tuple[int, int]:
     text = compiled.asm["amdgcn"]
 
     def number(name: str) -> int:

@@ -9,8 +9,8 @@ from math import prod
 from kvbuffer_compile.codegen.triton.drafts import MOST
 from kvbuffer_compile.codegen.triton.launch import Config
 from kvbuffer_compile.codegen.triton.tickets import Tickets
-from kvbuffer_compile.codegen.triton.values import Python, Values, power_of_two
-from kvbuffer_compile.codegen.triton.vectors import LINES
+from kvbuffer_compile.codegen.triton.tiles.values import Python, Values, power_of_two
+from kvbuffer_compile.codegen.triton.tiles.vectors import LINES
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Kind, Var
 
@@ -28,8 +28,13 @@ def arguments(plan: Plan, split: Kind | None, streamed: bool = False) -> list[Ar
     """What the kernel takes. Strides of the state's and the rows' own axes are constants: they hardly ever change,
     and constant offsets cost no registers. All other strides and sizes are run-time numbers."""
     found = [*_state(plan)]
+    if plan.slots:
+        found += [Argument("slots", "slots"), Argument("slots_entry", "slots.stride(0)")]
+        found += [Argument("pool", "view.shape[0]"), Argument("ENTRIES", "entries", True)]
     if plan.variant != "recurrent":
         found += [*_log(plan)]
+    elif plan.slots:
+        found += [*_tickets()]
     for v in plan.program.inputs:
         found += _operand(plan, v)
     found += [Argument(f"out_{n}", f"outputs[{n}]") for n, _ in enumerate(plan.program.outputs)]
@@ -62,8 +67,7 @@ def _log(plan: Plan) -> Iterator[Argument]:
     yield Argument("cursor", "cursor")
     yield Argument("cursor_row", "cursor.stride(0)")
     yield Argument("cursor_sequence", "cursor.stride(1)")
-    yield Argument("tickets", "tickets")
-    yield Argument("tickets_sequence", "tickets.stride(0)")
+    yield from _tickets()
     shift = 0 if plan.layout.sequence else 1
     slot = len(plan.program.lanes) + shift
     for n, v in enumerate(plan.program.logged):
@@ -76,6 +80,11 @@ def _log(plan: Plan) -> Iterator[Argument]:
             yield Argument(f"ROW_{v}_LAST", f"rows[{n}].stride({slot + 1})", True)
     if plan.shadowed:
         yield from _shadow(plan)
+
+
+def _tickets() -> Iterator[Argument]:
+    yield Argument("tickets", "tickets")
+    yield Argument("tickets_sequence", "tickets.stride(0)")
 
 
 def _shadow(plan: Plan) -> Iterator[Argument]:
@@ -109,11 +118,14 @@ CONTRACT = '''"""Run one {variant} step; returns its outputs: {outputs}.
 state    {state}, read and written in place
 {log}operands {operands}
 block, warps, fold, stages: how much of an axis one program takes, also at once in a flush, and how it is compiled
-{matrix}
+{matrix}{slots}
 One launch; nothing waits for the device.
 """'''
 MATRIX = "matrix: whether reads are matrix products\n"
 REGISTERS = "registers: that a thread may have, on NVIDIA's GPUs\n"
+SLOTS = """slots    int32 or int64 [entries], 32768 at most: slots of the pool to step, negative ones from its end; of
+         equal ones the last is stored. Lane 0 of operands and outputs are the entries, of all else the slots
+"""
 LOG = """cursor   int32 [4, sequences]: tokens owed (-1: padding), flush at, steps run, state known to be zero
 tickets  int32 [sequences, at least ticket_count(...)], zero; zero again when the launch is done
 rows     {rows}{shadow}
@@ -127,7 +139,7 @@ class Launcher:
         self.out, self.plan, self.values, self.config, self.width = out, plan, values, config, width
 
     def emit(self) -> None:
-        if self.plan.variant != "recurrent":
+        if self.plan.variant != "recurrent" or self.plan.slots:
             self._ticket_count()
         with self.out.block("def stride(x, dim)"):
             self.out.line('"""The stride of a dim along which x may be constant."""')
@@ -135,7 +147,7 @@ class Launcher:
         self.out.line()
         self.out.line()
         c = self.config
-        head = "state, cursor, tickets, rows, operands, "
+        head = f"state, cursor, tickets, rows, operands, {'slots, ' * self.plan.slots}"
         head += f"block={c.block}, warps={c.warps}, fold={c.fold}, stages={c.stages}"
         head += f", matrix={c.matrix}" if self.plan.several and not c.part else ""
         head += f", registers={c.registers}" if c.registers else ""
@@ -148,6 +160,9 @@ class Launcher:
                 self.out.line(f"block = min(block, {power_of_two(self.values.size(split))})")
             self.out.line(f"tiles = {f'triton.cdiv({self.values.size(split)}, block)' if split else '1'}")
             self.out.line("programs = lanes.numel() * tiles")
+            if self.plan.slots and self.plan.variant == "recurrent":
+                self.out.line("count = ticket_count(lanes, block)")
+                self.out.line("tickets = torch.zeros((len(view), count), dtype=torch.int32, device=state.device)")
             with self.out.block("if programs"):
                 self._call()
             self.out.line("return outputs")
@@ -160,8 +175,7 @@ class Launcher:
             if names:
                 self.out.line(f"{names}, = lanes[{int(self.plan.layout.sequence)}:]")
             split = self.values.split
-            if any("tile" in group.lanes for group in tickets.groups):
-                assert split
+            if split and (self.plan.slots or any("tile" in group.lanes for group in tickets.groups)):
                 self.out.line(f"TILES = triton.cdiv({self.values.size(split)}, block)")
             self.out.line(f"return {tickets.count()}")
         self.out.line()
@@ -187,6 +201,7 @@ class Launcher:
             operands=", ".join(shape(v, lanes, *middle) for v in plan.program.inputs),
             matrix=(MATRIX if plan.several and not self.config.part else "")
             + (REGISTERS if self.config.registers else ""),
+            slots=SLOTS if plan.slots else "",
         )
         self.out.lines(text)
 
@@ -202,6 +217,12 @@ class Launcher:
         if self.plan.shadowed:
             self.out.line(f"half = rows[{len(self.plan.program.logged)}]{seen}")
         self.out.line(f"lanes = view.shape[:{self.plan.layout.lanes}]")
+        if self.plan.slots:
+            self.out.line("lanes = torch.Size((len(slots), *lanes[1:]))")
+            self.out.line("slots = slots.to(state.device)")
+            self.out.line("entries = max(128, triton.next_power_of_2(len(slots)))  # one kernel for up to 128")
+            with self.out.block("if entries > 2**15"):
+                self.out.line('raise ValueError(f"slots: {len(slots)} are too many for one step, 32768 at most")')
 
     def _outputs(self) -> None:
         tokens = ""
@@ -228,7 +249,8 @@ class Launcher:
         self.out.line("step[(programs,)](")
         for argument in arguments(self.plan, self.values.split, self.config.part > 0):
             self.out.line(f"    {argument.value},")
-        rest = " **options," if self.config.registers else ""
+        rest = " debug=True, sanitize_overflow=False," * self.plan.slots  # for the assertion on slots
+        rest += " **options," if self.config.registers else ""
         self.out.line(f"    num_warps=warps, num_stages=stages,{rest}")
         self.out.line(")")
 

@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from kvbuffer_compile.codegen.schedule import Dot, Old, Schedule
-from kvbuffer_compile.codegen.triton.matrix import applies, known, needed
-from kvbuffer_compile.codegen.triton.rows import SLOT, Rows
-from kvbuffer_compile.codegen.triton.values import DTYPES, Python, Values
-from kvbuffer_compile.codegen.triton.vectors import Vectors
+from kvbuffer_compile.codegen.triton.tiles.matrix import applies, known, needed
+from kvbuffer_compile.codegen.triton.tiles.rows import SLOT, Rows
+from kvbuffer_compile.codegen.triton.tiles.values import DTYPES, Python, Values
+from kvbuffer_compile.codegen.triton.tiles.vectors import Vectors
 from kvbuffer_compile.codegen.triton.verify import Fresh
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import REDUCTIONS, Map, Var

@@ -2,13 +2,18 @@
 
 Matrix products would want the tile in a layout of their own, and a second copy of it is more than there are registers.
 A flush is rare, so it takes the tile in parts as small as it must, and the step itself reads the state anew.
+
+Beside it what a recurrent step does with its tile.
 """
 
 from __future__ import annotations
 
+from kvbuffer_compile.codegen.schedule import Fold as TokenFold
+from kvbuffer_compile.codegen.schedule import Old
 from kvbuffer_compile.codegen.triton.arguments import arguments
-from kvbuffer_compile.codegen.triton.rows import Rows
-from kvbuffer_compile.codegen.triton.values import Python, Shadow, Values
+from kvbuffer_compile.codegen.triton.tiles.rows import Rows
+from kvbuffer_compile.codegen.triton.tiles.shadow import Shadow
+from kvbuffer_compile.codegen.triton.tiles.values import Python, Values
 from kvbuffer_compile.ir.plan import SHADOW, Plan
 from kvbuffer_compile.ir.program import Decay, Kind, Var
 
@@ -95,3 +100,20 @@ class Fold:
     def _left(self) -> str:
         """What the decays leave of the old state, as factors behind it."""
         return "".join(f" * run_{k}{'' if k == 'scalar' else self.values.across(k)}" for k in self.rows.fades)
+
+
+def read_state(out: Python, values: Values, read: Old) -> None:
+    """A read of the tile `s`, which is all there is of the state."""
+    x = read.x
+    text = f"s * {values.name(x)}{values.across(x.kind)}"
+    out.line(f"{values.name(read.out)} = {values.total(text, x.kind, 0 if x.kind == 'key' else 1, 2)}")
+
+
+def fold_token(out: Python, values: Values, fold: TokenFold) -> None:
+    """Take one token into `s`."""
+    for v in (fold.scalar, fold.key, fold.value):
+        if v:
+            along = "" if v.kind == "scalar" else values.across(v.kind)
+            out.line(f"s = s * {values.name(v)}{along}")
+    for left, right in fold.rows:
+        out.line(f"s += {values.name(left)}[:, None] * {values.name(right)}[None, :]")

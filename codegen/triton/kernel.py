@@ -13,15 +13,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-from kvbuffer_compile.codegen.schedule import Fold as TokenFold
-from kvbuffer_compile.codegen.schedule import Old, Schedule, steps_for
+from kvbuffer_compile.codegen.schedule import Schedule, steps_for
 from kvbuffer_compile.codegen.triton.arguments import arguments
 from kvbuffer_compile.codegen.triton.drafts import Drafts
-from kvbuffer_compile.codegen.triton.fold import Fold
-from kvbuffer_compile.codegen.triton.rows import Rows
+from kvbuffer_compile.codegen.triton.fold import Fold, fold_token, read_state
 from kvbuffer_compile.codegen.triton.stream import Stream
-from kvbuffer_compile.codegen.triton.tickets import Group, Tickets, place
-from kvbuffer_compile.codegen.triton.values import Python, Values
+from kvbuffer_compile.codegen.triton.tickets import Group, Pool, Tickets
+from kvbuffer_compile.codegen.triton.tiles.rows import Rows
+from kvbuffer_compile.codegen.triton.tiles.values import Python, Values
 from kvbuffer_compile.codegen.triton.verify import Fresh
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Var
@@ -34,6 +33,7 @@ class Kernel:
         self.out, self.plan, self.schedule, self.values = out, plan, schedule, values
         self.rows = Rows(out, plan, values)
         self.tickets = Tickets(plan, values)
+        self.pool = Pool(out, plan, self.tickets)
         self.fold = Fold(out, plan, values, self.rows)
         self.shadow = self.fold.shadow
         self.verify = plan.several
@@ -50,7 +50,7 @@ class Kernel:
         for a in arguments(self.plan, self.values.split, self.part > 0):
             self.out.line(f"    {a.name}{': tl.constexpr' if a.constant else ''},")
         with self.out.block(")"):
-            place(self.out, self.plan)
+            self.pool.place()
             self.values.axes()
             if self.plan.variant == "recurrent":
                 self._recurrent()
@@ -65,7 +65,7 @@ class Kernel:
 
     def _state_address(self) -> None:
         if self.plan.program.lanes:
-            self.out.line(f"state += {' + '.join(f'at_{lane} * state_{lane}' for lane in self.plan.program.lanes)}")
+            self.out.line(f"state += {self.values.offset('state')}")
 
     def _operands(self) -> list[Var]:
         """The inputs that the outputs, the logged values or the fold of a token need."""
@@ -94,35 +94,24 @@ class Kernel:
         self._state_address()
         self.out.line(f"s = {self.values.load_state()}")
         self.values.load(self._operands())
+        self.pool.compare()
         for stage in self.schedule.stages:
             self.values.steps(stage.steps)
             for read in stage.reads:
-                self._read_state(read)
+                read_state(self.out, self.values, read)
         self._outputs(zero=False)
-        self._fold_token(self.schedule.fold)
-        self.values.store_state()
-
-    def _read_state(self, read: Old) -> None:
-        x = read.x
-        text = f"s * {self.values.name(x)}{self.values.across(x.kind)}"
-        total = self.values.total(text, x.kind, 0 if x.kind == "key" else 1, 2)
-        self.out.line(f"{self.values.name(read.out)} = {total}")
-
-    def _fold_token(self, fold: TokenFold) -> None:
-        for v in (fold.scalar, fold.key, fold.value):
-            if v:
-                along = "" if v.kind == "scalar" else self.values.across(v.kind)
-                self.out.line(f"s = s * {self.values.name(v)}{along}")
-        for left, right in fold.rows:
-            self.out.line(f"s += {self.values.name(left)}[:, None] * {self.values.name(right)}[None, :]")
+        with self.pool.storing():
+            fold_token(self.out, self.values, self.schedule.fold)
+            self.pool.wait(reset=True)
+            self.values.store_state()
+        self.pool.leave()
 
     # -------------------------------------------------------------------------------------------- streamed
 
     def _streamed(self, stream: Stream) -> None:
         self.values.load(self._operands())
         self._cursor()
-        self._state_address()
-        self.out.line("kept = owed")
+        self.pool.wait("flush")
         stream.read()
         self._arrive()
         for stage in self.schedule.stages[1:]:
@@ -134,8 +123,7 @@ class Kernel:
     def _drafted(self, drafts: Drafts) -> None:
         drafts.give(self._operands())
         self._cursor()
-        self._state_address()
-        self.out.line("kept = owed")
+        self.pool.wait("flush")
         drafts.read()
         self._arrive()
         with self.out.block("if DRAFTS"):
@@ -151,7 +139,6 @@ class Kernel:
         if not self.verify:
             self.values.load(self._operands())
         self._cursor()
-        self._state_address()
         self._flush()
         fresh = self._before_state()
         with fresh.unless_matrix() if fresh else nullcontext():
@@ -181,22 +168,27 @@ class Kernel:
         return None
 
     def _cursor(self) -> None:
-        first = f"at_{self.plan.program.lanes[0]}" if self.plan.layout.sequence else "0"
-        self.out.line(f"sequence = {first}")
+        if not self.pool.there:
+            first = f"at_{self.plan.program.lanes[0]}" if self.plan.layout.sequence else "0"
+            self.out.line(f"sequence = {first}")
         self.out.line("cursor += sequence * cursor_sequence")
         self.out.line("owed = tl.load(cursor)")
         self.out.line("limit = tl.load(cursor + cursor_row)")
         self.out.line("live = tl.full([1, 1], tl.load(cursor + 3 * cursor_row), tl.int32) == 0  # else s is zero")
+        self.pool.compare()
         with self.out.block("if owed < 0"):
             self._padding()
             self.out.line("return")
         tokens = "T" if self.verify else "1"
-        self.out.line(f"flush = (owed >= limit) | (owed + {tokens} > {self.plan.capacity})")
+        full = f"(owed >= limit) | (owed + {tokens} > {self.plan.capacity})"
+        self.out.line(f"flush = {self.pool.writers(full)}")
+        self._state_address()
+        self.out.line("kept = owed")
 
     def _padding(self) -> None:
         """A padding sequence: outputs are zero, nothing else is touched but the count of steps."""
         first = " & ".join(f"({x} == 0)" for x in [*(f"at_{lane}" for lane in self.tickets.lanes), "tile"])
-        with self.out.block(f"if {first}"):
+        with self.out.block(f"if {self.pool.writers(first)}"):
             self._count_step()
         if self.verify and self.plan.program.outputs:
             with self.out.block("for t in range(T)"):
@@ -208,9 +200,9 @@ class Kernel:
         self.out.line("tl.store(cursor + 2 * cursor_row, tl.load(cursor + 2 * cursor_row) + 1)")
 
     def _flush(self) -> None:
-        self.out.line("kept = owed")
         if self.shadow.there:
             self.shadow.find()
+        self.pool.wait("flush | lacks" if self.shadow.there else "flush")
         with self.out.block("if flush | lacks" if self.shadow.there else "if flush"):
             if self.shadow.there:
                 self.out.line("folded = tl.where(flush, owed, 0)")
@@ -251,21 +243,26 @@ class Kernel:
 
     def _store_owned(self, slot: str) -> None:
         """Rows that no other program reads. All threads of this one have: they have met in `arrive`."""
-        for v in self.plan.program.logged:
-            if self.tickets.owned(v):
+        owned = [v for v in self.plan.program.logged if self.tickets.owned(v)]
+        with self.pool.storing() if owned else nullcontext():
+            for v in owned:
                 self.rows.store(v, slot)
 
     def _arrive(self) -> None:
         """All that others may overwrite has been read."""
         for group in self.tickets.fed_by(None):
             ticket = f"{self.tickets.ticket(group)}, {self.tickets.expected(group)}"
-            self.out.line(f"last{_suffix(group)} = arrive({ticket})")
+            if self.pool.there:
+                self.out.line(f"last{_suffix(group)} = earlier < 0")
+            with self.pool.storing():
+                self.out.line(f"last{_suffix(group)} = arrive({ticket})")
 
     def _finish_all(self) -> None:
         self.out.line()
         for group in self.tickets.fed_by(None):
             with self.out.block(f"if last{_suffix(group)}"):
                 self._finish(group)
+        self.pool.leave()
 
     def _finish(self, group: Group) -> None:
         """What the last program of a group writes, and the ticket it takes of the next larger one."""
@@ -289,6 +286,7 @@ class Kernel:
                 self.rows.store(v, "(kept + t)")
 
     def _advance(self) -> None:
+        self.pool.wait(reset=True)
         self.out.line(f"tl.store(cursor, kept + {'T' if self.verify else '1'})")
         self._count_step()
         with self.out.block("if flush"):

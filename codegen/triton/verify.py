@@ -14,9 +14,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 from kvbuffer_compile.codegen.schedule import Fold, Old, Schedule
-from kvbuffer_compile.codegen.triton.matrix import Matrix, applies, needed
-from kvbuffer_compile.codegen.triton.rows import Rows
-from kvbuffer_compile.codegen.triton.values import AXES, Python, Values
+from kvbuffer_compile.codegen.triton.tiles.matrix import Matrix, applies, needed
+from kvbuffer_compile.codegen.triton.tiles.rows import Rows
+from kvbuffer_compile.codegen.triton.tiles.values import AXES, Python, Values
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Kind, Var
 

@@ -43,9 +43,9 @@ class Account:
     may not hold what it should, because rows are owed or because it was never made zero. drafts: the parents of a tree
     whose rows lie behind the owed ones until anything else happens to the state. held: the counts at which sequences
     flush next when they are no longer held.
-    progress: the steps that count (of all sequences, or one by one), and the call after them with its tokens, which
-    counts when it is done; afterwards, how many tokens it had. first, most: of a state without memory, the count at
-    which it first flushes, and no less than what it owes.
+    progress: the steps that count (of all sequences, or one by one), and the calls after them with the tokens of each,
+    which count when they are done; afterwards, how many tokens they had. first, most: of a state without memory, the
+    count at which it first flushes, and no less than what it owes.
     """
 
     allocation: Allocation[Account]
@@ -71,7 +71,7 @@ class Account:
         self.dirty = False
         self.bare = False
         self.drafts: Tensor | None = None
-        self.progress: tuple[int | Tensor, Attempt | None, int] = (0, None, 0)
+        self.progress: tuple[int | Tensor, Attempt[Account] | None, int] = (0, None, 0)
         self.held: Tensor | None = None
         self.without_memory = not has_memory(self.state)
         self.first = phase
@@ -113,7 +113,7 @@ class Account:
 
     # ------------------------------------------------------------------------------------------ steps
 
-    def attempt(self, attempt: Attempt, tokens: int) -> None:
+    def attempt(self, attempt: Attempt[Account], tokens: int) -> None:
         """To be called before a step of so many tokens: if it may flush, the state has memory from now on."""
         self.reconcile()
         self.dirty = True
@@ -126,20 +126,38 @@ class Account:
         self.progress = (self.progress[0], attempt, tokens)
 
     def reconcile(self) -> None:
-        """Bring the last call to its end: its tokens count, or, when it failed, are taken back.
+        """Bring the last calls to their end: their tokens count, or, of one that failed, are taken back.
 
         An exception at any point leaves this to be done again, with the same result.
         """
         steps, attempt, tokens = self.progress
         if attempt is None:
             return
-        if attempt.done:
+        attempt.again = None  # whoever calls this is about to look at the state, or has another step for it
+        if attempt.done == attempt.begun:
             self.drafts = attempt.parents
-            counted = self.cursor[2].clone() if self.plan.slots else steps + 1
+            counted = self.cursor[2].clone() if self.plan.slots else steps + attempt.done
         else:
-            self.take_back_unfinished(0 if self.cursor.data_ptr() in attempt.drafted else tokens)
-            counted = steps
+            counted = steps + attempt.done if attempt.done else steps
+            self.take_back_unfinished(0 if self.cursor.data_ptr() in attempt.drafted else tokens, counted)
         self.progress = (counted, None, tokens)
+
+    def leave(self) -> None:
+        """The next call is not like the last ones: what it would need is let go."""
+        attempt = self.progress[1]
+        if attempt is not None:
+            attempt.again = None
+
+    @property
+    def so_far(self) -> tuple[int | Tensor, None, int]:
+        """`progress` as it stands, whatever becomes of the call that is not done."""
+        steps, attempt, tokens = self.progress
+        return steps if attempt is None or self.plan.slots else steps + attempt.done, None, tokens
+
+    def may_go_on(self, lock: RLock) -> bool:
+        """Whether a call like the last one has nothing to look up or to prepare for this state."""
+        nobody_else = self.shared is None and not self.allocation.aliased and not self.rivals
+        return nobody_else and self.lock is lock and self.dirty and not self.without_memory and not self.plan.slots
 
     def finished(self) -> None:
         """To be called when the steps of a call have gone through: memory that others can reach holds the truth again.
@@ -147,17 +165,18 @@ class Account:
         Before the call is done: when this fails, the token is there, as after an eager step that failed later on.
         """
         if self.shared is not None or self.allocation.check():
+            self.leave()  # nothing is owed any more
             self.fold()
             self.history.exposed += 1
 
     @neutral
-    def take_back_unfinished(self, tokens: int) -> None:
+    def take_back_unfinished(self, tokens: int, counted: int | Tensor) -> None:
         """Undo what the state may have stepped beyond the steps that count; rows that were folded in stay.
 
         Of memory that others can reach the call has not folded them in, and they may write it before the next one."""
         self.forget_shadow()
         cursor = self.cursor.clone()
-        stepped = cursor[2] - self.progress[0]
+        stepped = cursor[2] - counted
         cursor[0] -= torch.where(cursor[0] > 0, stepped * tokens, 0)
         cursor[2] -= stepped
         self.cursor.copy_(cursor)

@@ -120,7 +120,7 @@ class Ledger:
     def _remember(self, account: Account) -> None:
         """Keep the counts of an account that nobody steps any more, for people."""
         with suppress(Exception):
-            counts = account.history.now(account.progress, wait=False)
+            counts = account.history.now(account.so_far, wait=False)
             with self._lock:
                 self.gone.add(counts)
 
@@ -128,6 +128,7 @@ class Ledger:
         self._change(lambda: self._removed(account))
 
     def _removed(self, account: Account) -> None:
+        account.leave()
         if self.accounts.get(account.key) is account:
             del self.accounts[account.key]
         self.by_alias.pop(id(account.state), None)
@@ -176,6 +177,7 @@ class Ledger:
         """Free the rows of a state, folded in first if its memory lives on in another tensor."""
         if account not in account.allocation:
             return
+        account.leave()  # it would keep tensors on the memory alive
         if account.allocation.outlives(dying):
             account.settle("its tensor is gone, its memory is not")
         self._remove(account)

@@ -5,16 +5,21 @@ An alias has the memory, shape and strides of its owner, the user's tensor. It d
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.guard import dispatch_watch
 from kvbuffer_compile.guard.guarded import GuardedState, plain_calls
 from kvbuffer_compile.guard.overlap import has_memory
+from kvbuffer_compile.native.library import library
 
 Place = tuple[tuple[int, int], ...]  # a slice of a tensor: a dim and the position in it, once for each index
 
@@ -30,6 +35,17 @@ def plain(x: Tensor) -> Tensor:
         return x
     found = _aliases.get(id(x))
     return _registered(x) if found is None else found
+
+
+@functools.cache
+def quickly() -> tuple[Callable[[Any], Any], Callable[..., list[Any]]]:
+    """`plain`, and plain_all(*arguments) -> list: for every call of a graph, so in C++ where the library can be had."""
+    try:
+        make = library().kvbuffer_aliases
+    except (EmitError, OSError, AttributeError):
+        return plain, lambda *arguments: [plain(x) for x in arguments]
+    make.argtypes, make.restype = (ctypes.py_object,) * 3, ctypes.py_object
+    return make(GuardedState, _aliases, _registered)  # type: ignore[no-any-return]
 
 
 def owner_of(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 The class of a tensor is asked by what goes through `__torch_function__`. `torch.tensor(state)`, the transforms of
 `torch.func`, TorchScript and C++ extensions never ask it, but they all go through torch's dispatcher. `watch` builds a
-small extension (dispatch_watch.cpp, compiled at the first use, kept in the cache of kernels) that listens there.
+small extension (native/dispatch_watch.cpp, compiled at the first use, kept in the cache of kernels) that listens there.
 
 Seen: a marked tensor as an argument, in a list or keyword, from any thread, inside of another tensor (DTensor), and
 views made of it: they are marked as well; copies are not. Not seen: what reads memory without calling an op
@@ -15,14 +15,13 @@ import atexit
 import ctypes
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch._ops
 from torch import Tensor
 
-from kvbuffer_compile.codegen import build
 from kvbuffer_compile.errors import EmitError
+from kvbuffer_compile.native.library import library
 from kvbuffer_compile.process import callers
 
 Callback = Callable[[str, list[Tensor]], None]
@@ -30,8 +29,6 @@ Callback = Callable[[str, list[Tensor]], None]
 KEY = torch._C._dispatch_key_parse("DeferredInit")
 LOW = torch._C._dispatch_key_parse("CustomRNGKeyId")  # for calls that subclasses make in their __torch_dispatch__
 _KEYS = torch._C.DispatchKeySet(KEY) | torch._C.DispatchKeySet(LOW)
-_INCLUDE = f"-I{Path(torch.__file__).parent / 'include'}"
-_OPTIONS = (_INCLUDE, "-std=c++20", "-O1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
 
 _lock = threading.Lock()
 _extension: ctypes.PyDLL | None = None
@@ -93,8 +90,7 @@ def _set_key(tensor: Tensor, on: bool) -> None:
 
 
 def _load() -> ctypes.PyDLL:
-    source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
-    extension = build.loaded(build.library(source, _OPTIONS), ctypes.PyDLL)
+    extension = library()
     extension.kvbuffer_watch_start.restype = ctypes.c_bool
     extension.kvbuffer_watch_mark.argtypes = (ctypes.c_void_p, ctypes.c_bool)
     extension.kvbuffer_watch_mark.restype = None

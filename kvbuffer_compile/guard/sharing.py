@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,25 @@ class Storage:
     def held(self) -> bool:
         """Whether somebody else keeps its Python object."""
         return sys.getrefcount(self.object) > _OWN_REFERENCES
+
+
+class Watch:
+    """Who holds several storages, to be compared at every step: quicker than asking each."""
+
+    __slots__ = ("_handles", "_seen", "_storages")
+
+    def __init__(self, storages: Sequence[Storage]) -> None:
+        self._handles = [s.handle for s in storages]
+        self._storages = storages  # not the objects, whose holders are counted
+        self._seen = self._now()
+
+    def unchanged(self) -> bool:
+        """Whether each is held as often as it was: nobody has come by one, or let it go."""
+        return self._seen == self._now()
+
+    def _now(self) -> list[int]:
+        count = sys.getrefcount
+        return [*map(torch._C._storage_Use_Count, self._handles), *[count(s.object) for s in self._storages]]
 
 
 _OWN_USES = _OWN_REFERENCES = 0

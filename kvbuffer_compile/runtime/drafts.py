@@ -105,7 +105,7 @@ def run(
     args: list[Any],
     plans: list[Plan],
     accounts: list[Account],
-    attempt: Attempt,
+    attempt: Attempt[Account],
 ) -> Any:
     """A compiled graph with the tree steps of its plans in place of their verify steps."""
     if any(tree.parents.shape[0] not in (1, a.cursor.shape[1]) for a in accounts):

@@ -25,7 +25,7 @@ from torch._dynamo.variables import builder as variables
 from kvbuffer_compile.accounts.fresh import forget_fresh
 from kvbuffer_compile.accounts.ledger import LEDGER, Ledger
 from kvbuffer_compile.guard import dispatch_watch
-from kvbuffer_compile.guard.aliases import forget, is_alias, owner_of, plain
+from kvbuffer_compile.guard.aliases import forget, is_alias, owner_of, plain, quickly
 from kvbuffer_compile.guard.guarded import GuardedState, inspecting, may_be_state, plain_calls
 from kvbuffer_compile.guard.sharing import hand_out
 from kvbuffer_compile.guard.wrapped import inside, is_wrapper
@@ -50,19 +50,25 @@ def enter_with_rows(compiled: Compiled, inputs: Sequence[Any], shared: Sequence[
     positions = tuple(i for i, x in enumerate(inputs) if may_be_state(x))
     unseen = () if seen else _wrappers(inputs)
 
+    plain_all = quickly()[1]
+    compiled = _inside_of_disable(compiled)
+
     def enter(*args: Any) -> Any:
-        given = list(args)
         for i in unseen:
             with plain_calls():
-                for state in inside(given[i]):
-                    hand_out(state, f"operations of {type(given[i]).__name__}, which are not seen without a compiler")
-        for i in positions:
-            if type(given[i]) is GuardedState:
-                given[i] = plain(given[i])
+                for state in inside(args[i]):
+                    hand_out(state, f"operations of {type(args[i]).__name__}, which are not seen without a compiler")
+        given = plain_all(*args)
         out = compiled(*given)
         return _with_owners(out, shared, [args[i] for i in positions]) if shared else out
 
     return enter
+
+
+def _inside_of_disable(compiled: Compiled) -> Compiled:
+    """What `torch.compiler.disable` was put around: Dynamo puts it around `enter` too."""
+    is_disable = getattr(compiled, "_torchdynamo_wrapper_id", None) == id(compiled)  # and no copy of its attributes
+    return compiled._torchdynamo_orig_callable if is_disable else compiled  # type: ignore[attr-defined]
 
 
 def outputs_that_share_memory() -> list[int]:
@@ -198,7 +204,7 @@ def _class_may_change(x: object) -> bool:
 
 def _manager_of_alias(manager: GuardManager, example: Tensor) -> GuardManager:
     return manager.lambda_manager(
-        python_lambda=plain,
+        python_lambda=quickly()[0],
         source=f"plain({manager.get_source()})",
         example_value=plain(example),
         guard_manager_enum=torch._dynamo.guards.GuardManagerType.GUARD_MANAGER,

@@ -5,6 +5,7 @@ The composite implementation serves every device; a generated kernel takes prece
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvbuffer_compile.codegen.cpp.entry import exported
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.guard.overlap import has_memory
 from kvbuffer_compile.ir.plan import Plan
@@ -41,22 +43,30 @@ def use_cpp(plan: Plan) -> None:
     C++ spelling. EmitError when that cannot be."""
     from kvbuffer_compile.codegen import build
     from kvbuffer_compile.codegen.cut import built_as, pieces
+    from kvbuffer_compile.native.direct import call_directly
     from kvbuffer_compile.steps import cut_step
 
-    step_op(plan)
+    op = step_op(plan)
     one = built_as(plan)
     cut = pieces(plan.program, in_place=plan.variant == "recurrent")
     if len(cut) == 1:
-        build.load(plan)
+        call_directly(op, _address(build.load(plan), plan.op_name))
         return
     if plan.variant in ("tree", "block") or (plan.variant == "verify" and plan.slots):
         raise EmitError(f"no C++ kernel for {plan.variant} steps with {cut[0].calls[0].fn} on {plan}")
     kernels = [_piece_op(one, n, piece) for n, piece in enumerate(cut)]
-    build.load(one)
+    library = build.load(one)
+    for n, kernel in enumerate(kernels):
+        call_directly(kernel, _address(library, one.op_name, n))
     step = cut_step.one_token(one, cut, kernels)
     if plan.variant == "verify":
         step = cut_step.several_tokens(plan, step)
     LIBRARY.impl(plan.op_name, torch.compiler.disable(neutral(lambda *args: _returned(step(*args)))), "CPU")
+
+
+def _address(library: ctypes.CDLL, op_name: str, n: int = 0) -> int:
+    """Of the n-th piece of a step that a kernel's library exports."""
+    return ctypes.cast(library[exported(op_name, n)], ctypes.c_void_p).value or 0
 
 
 @functools.cache
@@ -81,13 +91,14 @@ def use_triton(plan: Plan, interpret: bool = False) -> None:
     launch = load.load(triton.emit(plan, config), interpret).launch
     split = plan.sides
 
-    def recurrent(state: Tensor, *operands: Tensor) -> Any:
-        return _returned(tuple(launch(state, None, None, (), operands)))
+    def recurrent(state: Tensor, *rest: Tensor) -> Any:
+        return _returned(tuple(launch(state, None, None, (), rest[plan.slots :], *rest[: plan.slots])))
 
     def buffered(state: Tensor, cursor: Tensor, *rest: Tensor) -> Any:
         if not has_memory(state):  # the kernel wants its strides; this is neither read nor written, and gone at once
             state = torch.empty_strided(state.shape, state.stride(), dtype=state.dtype, device=state.device)
-        return _returned(tuple(launch(state, cursor, tickets_of(cursor), rest[:split], rest[split:])))
+        slots, operands = rest[split : split + plan.slots], rest[split + plan.slots :]
+        return _returned(tuple(launch(state, cursor, tickets_of(cursor), rest[:split], operands, *slots)))
 
     step = recurrent if plan.variant == "recurrent" else buffered
     LIBRARY.impl(plan.op_name, torch.compiler.disable(step), "CPU" if interpret else "CUDA")
@@ -97,7 +108,7 @@ def new_cursor(plan: Plan, lanes: tuple[int, ...], device: torch.device) -> Tens
     """A cursor of zeros, [4, N]. Behind it in the same storage lie the tickets that Triton kernels count with."""
     n = plan.sequences(lanes)
     tiles = -(-max(plan.sizes) // 16)
-    tickets = (1 + len(plan.program.logged)) * math.prod(lanes) // max(n, 1) * tiles
+    tickets = (2 + len(plan.program.logged)) * math.prod(lanes) // max(n, 1) * tiles
     slab = torch.zeros(n * (4 + tickets), dtype=torch.int32, device=device)
     return slab[: 4 * n].view(4, n)
 

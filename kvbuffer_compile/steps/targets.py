@@ -32,11 +32,6 @@ def resolve(wanted: str, device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "aten"
 
 
-def for_slots(target: str, wanted: str) -> str:
-    """The target of a step on slots of a pool, which Triton kernels cannot do yet: "auto" does not try them."""
-    return "aten" if (wanted, target) == ("auto", "triton") else target
-
-
 def _has_compiler() -> bool:
     from kvbuffer_compile.codegen import build
 

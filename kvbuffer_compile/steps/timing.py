@@ -200,13 +200,13 @@ def filled(
     plan: Plan, lanes: tuple[int, ...], device: torch.device = CPU
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """(state, cursor, rows, operands) with numbers in them: memory that was never written is one page of zeros to a
-    reader. Products of keys stay small, so that no state grows."""
-    state, _, _, rows, operands = example(plan, lanes, 1, device)
+    reader. Products of keys stay small, so that no state grows. In front of the operands the slots of a pool, all."""
+    state, _, _, rows, operands, *slots = example(plan, lanes, 1, device)
     cursor = ops.new_cursor(plan, lanes, device)
     cursor[1] = plan.flush
     for x, value in ((state, 1.0), *((x, 0.5) for x in rows), *((x, 0.5 / max(plan.sizes)) for x in operands)):
         x.fill_(value)
-    return state, cursor, rows, operands
+    return state, cursor, rows, [*slots, *operands]
 
 
 def _step(plan: Plan, lanes: int, owed: int = 0) -> Callable[[], Tensor]:

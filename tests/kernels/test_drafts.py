@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from kvbuffer_compile.codegen.schedule import schedule
-from kvbuffer_compile.codegen.triton import rows as triton_rows
 from kvbuffer_compile.codegen.triton.drafts import drafts
 from kvbuffer_compile.codegen.triton.launch import Config
+from kvbuffer_compile.codegen.triton.tiles import rows as triton_rows
 from tests.kernels.test_stream import PROGRAMS
 from tests.kernels.test_triton import Session, draw, make_plan
 from tests.support.daily import row

@@ -17,6 +17,7 @@ from kvbuffer_compile.ir.shadow import scale_kind
 from kvbuffer_compile.steps import ops
 from tests.kernels.test_cpp import inners, lenient, shapes
 from tests.kernels.test_cut import CUT
+from tests.kernels.test_slots import with_tickets
 from tests.support.daily import chosen, row
 from tests.support.programs import NAMED, random_programs
 from tests.support.sessions import LANES, Session, make_plan
@@ -91,8 +92,9 @@ def beside(
     tokens = (3,) if plan.several else ()
     composite = replace(plan, target="aten")
     kernel, definition = ops.step_op(plan), ops.step_op(composite)
-    ops.use_cpp(plan)
+    ops.use_cpp(plan) if plan.target == "cpp" else ops.use_triton(plan, interpret=True)
     mine, theirs = ([x.clone() for x in before] for _ in range(2))
+    mine[1] = with_tickets(plan, mine[1])
     read = 0
     for _ in range(steps):
         given = [*extra(), *(small(*lanes, *tokens, *tails[v.kind]) for v in plan.program.inputs)]
@@ -113,10 +115,12 @@ def memory(plan, count: int) -> list[torch.Tensor]:
     return [small(*lanes, *plan.sizes), cursor, *rows, *shadow]
 
 
-@pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
-def test_slots_of_a_pool():
+@pytest.mark.parametrize("target", [row("cpp", True), row("triton", False)])
+def test_slots_of_a_pool(target):
     """Of equal slots the last is stored, shadow and all; slots that are not chosen are left alone."""
-    plan = replace(make_plan(NAMED["gdn"], sizes=(4, 19), flush=2, read=torch.float16), slots=True)
+    if target == "cpp" and build.compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    plan = replace(make_plan(NAMED["gdn"], sizes=(4, 19), flush=2, read=torch.float16), slots=True, target=target)
     chosen = iter([[0, 1, 2], [3, 0, 3], [1, 2, -1], [0, 1, 1], [2, 3, 0], [3, 2, 1], [0, 2, -2], [1, 3, 0]])
     beside(plan, memory(plan, 4), lambda: [torch.tensor(next(chosen))], (3, LANES["h"]), 8)
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from benchmarks import triton_aot
 from kvbuffer_compile.codegen.schedule import schedule
 from kvbuffer_compile.codegen.standalone import aot
-from kvbuffer_compile.codegen.triton import matrix, triton
-from kvbuffer_compile.codegen.triton import rows as triton_rows
+from kvbuffer_compile.codegen.triton import triton
 from kvbuffer_compile.codegen.triton.launch import Config, configure
 from kvbuffer_compile.codegen.triton.load import load
+from kvbuffer_compile.codegen.triton.tiles import matrix
+from kvbuffer_compile.codegen.triton.tiles import rows as triton_rows
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.plan import Layout, Plan
 from kvbuffer_compile.ir.program import Program

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from kvbuffer_compile import explain, materialize, rollback
@@ -328,6 +329,22 @@ def test_padding_entries_share_a_slot_of_nobody(records: list[GraphRecord]) -> N
         p.run(1, idx)
     p.check()
     assert rewritten(records)
+
+
+@pytest.mark.parametrize("flush", [row(1, False), row(L, True)])
+def test_triton_kernels_step_slots(flush: int, records: list[GraphRecord]) -> None:
+    """What a GPU runs, interpreted: other slots at every step, two entries with one slot, a read between."""
+    with triton.knobs.runtime.scope():  # what is set of them inside would stay set
+        triton.knobs.runtime.interpret = True  # and with it the environment
+        p = Beside(flush=flush, target="triton")
+        for t in range(L + 2):
+            a, b, c = p.draw().tolist()
+            p.run(1, torch.tensor([a, b, a if t % 3 == 1 else c]))
+            if t == L:
+                p.check()
+        p.check()
+    assert rewritten(records, "buffered" if flush > 1 else "recurrent")
+    assert {plan.target for record in records for _, plan in record.rewritten} == {"triton"}
 
 
 # ------------------------------------------------------------------------------------ never stale, never lost

@@ -229,3 +229,17 @@ def test_sums_that_nobody_keeps_are_no_declines(fn: Callable[..., Any], shapes: 
     run = torch.compile(fn, backend="kvbuffer", options={**FAST, "on_decline": "raise"})
     with torch.no_grad():
         torch.testing.assert_close(run(*given), fn(*given))
+
+
+def groups_mixed(S: Tensor, x: Tensor, k: Tensor, w: Tensor, b: Tensor, mask: Tensor) -> None:
+    """A whole matrix, then a delta rule whose keys serve two heads each."""
+    k = k[:, :, None].expand(-1, -1, 2, -1).flatten(1, 2)
+    s = (x @ x.mT) @ S
+    s = (torch.eye(4) - b[..., None, None] * k.unsqueeze(-1) * k.unsqueeze(-2)) @ s + outer(k, w)
+    S.copy_(mask * s + (1 - mask) * S)
+
+
+def test_a_read_that_comes_back_with_its_heads_taken_apart_is_declined() -> None:
+    """With B = H = K = V it can be read as other things than it is; an internal error is none."""
+    args = [torch.rand(4, *shape) for shape in ((4, 4, 4), (4, 4, 4), (2, 4), (4, 4), (1,), (4, 1, 1))]
+    assert rows(groups_mixed, *args) == [("S", "declined", "opaque-map")]

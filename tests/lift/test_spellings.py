@@ -53,7 +53,8 @@ def run_beside(step: Spelled, seed: int = 0) -> GraphRecord:
                 wide = [x.double() if mine is states[2] and x.is_floating_point() else x for x in token]
                 outs = run(*mine, *wide)
                 for i, at in step.returned.items():
-                    mine[i] = outs[at]
+                    # a donated state is returned itself; other results in its strides, which the graph was made for
+                    mine[i] = outs[at] if outs[at] is mine[i] else mine[i].clone().copy_(outs[at])
                 out.append(tuple(x for i, x in enumerate(outs) if i not in step.returned.values()))
             token = step.token(g)
     # a mutation may square the state at every token: what eager itself cannot hold proves nothing

@@ -124,13 +124,14 @@ def test_max_autotune_measures_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def one_state(*, several: bool = False, slots: bool = False) -> tuple[Any, ...]:
     """What `timed` is asked about a state on a GPU: this machine has none, so nothing is made or run there."""
-    return SimpleNamespace(several=several, slots=object() if slots else None), Options(), H100, "triton", ALONE
+    node = SimpleNamespace(meta={"val": torch.empty(3, dtype=torch.int32)})
+    return SimpleNamespace(several=several, slots=node if slots else None), Options(), H100, "triton", ALONE
 
 
 def test_on_a_gpu_nothing_is_buffered_that_was_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, ...]] = []
     monkeypatch.setattr(planning, "likely_flush", lambda *given: 16)
-    monkeypatch.setattr(planning, "state_tensor", lambda found: None)
+    monkeypatch.setattr(planning, "state_tensor", lambda found: torch.empty(64, 2, 4, 4))
     monkeypatch.setattr(planning, "plans_of", lambda *given: asked.append(given[4]) or [])
     monkeypatch.setattr(trial, "times", lambda *given: {1: 2e-4, 16: 1e-4})
     monkeypatch.delenv("KVBUFFER_TUNE", raising=False)
@@ -139,7 +140,7 @@ def test_on_a_gpu_nothing_is_buffered_that_was_not_timed(monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(trial, "times", lambda *given: {16: 1e-4})
         assert planning.timed(*one_state()) == {}, "there is nothing to compare it with"
-    assert planning.timed(*one_state(several=True)) == {} == planning.timed(*one_state(slots=True))
+    assert planning.timed(*one_state(several=True)) == {}
     found, _, *rest = one_state()
     assert planning.timed(found, Options(flush=8), *rest) == {}
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # its times tell nothing of a GPU
@@ -147,6 +148,20 @@ def test_on_a_gpu_nothing_is_buffered_that_was_not_timed(monkeypatch: pytest.Mon
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setenv("KVBUFFER_TUNE", "0")
     assert planning.timed(*one_state()) == {} and len(asked) == 2
+
+
+def test_on_a_gpu_pools_are_timed_with_as_many_slots_as_a_call_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(planning, "likely_flush", lambda *given: 16)
+    monkeypatch.setattr(planning, "state_tensor", lambda found: torch.empty(64, 2, 4, 4))
+    monkeypatch.setattr(planning, "plans_of", lambda *given: [])
+    monkeypatch.setattr(trial, "times", lambda plans, state, *_: shapes.append(state.shape) or {1: 2e-4, 16: 1e-4})
+    monkeypatch.delenv("KVBUFFER_TUNE", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert planning.timed(*one_state(slots=True)) == {1: 2e-4, 16: 1e-4}
+    assert planning.timed(*one_state()) and shapes == [(3, 2, 4, 4), (64, 2, 4, 4)]
+    found, _, machine, _, call = one_state(slots=True)
+    assert planning.timed(found, Options(tune=True), machine, "cpp", call) == {}
 
 
 @needs_compiler

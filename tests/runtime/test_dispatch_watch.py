@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvbuffer_compile.codegen import build
 from kvbuffer_compile.guard import dispatch_watch
 from kvbuffer_compile.guard.dispatch_watch import mark, marked, unmark, unwatched, watch
+from kvbuffer_compile.native.library import library
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 
@@ -268,7 +269,9 @@ def test_nothing_is_reported_while_the_interpreter_exits():
     assert done.returncode == 0
 
 
-def test_no_compiler_is_said_once(monkeypatch, tmp_path):
+def test_no_compiler_is_said_once(monkeypatch, request):
+    library.cache_clear()
+    request.addfinalizer(library.cache_clear)
     for name, value in (("_extension", None), ("_failed", False), ("_callback", None)):
         monkeypatch.setattr(dispatch_watch, name, value)
     monkeypatch.setenv("CXX", "no-such-compiler")

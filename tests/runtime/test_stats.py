@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvbuffer_compile import materialize, rollback, stats
 from kvbuffer_compile.accounts import history
+from kvbuffer_compile.accounts.attempt import Attempt
 from kvbuffer_compile.accounts.ledger import LEDGER
 from kvbuffer_compile.runtime import by_hand
 from tests.runtime.test_runtime import B, H, K, L, Pair, V, draw, step
@@ -253,7 +254,7 @@ def test_an_interrupted_step_does_not_count() -> None:
     pair = Pair()
     pair.run(3)
     account = LEDGER.overlapping(pair.state)[0]
-    account.attempt(type("Failed", (), {"done": False, "drafted": set(), "parents": None})(), 1)
+    account.attempt(Attempt(), 1)
     assert stats(pair.state).total("steps") == 3
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvbuffer_compile.accounts import account as accounts
 from kvbuffer_compile.accounts import attempt, ledger
-from kvbuffer_compile.guard import dispatch_watch
+from kvbuffer_compile.guard import dispatch_watch, sharing
 from kvbuffer_compile.guard import guarded as guard
 from kvbuffer_compile.runtime import access, by_hand, drafts, entry
 from kvbuffer_compile.steps import composite
@@ -83,7 +83,7 @@ def no_overlap(patch: Patch) -> None:
 
 @mutant("a step that failed is not taken back")
 def not_undone(patch: Patch) -> None:
-    patch.setattr(accounts.Account, "take_back_unfinished", lambda self, tokens: None)
+    patch.setattr(accounts.Account, "take_back_unfinished", lambda self, tokens, counted: None)
 
 
 @mutant("one token too few is taken back")
@@ -108,9 +108,28 @@ def too_early(patch: Patch) -> None:
 
     def begin(self: Any, parents: Tensor | None = None) -> None:
         right(self, parents)
-        self.done = True
+        self.done = self.begun
 
     patch.setattr(attempt.Attempt, "__init__", begin)
+
+
+@mutant("a call goes on where the last one ended, whoever has looked since")
+def going_on(patch: Patch) -> None:
+    right = accounts.Account.reconcile
+
+    def reconcile(self: Any) -> None:
+        last = self.progress[1]
+        again = None if last is None else last.again
+        right(self)
+        if last is not None:
+            last.again = again
+
+    patch.setattr(accounts.Account, "reconcile", reconcile)
+
+
+@mutant("who comes by the memory between two calls is not noticed")
+def unwatched(patch: Patch) -> None:
+    patch.setattr(sharing.Watch, "unchanged", lambda self: True)
 
 
 @mutant("graphs of other backends settle nothing")

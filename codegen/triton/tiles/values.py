@@ -20,7 +20,6 @@ from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir import program
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import REDUCTIONS, Kind, Map, Var
-from kvbuffer_compile.ir.shadow import scale_kind
 
 DTYPES = {
     torch.float32: "tl.float32",
@@ -30,7 +29,6 @@ DTYPES = {
 }
 AXES: tuple[Kind, ...] = ("key", "value")
 STATE = "state + {key}[:, None] * STATE_KEY + {value}[None, :] * STATE_VALUE"
-SHADOW = "shadow + {key}[:, None] * SHADOW_KEY + {value}[None, :] * SHADOW_VALUE"
 
 # Names of the kernel that a value of the same name would hide, and how such names begin.
 TAKEN = frozenset(
@@ -38,7 +36,8 @@ TAKEN = frozenset(
     t s T TOKENS BLOCK TILES EVICT FOLD QUERIES MATRIX DRAFTS PRECISION key value key_ok value_ok age used later dot
     token query part ahead chunk n fold float range asked asked_token queries result shadow shadow_scale scale exact
     lacks folded largest exponent unit half slot start stored faded j high product halves fours columns totals
-    short stack pieces some now there here add_four add_eight""".split()
+    short stack pieces some now there here add_four add_eight
+    ENTRIES slots pool chosen earlier writes rivals leave wait slot_of""".split()
 )
 PREFIXES = tuple(
     """in_ row_ out_ at_ size_ state_ left_ right_ later_ after_ fade_ fresh_ carry_ now_ run_ next_ slot_ cursor_
@@ -120,6 +119,12 @@ class Values:
     def ok(self, kind: Kind) -> str:
         """Which of the elements held are elements of the axis."""
         return f"{self.index[kind]}_ok"
+
+    def offset(self, strides: str) -> str:
+        """Where this program's lane is in a tensor of the state's lanes, whose strides are called <strides>_<lane>."""
+        lanes = self.plan.program.lanes
+        at = ["sequence" if n == 0 and self.plan.slots else f"at_{lane}" for n, lane in enumerate(lanes)]
+        return " + ".join(f"{x} * {strides}_{lane}" for x, lane in zip(at, lanes, strict=True))
 
     def load_state(self, live: str | None = None, policy: str = "") -> str:
         """The tile of the state, zeros unless `live`."""
@@ -242,57 +247,6 @@ class Values:
             rest = {"aten.amax.default": 'float("-inf")', "aten.amin.default": 'float("inf")'}.get(fn, "0.0")
             text = f"tl.where({self.ok(kind)}{'[None, :]' if axis else ''}, {text}, {rest})"
         return calls.TRITON_REDUCTIONS[fn].format(text, axis, f"{self.size(kind)}.0")
-
-
-class Shadow:
-    """Prints the parts of a kernel that deal with the shadow of a tile; plain loads where the plan has none.
-
-    A shadow is what a program reads in its tile's place, and a flush makes it anew. A program has the scales of all it
-    holds: lanes are cut along the axis that reads leave free. A tile without a shadow is folded with no rows, which
-    makes one.
-    """
-
-    def __init__(self, out: Python, plan: Plan, values: Values) -> None:
-        self.out, self.plan, self.values = out, plan, values
-        self.there = plan.shadowed
-        self.kind: Kind = scale_kind(plan.program) or "value"
-
-    def find(self) -> None:
-        """`scale` of this tile, `exact`: whether the tile itself is read, and `lacks`: whether it gets a shadow."""
-        for name, strides in (("shadow", "half"), ("shadow_scale", "scale")):
-            if self.plan.program.lanes:
-                offset = " + ".join(f"at_{lane} * {strides}_{lane}" for lane in self.plan.program.lanes)
-                self.out.line(f"{name} += {offset}")
-        other = ", other=1.0" if self.values.padded(self.kind) else ""
-        self.out.line(f"scale = tl.load(shadow_scale + {self.kind}{self.values.mask(self.kind)}{other})")
-        self.out.line("lacks = tl.max((scale == 0.0).to(tl.int32), 0) > 0")
-        self.out.line("exact = flush | lacks | (tl.max((scale != scale).to(tl.int32), 0) > 0)")
-        self.out.line("lacks = lacks & (tl.load(cursor + 3 * cursor_row) == 0)")
-
-    def load(self, name: str) -> str:
-        """The tile that is read: an expression, which is the name where it takes more than one."""
-        base = self.values.load_state("live", "EVICT")
-        if not self.there:
-            return base
-        with self.out.block("if exact"):
-            self.out.line(f"{name} = {base}")
-        with self.out.block("else"):
-            half = self.values.load_tile(SHADOW, None, "EVICT")
-            self.out.line(f"{name} = {half} * scale{self.values.across(self.kind)}")
-        return name
-
-    def make(self) -> None:
-        """The shadow of `s` (see ir/shadow.py): by integers, in which inf and NaN are the largest."""
-        if not self.there:
-            return
-        across = self.values.across(self.kind)
-        self.out.line(f"largest = s.to(tl.int32, bitcast=True) & {0x7FFFFFFF}")
-        self.out.line(f"exponent = tl.max(largest, {0 if self.kind == 'value' else 1}) >> 23")
-        self.out.line("unit = tl.maximum(exponent - 14, 1)")
-        self.out.line(f"half = s * ((254 - unit) << 23).to(tl.float32, bitcast=True){across}")
-        self.values.store_tile(SHADOW, f"half.to({DTYPES[self.plan.read_dtype or self.plan.compute]})")
-        self.out.line('unit = tl.where(exponent == 255, float("nan"), (unit << 23).to(tl.float32, bitcast=True))')
-        self.out.line(f"tl.store(shadow_scale + {self.kind}, unit{self.values.mask(self.kind)})")
 
 
 def power_of_two(n: int) -> int:

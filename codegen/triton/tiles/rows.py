@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvbuffer_compile.codegen.schedule import Old
-from kvbuffer_compile.codegen.triton.values import DTYPES, Python, Values, power_of_two
+from kvbuffer_compile.codegen.triton.tiles.values import DTYPES, Python, Values, power_of_two
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Decay, Kind, Update, Var
 

@@ -19,8 +19,9 @@ from contextlib import contextmanager
 
 from kvbuffer_compile.codegen import calls
 from kvbuffer_compile.codegen.schedule import Dot, Old, Schedule, Step, Widen, uses
-from kvbuffer_compile.codegen.triton.rows import Rows
-from kvbuffer_compile.codegen.triton.values import AXES, Python, Shadow, Values, power_of_two
+from kvbuffer_compile.codegen.triton.tiles.rows import Rows
+from kvbuffer_compile.codegen.triton.tiles.shadow import Shadow
+from kvbuffer_compile.codegen.triton.tiles.values import AXES, Python, Values, power_of_two
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import REDUCTIONS, Kind, Map, Var
 
