@@ -193,7 +193,7 @@ class Pool:
             raise EmitError(f"no Triton kernel for a pool whose slots are no sequences\n{plan.program}")
 
     def place(self) -> None:
-        """at_<lane>, lane (all lanes as one number) and tile: what this program is about; sequence, the entry's slot."""
+        """at_<lane>, lane (all lanes as one number) and tile: what a program is about; sequence, its entry's slot."""
         self.out.line("program = tl.program_id(0)")
         self.out.line("tile = program % TILES")
         self.out.line("lane = (program // TILES).to(tl.int64)")
