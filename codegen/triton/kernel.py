@@ -123,7 +123,6 @@ class Kernel:
     def _drafted(self, drafts: Drafts) -> None:
         drafts.give(self._operands())
         self._cursor()
-        self.pool.wait("flush")
         drafts.read()
         self._arrive()
         with self.out.block("if DRAFTS"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from torch import Tensor
 from kvbuffer_compile.codegen.schedule import schedule
 from kvbuffer_compile.codegen.triton import triton
 from kvbuffer_compile.codegen.triton.drafts import drafts
-from kvbuffer_compile.codegen.triton.launch import Config
+from kvbuffer_compile.codegen.triton.launch import Config, configure
 from kvbuffer_compile.codegen.triton.load import load
 from kvbuffer_compile.codegen.triton.tiles import rows as triton_rows
 from kvbuffer_compile.codegen.triton.tiles.functions import FUNCTIONS
+from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.plan import Plan
 from tests.kernels.test_stream import PROGRAMS
 from tests.kernels.test_triton import Session, check_nothing_is_read, check_padding, draw, make_plan
@@ -54,6 +56,17 @@ def test_steps_are_exact_and_can_be_taken_back(name, config):
     for tokens, dropped in [(3, [0, 2]), (4, [1, 0]), (2, [2, 1]), (1, [0, 1])]:
         session.check(draw(PROGRAMS[name], tokens))
         session.drop(torch.tensor(dropped))
+
+
+@pytest.mark.parametrize("name", ["gdn", "mamba2", "gla", "kda", "mlstm"])
+def test_large_states_stream_by_default(name):
+    """Those of a pool are held."""
+    plan = make_plan(NAMED[name], "verify", 16, 24, sizes=(128, 128))
+    assert configure(plan, order_of(plan)).part > 0
+    pool = replace(plan, slots=True)
+    assert configure(pool, order_of(pool)).part == 0
+    with pytest.raises(EmitError, match="streams"):
+        triton.emit(pool, configure(plan, order_of(plan)))
 
 
 @pytest.mark.parametrize(("name", "fill"), [row((n, f), f == 3) for n in ("gdn", "kda") for f in range(5)])

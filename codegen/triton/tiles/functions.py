@@ -4,8 +4,9 @@ from __future__ import annotations
 
 FUNCTIONS = '''@triton.jit
 def high(x):
-    """The upper bits of float32 numbers, as many as tensor cores take; what is left of x has as few but for 2^-22."""
-    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    """float32 numbers rounded to as many bits as tensor cores take. What is left of x has as few but for 2^-24; cut off
+    instead of rounded it had two bits more, and products erred 3.5 times as much, more than float32's own may."""
+    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
