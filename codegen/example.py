@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ def example(plan: Plan, lanes: tuple[int, ...], tokens: int, device: str | torch
     return (
         zeros(state_shape(plan, lanes), plan.state_dtype),
         cursor,
-        zeros((sequences, (2 + len(plan.program.logged)) * prod(lanes[1:]) * -(-max(plan.sizes) // 16)), torch.int32),
+        zeros((sequences, plan.tickets(lanes)), torch.int32),
         [*(zeros(plan.row_shape(v, lanes), dtype) for v, dtype in logged), *shadow],
         [operand(v) for v in plan.program.inputs],
         *([torch.arange(sequences, device=device).flip(0)] if plan.slots else []),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from kvbuffer_compile.process.locks import RLock
 A = TypeVar("A")  # accounts know of attempts, and attempts only who takes part
 
 
+@dataclass(slots=True)
 class Again(Generic[A]):
     """All that another call of the same graph with the same states needs: nothing is looked up or counted one by one.
 
@@ -20,16 +22,11 @@ class Again(Generic[A]):
     user's own. watch: on the states' memory, while nobody else holds it.
     """
 
-    __slots__ = ("accounts", "given", "lock", "tail", "watch")
-
-    def __init__(
-        self, accounts: Sequence[A], given: Sequence[Tensor], lock: RLock, tail: Sequence[Tensor], watch: Watch
-    ) -> None:
-        self.accounts = accounts
-        self.given = given
-        self.lock = lock
-        self.tail = tail
-        self.watch = watch
+    accounts: Sequence[A]
+    given: Sequence[Tensor]
+    lock: RLock
+    tail: Sequence[Tensor]
+    watch: Watch
 
 
 class Attempt(Generic[A]):

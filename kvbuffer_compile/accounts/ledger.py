@@ -72,6 +72,7 @@ class Ledger:
         self._lock, self._changing = threading.RLock(), False
         for found in self.allocations.values():
             for account in found.accounts:
+                account.leave()
                 account.lock = threading.RLock()
 
     def _change(self, change: Callable[[], None]) -> None:

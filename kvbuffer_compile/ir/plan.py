@@ -247,6 +247,12 @@ class Plan:
         """How many cursors a state with these lane sizes needs."""
         return lanes[0] if self.layout.sequence else 1
 
+    def tickets(self, lanes: tuple[int, ...]) -> int:
+        """How many tickets a sequence has room for, whatever the launch: Triton kernels count with them
+        (codegen/triton/tickets.py says for what). One for each group and one of equal slots, by lane and tile of 16."""
+        tiles = -(-max(self.sizes) // 16)
+        return (2 + len(self.program.logged)) * math.prod(lanes) // max(self.sequences(lanes), 1) * tiles
+
     @property
     def settings(self) -> str:
         """What equal plans have in common, for people: the text of kernels, which are kept by their text, holds this

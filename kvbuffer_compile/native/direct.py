@@ -21,10 +21,10 @@ def call_directly(op: torch._ops.OpOverload, kernel: int) -> None:
     kernel: address of the boxed function, as torch's stable C ABI has it. Arguments and results of the op must be
     tensors. Nothing changes where the library cannot be built, or where torch's tensors look different inside.
     """
-    start = _functions()
-    if start is not None:
+    functions = _functions()
+    if functions is not None:
         schema = op._schema
-        op._op = start.kvbuffer_direct_call(op._op, kernel, len(schema.arguments), len(schema.returns))
+        op._op = functions.kvbuffer_direct_call(op._op, kernel, len(schema.arguments), len(schema.returns))
 
 
 @functools.cache

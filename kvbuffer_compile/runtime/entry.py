@@ -49,7 +49,6 @@ def enter_with_rows(compiled: Compiled, inputs: Sequence[Any], shared: Sequence[
     seen = dispatch_watch.watch(touched_below)
     positions = tuple(i for i, x in enumerate(inputs) if may_be_state(x))
     unseen = () if seen else _wrappers(inputs)
-
     plain_all = quickly()[1]
     compiled = _inside_of_disable(compiled)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -107,9 +106,7 @@ def use_triton(plan: Plan, interpret: bool = False) -> None:
 def new_cursor(plan: Plan, lanes: tuple[int, ...], device: torch.device) -> Tensor:
     """A cursor of zeros, [4, N]. Behind it in the same storage lie the tickets that Triton kernels count with."""
     n = plan.sequences(lanes)
-    tiles = -(-max(plan.sizes) // 16)
-    tickets = (2 + len(plan.program.logged)) * math.prod(lanes) // max(n, 1) * tiles
-    slab = torch.zeros(n * (4 + tickets), dtype=torch.int32, device=device)
+    slab = torch.zeros(n * (4 + plan.tickets(lanes)), dtype=torch.int32, device=device)
     return slab[: 4 * n].view(4, n)
 
 

@@ -63,7 +63,7 @@ def unbuildable(monkeypatch):
         raise EmitError("the compiler is broken")
 
     monkeypatch.setattr(build, "library", library)
-    monkeypatch.setattr(build, "_loaded", set())
+    monkeypatch.setattr(build, "_loaded", {})
     ops.use_cpp.cache_clear()
 
 

@@ -5,9 +5,11 @@ The kernels run in Triton's interpreter, in a process of its own (tests/spelled/
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,6 +61,19 @@ def test_every_function_is_served_or_declined(exported: dict[str, Callable[..., 
     assert not [name for name in exported if name not in {**table.SERVED, **table.UNSERVED}]
     assert not set(table.SERVED) & set(table.UNSERVED)
     assert all(len(why) > 20 for why in table.UNSERVED.values())
+
+
+def test_every_layer_with_a_recurrent_state_has_a_row(exported: dict[str, Callable[..., Any]]) -> None:
+    import fla.layers
+
+    modules = [importlib.import_module(f"fla.layers.{m.name}") for m in pkgutil.iter_modules(fla.layers.__path__)]
+    kinds = {x for module in modules for x in vars(module).values() if isinstance(x, type) and hasattr(x, "forward")}
+    found = {
+        kind.__name__
+        for kind in kinds
+        if kind.__module__.startswith("fla.layers") and "recurrent_state" in inspect.getsource(kind)
+    }
+    assert len(found) > 20 and found == {*fla_calls.LAYERS, *fla_calls.WITHOUT}
 
 
 def test_signatures_of_functions(exported: dict[str, Callable[..., Any]]) -> None:
@@ -132,7 +147,7 @@ def test_the_page_is_up_to_date(exported: dict[str, Callable[..., Any]]) -> None
     written = PAGE.read_text(encoding="utf-8").splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in written if line.startswith("| ")]
     stored = {row[0]: (row[1], row[2], row[-1].replace("/", "|")) for row in cells}
-    for row in rows((*fla_calls.LAYERS, *exported)):
+    for row in rows((*fla_calls.LAYERS, *fla_calls.WITHOUT, *exported)):
         now = (row.get("ops", ""), str(row.get("states", "")), row["status"].replace("/", "|"))
         assert stored[row["name"]] == now, f"{row}: run python -m tests.spelled.fla_table"
         assert row.get("error") is None or row["error"] < LARGEST, row

@@ -40,7 +40,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(disk, "_told", set())
     monkeypatch.setattr(disk, "_temporary", None)
     monkeypatch.setattr(compiler, "_hung", {})
-    monkeypatch.setattr(build, "_loaded", set())
+    monkeypatch.setattr(build, "_loaded", {})
     monkeypatch.setattr(targets, "_said", set())
     for cached in (build._version, ops.use_cpp, targets._built):
         cached.cache_clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -154,6 +155,11 @@ def test_importing_the_integration_without_transformers_says_what_to_install() -
     script = "import sys; sys.modules['transformers'] = None; import kvbuffer_compile.integrations.transformers"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "pip install 'kvbuffer_compile[transformers]'" in done.stderr.splitlines()[-1]
+
+
+def test_the_release_check_runs_what_the_readme_has() -> None:
+    (wanted,) = re.findall(r'if "(def \w+)" in block', (ROOT / ".ci" / "check_release.py").read_text(encoding="utf-8"))
+    assert f"{wanted}(" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.nightly

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvbuffer_compile.codegen import build
 from kvbuffer_compile.guard import dispatch_watch
 from kvbuffer_compile.guard.dispatch_watch import mark, marked, unmark, unwatched, watch
-from kvbuffer_compile.native.library import library
+from kvbuffer_compile.native.library import built_once
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 
@@ -270,8 +270,8 @@ def test_nothing_is_reported_while_the_interpreter_exits():
 
 
 def test_no_compiler_is_said_once(monkeypatch, request):
-    library.cache_clear()
-    request.addfinalizer(library.cache_clear)
+    built_once.cache_clear()
+    request.addfinalizer(built_once.cache_clear)
     for name, value in (("_extension", None), ("_failed", False), ("_callback", None)):
         monkeypatch.setattr(dispatch_watch, name, value)
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -69,8 +69,19 @@ LAYERS: dict[str, dict[str, Any]] = {
     "SimpleGatedLinearAttention": SMALL,
     "MultiScaleRetention": SMALL,
     "Raven": {**SMALL, "num_slots": 16, "topk": 4},
+    "YOCOGatedRetention": SMALL,
+    "Mamba2": {"hidden_size": 32, "head_dim": 16, "state_size": 16},
+    "Mamba": {"hidden_size": 32, "state_size": 8, "intermediate_size": 48},
+    "HGRNAttention": {"hidden_size": 32},
     "MesaNet": HEADS,
     "MomentumDeltaNet": HEADS,
+}
+WITHOUT = {  # layers with a recurrent state that are not run here -> why
+    "CyclicFlowAttention": "fused_recurrent_cyfa: see there; it wants CUDA tensors",
+    "LogLinearMamba2": "chunk_log_linear_attn: see there; the layer has no other path than CUDA kernels of mamba_ssm",
+    "Mamba3": "the layer has no other path than CUDA kernels of mamba_ssm",
+    "MomAttention": "which memory takes a token is chosen by its values, and the lengths of the sequences that this "
+    "makes are read on the host: no graph holds a step, under any backend",
 }
 
 

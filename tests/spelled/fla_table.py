@@ -182,11 +182,14 @@ def page(functions: Iterable[Row], layers: Iterable[Row]) -> str:
 
 
 def row_of(name: str) -> Row:
+    if name in calls.WITHOUT:
+        return {"name": name, "status": f"declined: {calls.WITHOUT[name]}"}
     return layer_row(name) if name in calls.LAYERS else function_row(name)
 
 
 def main(asked: list[str]) -> None:
-    names = [*calls.LAYERS, *calls.exported()]
+    layers = [*calls.LAYERS, *calls.WITHOUT]
+    names = [*layers, *calls.exported()]
     stored = asked[1:] if asked[:1] == ["--page"] else []
     lines = [line for path in stored for line in Path(path).read_text(encoding="utf-8").splitlines()]
     rows = {row["name"]: row for row in map(json.loads, lines)}
@@ -195,7 +198,7 @@ def main(asked: list[str]) -> None:
         print(json.dumps(rows[name]), flush=True)
     if stored or not asked:
         found = [rows.get(name, {"name": name, "status": "not run"}) for name in names]
-        PAGE.write_text(page(found[len(calls.LAYERS) :], found[: len(calls.LAYERS)]), encoding="utf-8")
+        PAGE.write_text(page(found[len(layers) :], found[: len(layers)]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvbuffer_compile.accounts import account as accounts
 from kvbuffer_compile.accounts import attempt, ledger
-from kvbuffer_compile.guard import dispatch_watch, sharing
+from kvbuffer_compile.guard import dispatch_watch
 from kvbuffer_compile.guard import guarded as guard
 from kvbuffer_compile.runtime import access, by_hand, drafts, entry
 from kvbuffer_compile.steps import composite
@@ -125,11 +125,6 @@ def going_on(patch: Patch) -> None:
             last.again = again
 
     patch.setattr(accounts.Account, "reconcile", reconcile)
-
-
-@mutant("who comes by the memory between two calls is not noticed")
-def unwatched(patch: Patch) -> None:
-    patch.setattr(sharing.Watch, "unchanged", lambda self: True)
 
 
 @mutant("graphs of other backends settle nothing")
