@@ -37,8 +37,7 @@ class Config:
 
 # float32 values that a thread may hold in each phase of a kernel, beside what it needs to work on them: from compiling
 # the recurrences of real models ahead of time (benchmarks/triton_aot.py), with nothing spilled.
-LIMITS = {"recurrent": 64, "state": 128, "rows": 150, "fold": 160, "products": 128, "stream": 132}
-ROWS = 32  # values of owed rows that a thread may hold in a verify step that streams the state
+LIMITS = {"recurrent": 64, "state": 128, "rows": 150, "fold": 160, "products": 128, "stream": 132, "drafts": 32}
 DRAFTS = 8  # tokens of a verify step that the model counts on
 STAGES = 2  # of the loop over parts in matrix products: the next part is asked for while one is used
 VECTOR = 4  # elements of a tile that one thread holds side by side
@@ -113,12 +112,10 @@ def _drafting(plan: Plan, schedule: Schedule) -> Iterator[Config]:
     part = min(contracted, max(wide, SIDE_BY_SIDE // size if kind == inner else 0))
     block = min(free, WIDE) if schedule.split else free
     warps = 4 if gates else min(max(1, block // 32), 4)
-    updates = sum(isinstance(e, Update) for e in plan.program.events)
-    rows = max(LEAST, power_of_two(plan.capacity)) * updates * max(block, contracted if gates else 0)
-    if rows > ROWS * 32 * warps or block > WIDE:
-        return
     stages = AHEAD - 1 if wide > NARROW else AHEAD
     config = Config(block, warps, stages=stages, matrix=True, part=part, registers=REGISTERS["many"] if gates else 0)
+    if block > WIDE or not fits(plan, schedule, config):
+        return
     yield config
     yield replace(config, registers=REGISTERS["few"])
     yield replace(config, stages=2)
@@ -195,7 +192,8 @@ def fits(plan: Plan, schedule: Schedule, config: Config) -> bool:
 
 
 def phases(plan: Plan, schedule: Schedule, config: Config) -> dict[str, int]:
-    """How many values one program holds in each phase: reading rows and state, or both in products; folding."""
+    """How many values one program holds in each phase: reading rows and state, both in products, or rows beside a state
+    that is streamed; folding."""
     axis, _ = _axis(plan, schedule)
     block, whole = config.block, power_of_two(plan.sizes[1 - axis])
     if plan.variant == "recurrent":
@@ -203,6 +201,8 @@ def phases(plan: Plan, schedule: Schedule, config: Config) -> dict[str, int]:
     events = plan.program.events
     updates = sum(isinstance(e, Update) for e in events)
     gates = _gates(plan)
+    if config.part and plan.several:  # owed rows; the state passes by, and products take turns
+        return {"drafts": max(LEAST, power_of_two(plan.capacity)) * updates * max(block, whole if gates else 0)}
     if config.part:
         tiles = config.part * block * (1 + len(schedule.stages[0].reads))
         return {"stream": tiles + _rows_held(plan, schedule, config)}

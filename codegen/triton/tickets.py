@@ -89,13 +89,14 @@ class Tickets:
     def ticket(self, group: Group) -> str:
         """The address of this program's ticket."""
         place = self._place(group.lanes)
-        parts = ["tickets", "sequence * tickets_sequence", *self._before(group), *([place] if place else [])]
+        before = self._counts(self.groups[self.groups.index(group) + 1 :])
+        parts = ["tickets", "sequence * tickets_sequence", *before, *([place] if place else [])]
         return " + ".join(parts)
 
     def of_slot(self) -> str:
         """The address of the ticket that equal slots of a pool share (see Pool), behind those of the groups. Steps
         without a log share nothing else, so each part of a state has one of its own."""
-        parts = ["tickets", "sequence * tickets_sequence", *self._of_groups()]
+        parts = ["tickets", "sequence * tickets_sequence", *self._counts(self._counting)]
         if self.plan.variant == "recurrent":
             parts.append(self._place(self.everything) or "0")
         return " + ".join(parts)
@@ -107,15 +108,16 @@ class Tickets:
     def count(self) -> str:
         """How many tickets a sequence has."""
         slot = self._product([*self.everything]) if self.plan.variant == "recurrent" else "1"
-        return " + ".join([*self._of_groups(), *([slot] if self.plan.slots else [])])
+        return " + ".join([*self._counts(self._counting), *([slot] if self.plan.slots else [])])
 
-    def _of_groups(self) -> list[str]:
-        groups = () if self.plan.variant == "recurrent" else self.groups
+    @property
+    def _counting(self) -> tuple[Group, ...]:
+        """The groups that take tickets."""
+        return () if self.plan.variant == "recurrent" else self.groups
+
+    def _counts(self, groups: tuple[Group, ...]) -> list[str]:
+        """How many tickets these have, the largest group's first, as they lie in memory."""
         return [self._product([*group.lanes]) for group in reversed(groups)]
-
-    def _before(self, group: Group) -> list[str]:
-        index = self.groups.index(group)
-        return [self._product(list(g.lanes)) for g in reversed(self.groups[index + 1 :])]
 
     def _place(self, lanes: tuple[str, ...]) -> str:
         """This program's number among those that differ along lanes; "" for none."""
