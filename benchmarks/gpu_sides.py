@@ -74,7 +74,7 @@ def plan_of(r: Recurrence, variant: str, dtype: torch.dtype, flush: int, capacit
 
 
 def forms(plan: Plan) -> dict[str, Config]:
-    """The forms of a buffered step, "streamed" and "held", with the likeliest launch of each."""
+    """The forms of a buffered or verify step, "streamed" and "held", with the likeliest launch of each."""
     order = schedule(plan.program, in_place=plan.variant != "buffered")
     streamed = [config for config in space(plan, order) if config.part]
     return {**({"streamed": streamed[0]} if streamed else {}), "held": held(plan, order)}

@@ -1,7 +1,7 @@
 """A static model of generated Triton kernels on an H100: what a step would take, and what holds it up. Needs no GPU.
 
     python -m benchmarks.static_gpu --only gdn --variants buffered --batches 128     one kernel, in words
-    python -m benchmarks.static_gpu --table      all of results/gpu_predicted.json anew
+    python -m benchmarks.static_gpu --table      results/gpu_predicted.json anew; with --variants verify those rows
     python -m benchmarks.static_gpu --pins       what tests/kernels/test_static_gpu.py holds kernels to, anew
 
 A kernel is compiled for sm_90 with the arguments its launcher passes, disassembled, and run on a multiprocessor:

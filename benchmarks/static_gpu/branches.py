@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+COMPILED = ".dtype"  # in conditions that the compiler decides: what is there is of the branch that was taken
 # Conditions that hold for one program of many, or for slots of a pool that several entries have.
 CHANCE = r"last|arrive\(|.*atomic_add|.*earlier > 0|writes == 0"
 
@@ -77,7 +78,7 @@ class Step:
         """How likely a program is to come by."""
         found = 1.0
         for kind, text, _ in path:
-            if kind != "for":
+            if kind != "for" and COMPILED not in text:
                 found *= self.holds(text) if kind == "if" else 1 - self.holds(text)
         return found
 

@@ -50,7 +50,10 @@ class Case:
 
     def forms(self) -> dict[str, Config | None]:
         """The kernels there are for it by name, with their launches; None for the only one, as the launcher has it."""
-        return {self.variant: None} if self.variant != "buffered" else {**forms(self.plan)}
+        if self.variant == "recurrent":
+            return {self.variant: None}
+        start = "verify, " if self.variant == "verify" else ""
+        return {f"{start}{name}": config for name, config in forms(self.plan).items()}
 
     def kernel(self, batch: int, config: Config | None = None) -> Kernel:
         """Compiled once for all batches whose launches have the same constants."""

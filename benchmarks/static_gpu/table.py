@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import triton
 
-from benchmarks.static_gpu.cases import DRAFTS, FLUSH, NAMES, STATES, VARIANTS, Case, cases
+from benchmarks.static_gpu.cases import DRAFTS, FLUSH, NAMES, STATES, VARIANTS, Case
 from benchmarks.static_gpu.machine import Machine
 from benchmarks.static_gpu.predict import predict
 from kvbuffer_compile.codegen.triton.launch import Config
@@ -29,16 +29,22 @@ HEAD = {
 }
 
 
-def write(path: Path = OUT) -> None:
-    """All rows anew, written after each of them."""
-    rows: list[dict[str, Any]] = []
-    for case in cases(NAMES, STATES, VARIANTS):
-        for row in predicted(case, BATCHES, Machine()):
-            print(row, flush=True)
-            rows.append(row)
-            head = json.dumps({**HEAD, "triton": triton.__version__}, indent=1).removesuffix("\n}")
-            lines = ",\n".join("  " + json.dumps(r) for r in rows)
-            path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+def write(chosen: Iterable[Case], path: Path = OUT) -> None:
+    """The rows of these cases anew, written after each of them; those of others stay."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    for case in chosen:
+        found = list(predicted(case, BATCHES, Machine()))
+        print(*found, sep="\n", flush=True)
+        rows = sorted([row for row in rows if _place(row) != _place(found[0])] + found, key=_place)
+        head = json.dumps({**HEAD, "triton": triton.__version__}, indent=1).removesuffix("\n}")
+        lines = ",\n".join("  " + json.dumps(r) for r in rows)
+        path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+
+
+def _place(row: dict[str, Any]) -> tuple[int, int, int]:
+    """Of a row's case among all of them."""
+    variant = next((v for v in VARIANTS if row["form"].startswith(v)), "buffered")
+    return NAMES.index(row["case"]), STATES.index(row["state"]), VARIANTS.index(variant)
 
 
 def predicted(case: Case, batches: Sequence[int], m: Machine) -> Iterator[dict[str, Any]]:

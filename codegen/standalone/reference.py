@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from kvbuffer_compile.codegen.triton.values import Python
+from kvbuffer_compile.codegen.triton.tiles.values import Python
 from kvbuffer_compile.ir.program import REDUCTIONS, Decay, Kind, Map, Op, Program, Read, Update, Var
 
 _ACROSS: dict[Kind, str] = {"scalar": "[..., None, None]", "key": "[..., :, None]", "value": "[..., None, :]"}

@@ -19,7 +19,7 @@ from kvbuffer_compile.codegen.cpp import cpp
 from kvbuffer_compile.codegen.standalone import check
 from kvbuffer_compile.codegen.standalone.reference import emit_reference
 from kvbuffer_compile.codegen.triton import triton
-from kvbuffer_compile.codegen.triton.values import Python
+from kvbuffer_compile.codegen.triton.tiles.values import Python
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Var
 

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+from kvbuffer_compile.codegen.triton.drafts import MOST
 from kvbuffer_compile.codegen.triton.launch import Config
 from kvbuffer_compile.codegen.triton.tickets import Tickets
-from kvbuffer_compile.codegen.triton.values import Python, Values, power_of_two
+from kvbuffer_compile.codegen.triton.tiles.values import Python, Values, power_of_two
+from kvbuffer_compile.codegen.triton.tiles.vectors import LINES
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Kind, Var
 
@@ -38,7 +40,8 @@ def arguments(plan: Plan, split: Kind | None, streamed: bool = False) -> list[Ar
     found += [Argument(f"out_{n}", f"outputs[{n}]") for n, _ in enumerate(plan.program.outputs)]
     if plan.several:
         found += [Argument("T", "tokens"), Argument("TOKENS", "triton.next_power_of_2(tokens)", True)]
-        found += [Argument("QUERIES", "queries", True), Argument("MATRIX", "matrix", True)]
+        found += [Argument("QUERIES", "queries", True), Argument("MATRIX", "True" if streamed else "matrix", True)]
+        found += [Argument("DRAFTS", "drafts", True)] if streamed else []
     if streamed:
         found += [Argument("STAGES", "stages", True)]
     if streamed or plan.several:
@@ -146,7 +149,7 @@ class Launcher:
         c = self.config
         head = f"state, cursor, tickets, rows, operands, {'slots, ' * self.plan.slots}"
         head += f"block={c.block}, warps={c.warps}, fold={c.fold}, stages={c.stages}"
-        head += f", matrix={c.matrix}" if self.plan.several else ""
+        head += f", matrix={c.matrix}" if self.plan.several and not c.part else ""
         head += f", registers={c.registers}" if c.registers else ""
         with self.out.block(f"def launch({head})"):
             self._contract()
@@ -196,7 +199,8 @@ class Launcher:
             state=f"{_short(plan.state_dtype)}, {plan.layout}",
             log="" if plan.variant == "recurrent" else LOG.format(rows=rows, shadow=shadow),
             operands=", ".join(shape(v, lanes, *middle) for v in plan.program.inputs),
-            matrix=(MATRIX if plan.several else "") + (REGISTERS if self.config.registers else ""),
+            matrix=(MATRIX if plan.several and not self.config.part else "")
+            + (REGISTERS if self.config.registers else ""),
             slots=SLOTS if plan.slots else "",
         )
         self.out.lines(text)
@@ -225,6 +229,8 @@ class Launcher:
         if self.plan.several:
             self.out.line(f"tokens = max(x.shape[{self.plan.layout.lanes}] for x in operands)")
             self.out.line(f"queries = max(16, {self.width or 1} * triton.next_power_of_2(tokens))")
+            if self.config.part:
+                self.out.line(f"drafts = tokens if queries <= {LINES} and tokens <= {MOST} else 0")
             tokens = " tokens,"
         if self.plan.several or self.config.part:
             self.out.line('precision = "ieee" if torch.version.hip else "tf32x3"')

@@ -11,8 +11,9 @@ from __future__ import annotations
 from kvbuffer_compile.codegen.schedule import Fold as TokenFold
 from kvbuffer_compile.codegen.schedule import Old
 from kvbuffer_compile.codegen.triton.arguments import arguments
-from kvbuffer_compile.codegen.triton.rows import Rows
-from kvbuffer_compile.codegen.triton.values import Python, Shadow, Values
+from kvbuffer_compile.codegen.triton.tiles.rows import Rows
+from kvbuffer_compile.codegen.triton.tiles.shadow import Shadow
+from kvbuffer_compile.codegen.triton.tiles.values import Python, Values
 from kvbuffer_compile.ir.plan import SHADOW, Plan
 from kvbuffer_compile.ir.program import Decay, Kind, Var
 

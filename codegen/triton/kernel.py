@@ -15,11 +15,12 @@ from contextlib import nullcontext
 
 from kvbuffer_compile.codegen.schedule import Schedule, steps_for
 from kvbuffer_compile.codegen.triton.arguments import arguments
+from kvbuffer_compile.codegen.triton.drafts import Drafts
 from kvbuffer_compile.codegen.triton.fold import Fold, fold_token, read_state
-from kvbuffer_compile.codegen.triton.rows import Rows
 from kvbuffer_compile.codegen.triton.stream import Stream
-from kvbuffer_compile.codegen.triton.tickets import CHOSEN, Group, Pool, Tickets
-from kvbuffer_compile.codegen.triton.values import Python, Values
+from kvbuffer_compile.codegen.triton.tickets import Group, Pool, Tickets
+from kvbuffer_compile.codegen.triton.tiles.rows import Rows
+from kvbuffer_compile.codegen.triton.tiles.values import Python, Values
 from kvbuffer_compile.codegen.triton.verify import Fresh
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Var
@@ -36,45 +37,31 @@ class Kernel:
         self.fold = Fold(out, plan, values, self.rows)
         self.shadow = self.fold.shadow
         self.verify = plan.several
-        self.stream = Stream(out, plan, schedule, values, self.rows, part) if part else None
+        self.part = part
+        self.stream = Stream(out, plan, schedule, values, self.rows, part) if part and not self.verify else None
 
     def emit(self) -> None:
-        if self.pool.there:
-            self.out.lines(CHOSEN)
-            self.out.line()
-            self.out.line()
-        if self.plan.variant != "recurrent" and not self.stream:
+        if self.plan.variant != "recurrent" and not self.part:
             self.fold.define()
             self.out.line()
             self.out.line()
         self.out.line("@triton.jit")
         self.out.line("def step(")
-        for a in arguments(self.plan, self.values.split, self.stream is not None):
+        for a in arguments(self.plan, self.values.split, self.part > 0):
             self.out.line(f"    {a.name}{': tl.constexpr' if a.constant else ''},")
         with self.out.block(")"):
-            self._place()
+            self.pool.place()
             self.values.axes()
             if self.plan.variant == "recurrent":
                 self._recurrent()
             elif self.stream:
                 self._streamed(self.stream)
+            elif self.part:
+                self._drafted(Drafts(self.out, self.plan, self.schedule, self.values, self.rows, self.part))
             else:
                 self._logged()
 
     # ---------------------------------------------------------------------------------------------- parts
-
-    def _place(self) -> None:
-        """at_<lane>, lane (all lanes as one number) and tile: what this program is about."""
-        self.out.line("program = tl.program_id(0)")
-        self.out.line("tile = program % TILES")
-        self.out.line("lane = (program // TILES).to(tl.int64)")
-        rest = "lane"
-        for name in reversed(self.plan.program.lanes[1:]):
-            self.out.line(f"at_{name} = {rest} % size_{name}")
-            rest = f"{rest} // size_{name}"
-        if self.plan.program.lanes:
-            self.out.line(f"at_{self.plan.program.lanes[0]} = {rest}")
-        self.pool.find()
 
     def _state_address(self) -> None:
         if self.plan.program.lanes:
@@ -124,8 +111,6 @@ class Kernel:
     def _streamed(self, stream: Stream) -> None:
         self.values.load(self._operands())
         self._cursor()
-        self._state_address()
-        self.out.line("kept = owed")
         self.pool.wait("flush")
         stream.read()
         self._arrive()
@@ -135,6 +120,17 @@ class Kernel:
         self._store_owned("kept")
         self._finish_all()
 
+    def _drafted(self, drafts: Drafts) -> None:
+        drafts.give(self._operands())
+        self._cursor()
+        drafts.read()
+        self._arrive()
+        with self.out.block("if DRAFTS"):
+            drafts.tokens(self._store_token)
+        with self.out.block("else"):
+            self._tokens(drafts.fresh)
+        self._finish_all()
+
     # ------------------------------------------------------------------------------- buffered and verify
 
     def _logged(self) -> None:
@@ -142,7 +138,6 @@ class Kernel:
         if not self.verify:
             self.values.load(self._operands())
         self._cursor()
-        self._state_address()
         self._flush()
         fresh = self._before_state()
         with fresh.unless_matrix() if fresh else nullcontext():
@@ -186,6 +181,8 @@ class Kernel:
         tokens = "T" if self.verify else "1"
         full = f"(owed >= limit) | (owed + {tokens} > {self.plan.capacity})"
         self.out.line(f"flush = {self.pool.writers(full)}")
+        self._state_address()
+        self.out.line("kept = owed")
 
     def _padding(self) -> None:
         """A padding sequence: outputs are zero, nothing else is touched but the count of steps."""
@@ -202,7 +199,6 @@ class Kernel:
         self.out.line("tl.store(cursor + 2 * cursor_row, tl.load(cursor + 2 * cursor_row) + 1)")
 
     def _flush(self) -> None:
-        self.out.line("kept = owed")
         if self.shadow.there:
             self.shadow.find()
         self.pool.wait("flush | lacks" if self.shadow.there else "flush")
@@ -235,9 +231,12 @@ class Kernel:
                 self.values.steps(stage.steps)
                 for read in stage.reads:
                     fresh.read(read)
-            self._outputs(zero=False)
-            self._store_owned("(kept + t)")
+            self._store_token()
             fresh.append()
+
+    def _store_token(self) -> None:
+        self._outputs(zero=False)
+        self._store_owned("(kept + t)")
 
     # ------------------------------------------------------------------------------------------------ end
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from kvbuffer_compile.codegen.schedule import Schedule
-from kvbuffer_compile.codegen.triton.matrix import PART, applies, read_axis
-from kvbuffer_compile.codegen.triton.rows import CHUNK, LEAST
+from kvbuffer_compile.codegen.triton.drafts import drafts
 from kvbuffer_compile.codegen.triton.stream import streams
-from kvbuffer_compile.codegen.triton.values import AXES, power_of_two
+from kvbuffer_compile.codegen.triton.tiles.matrix import PART, applies, read_axis
+from kvbuffer_compile.codegen.triton.tiles.rows import CHUNK, LEAST
+from kvbuffer_compile.codegen.triton.tiles.values import AXES, power_of_two
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Update
 
@@ -36,7 +37,7 @@ class Config:
 
 # float32 values that a thread may hold in each phase of a kernel, beside what it needs to work on them: from compiling
 # the recurrences of real models ahead of time (benchmarks/triton_aot.py), with nothing spilled.
-LIMITS = {"recurrent": 64, "state": 128, "rows": 150, "fold": 160, "products": 128, "stream": 132}
+LIMITS = {"recurrent": 64, "state": 128, "rows": 150, "fold": 160, "products": 128, "stream": 132, "drafts": 32}
 DRAFTS = 8  # tokens of a verify step that the model counts on
 STAGES = 2  # of the loop over parts in matrix products: the next part is asked for while one is used
 VECTOR = 4  # elements of a tile that one thread holds side by side
@@ -59,9 +60,9 @@ def configure(plan: Plan, schedule: Schedule) -> Config:
 
     As few warps as can hold it: sums over an axis that several warps share wait for all of them. On an H100, GDN at
     batch 128 and L=16 took 124 us a step with one warp for 32 columns, 139 with two and 155 with four; KDA 134 and 199.
-    A buffered step streams the state where it can: benchmarks/results/gpu_predicted.json has the comparison.
+    Buffered and verify steps stream the state where they can: benchmarks/results/gpu_predicted.json has the comparison.
     """
-    for config in _streaming(plan, schedule):
+    for config in _ahead(plan, schedule):
         if _rows_held(plan, schedule, config) < plan.sizes[0] * plan.sizes[1]:  # RWKV-7 at 64 x 64 has more
             return config
     return held(plan, schedule)
@@ -80,7 +81,7 @@ def space(plan: Plan, schedule: Schedule) -> list[Config]:
     Streamed ones with other tiles, depths and occupancy; the model's own with as few registers as ptxas likes.
     """
     _, size = _axis(plan, schedule)
-    found = list(dict.fromkeys([configure(plan, schedule), *_streaming(plan, schedule)]))
+    found = list(dict.fromkeys([configure(plan, schedule), *_ahead(plan, schedule)]))
     blocks = [b for b in (16, 32, 64, 128) if b <= size] if schedule.split else [found[0].block]
     for matrix in (True, False) if applies(plan, schedule) else (False,):
         for block in blocks:
@@ -88,6 +89,36 @@ def space(plan: Plan, schedule: Schedule) -> list[Config]:
                 ahead = [replace(config, stages=n) for n in (1, 3)] if matrix else []
                 found += [c for c in (config, *ahead) if c not in found]
     return found + [replace(c, registers=0) for c in found[:1] if c.registers]
+
+
+def _ahead(plan: Plan, schedule: Schedule) -> Iterator[Config]:
+    """The launches that stream the state, the likeliest first."""
+    yield from _drafting(plan, schedule) if plan.several else _streaming(plan, schedule)
+
+
+def _drafting(plan: Plan, schedule: Schedule) -> Iterator[Config]:
+    """The launches of a verify step that streams the state: one program a head, or a wide tile of it.
+
+    Products take few registers, but where gates run along the contracted axis a thread has all rows of its elements.
+    With those held down to three programs a multiprocessor ptxas spills 24 to 280 bytes, yet the model has it faster.
+    """
+    kind = read_axis(schedule) if drafts(plan, schedule) else None
+    if kind is None:
+        return
+    contracted, free = (power_of_two(plan.sizes[n]) for n in (AXES.index(kind), 1 - AXES.index(kind)))
+    inner = "key" if plan.layout.order[-2] > plan.layout.order[-1] else "value"
+    size, gates = plan.state_dtype.itemsize, _gates(plan)
+    wide = 2 * NARROW if gates or size == 2 else NARROW
+    part = min(contracted, max(wide, SIDE_BY_SIDE // size if kind == inner else 0))
+    block = min(free, WIDE) if schedule.split else free
+    warps = 4 if gates else min(max(1, block // 32), 4)
+    stages = AHEAD - 1 if wide > NARROW else AHEAD
+    config = Config(block, warps, stages=stages, matrix=True, part=part, registers=REGISTERS["many"] if gates else 0)
+    if block > WIDE or not fits(plan, schedule, config):
+        return
+    yield config
+    yield replace(config, registers=REGISTERS["few"])
+    yield replace(config, stages=2)
 
 
 def _streaming(plan: Plan, schedule: Schedule) -> Iterator[Config]:
@@ -161,7 +192,8 @@ def fits(plan: Plan, schedule: Schedule, config: Config) -> bool:
 
 
 def phases(plan: Plan, schedule: Schedule, config: Config) -> dict[str, int]:
-    """How many values one program holds in each phase: reading rows and state, or both in products; folding."""
+    """How many values one program holds in each phase: reading rows and state, both in products, or rows beside a state
+    that is streamed; folding."""
     axis, _ = _axis(plan, schedule)
     block, whole = config.block, power_of_two(plan.sizes[1 - axis])
     if plan.variant == "recurrent":
@@ -169,6 +201,8 @@ def phases(plan: Plan, schedule: Schedule, config: Config) -> dict[str, int]:
     events = plan.program.events
     updates = sum(isinstance(e, Update) for e in events)
     gates = _gates(plan)
+    if config.part and plan.several:  # owed rows; the state passes by, and products take turns
+        return {"drafts": max(LEAST, power_of_two(plan.capacity)) * updates * max(block, whole if gates else 0)}
     if config.part:
         tiles = config.part * block * (1 + len(schedule.stages[0].reads))
         return {"stream": tiles + _rows_held(plan, schedule, config)}

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 from kvbuffer_compile.process import disk
 
@@ -79,15 +80,42 @@ def _interpreted(launch: object) -> object:
 def _interpreted_language() -> Iterator[None]:
     """Triton's own functions (tl.sum, tl.cumprod, ...) were made for compilation when triton was imported."""
     import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
     from triton.runtime.jit import JITFunction
 
     compiled = [(m, n, f) for m in (tl, tl.standard) for n, f in vars(m).items() if isinstance(f, JITFunction)]
     once = {id(f): InterpretedFunction(f.fn) for _, _, f in compiled}
     for module, name, function in compiled:
         setattr(module, name, once[id(function)])
+    before, InterpreterBuilder.create_dot = InterpreterBuilder.create_dot, _dot
     try:
         yield
     finally:
+        InterpreterBuilder.create_dot = before
         for module, name, function in compiled:
             setattr(module, name, function)
+
+
+def _dot(_builder: object, a: Any, b: Any, total: Any, precision: object, _imprecise: object) -> Any:
+    """A product of matrices as tensor cores take it.
+
+    Triton's own multiplies the bits of bfloat16 numbers, as numpy has no such type, and knows nothing of tf32.
+    """
+    import numpy
+    from triton.runtime.interpreter import TensorHandle
+
+    left, right = (_taken(x, precision) for x in (a, b))
+    return TensorHandle(numpy.matmul(left, right, dtype=total.data.dtype) + total.data, total.dtype.scalar)
+
+
+def _taken(x: Any, precision: object) -> Any:
+    """The numbers of an operand that a tensor core sees: of float32 in tf32 the upper 19 bits."""
+    import numpy
+    import triton.language as tl
+    from triton._C.libtriton.ir import INPUT_PRECISION
+
+    if x.dtype.scalar == tl.bfloat16:
+        return (x.data.astype(numpy.uint32) << 16).view(numpy.float32)
+    if x.dtype.scalar == tl.float32 and precision == INPUT_PRECISION.TF32:
+        return (x.data.view(numpy.uint32) & numpy.uint32(0xFFFFE000)).view(numpy.float32)
+    return x.data

@@ -21,9 +21,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from kvbuffer_compile.codegen.schedule import Old, Schedule
-from kvbuffer_compile.codegen.triton.matrix import needed, read_axis
-from kvbuffer_compile.codegen.triton.rows import SLOT, Rows
-from kvbuffer_compile.codegen.triton.values import DTYPES, Python, Values
+from kvbuffer_compile.codegen.triton.tiles.matrix import needed, read_axis
+from kvbuffer_compile.codegen.triton.tiles.rows import SLOT, Rows
+from kvbuffer_compile.codegen.triton.tiles.values import DTYPES, Python, Values
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Kind
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from kvbuffer_compile.codegen.triton.values import Python, Values
+from kvbuffer_compile.codegen.triton.tiles.values import Python, Values
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Map, Read, Var, operands
@@ -89,13 +89,14 @@ class Tickets:
     def ticket(self, group: Group) -> str:
         """The address of this program's ticket."""
         place = self._place(group.lanes)
-        parts = ["tickets", "sequence * tickets_sequence", *self._before(group), *([place] if place else [])]
+        before = self._counts(self.groups[self.groups.index(group) + 1 :])
+        parts = ["tickets", "sequence * tickets_sequence", *before, *([place] if place else [])]
         return " + ".join(parts)
 
     def of_slot(self) -> str:
         """The address of the ticket that equal slots of a pool share (see Pool), behind those of the groups. Steps
         without a log share nothing else, so each part of a state has one of its own."""
-        parts = ["tickets", "sequence * tickets_sequence", *self._of_groups()]
+        parts = ["tickets", "sequence * tickets_sequence", *self._counts(self._counting)]
         if self.plan.variant == "recurrent":
             parts.append(self._place(self.everything) or "0")
         return " + ".join(parts)
@@ -107,15 +108,16 @@ class Tickets:
     def count(self) -> str:
         """How many tickets a sequence has."""
         slot = self._product([*self.everything]) if self.plan.variant == "recurrent" else "1"
-        return " + ".join([*self._of_groups(), *([slot] if self.plan.slots else [])])
+        return " + ".join([*self._counts(self._counting), *([slot] if self.plan.slots else [])])
 
-    def _of_groups(self) -> list[str]:
-        groups = () if self.plan.variant == "recurrent" else self.groups
+    @property
+    def _counting(self) -> tuple[Group, ...]:
+        """The groups that take tickets."""
+        return () if self.plan.variant == "recurrent" else self.groups
+
+    def _counts(self, groups: tuple[Group, ...]) -> list[str]:
+        """How many tickets these have, the largest group's first, as they lie in memory."""
         return [self._product([*group.lanes]) for group in reversed(groups)]
-
-    def _before(self, group: Group) -> list[str]:
-        index = self.groups.index(group)
-        return [self._product(list(g.lanes)) for g in reversed(self.groups[index + 1 :])]
 
     def _place(self, lanes: tuple[str, ...]) -> str:
         """This program's number among those that differ along lanes; "" for none."""
@@ -181,7 +183,7 @@ def wait(ticket, expected):
 
 
 class Pool:
-    """Prints the parts of a kernel that a pool needs; nothing for a plan without one.
+    """Prints where a program is, and the parts of a kernel that a pool needs; for a plan without one nothing else.
 
     earlier: how many entries with the same slot come before this one. writes: whether none comes after it.
     """
@@ -192,8 +194,17 @@ class Pool:
         if self.there and not plan.layout.sequence:
             raise EmitError(f"no Triton kernel for a pool whose slots are no sequences\n{plan.program}")
 
-    def find(self) -> None:
-        """sequence: the slot of this program's entry."""
+    def place(self) -> None:
+        """at_<lane>, lane (all lanes as one number) and tile: what a program is about; sequence, its entry's slot."""
+        self.out.line("program = tl.program_id(0)")
+        self.out.line("tile = program % TILES")
+        self.out.line("lane = (program // TILES).to(tl.int64)")
+        rest = "lane"
+        for name in reversed(self.plan.program.lanes[1:]):
+            self.out.line(f"at_{name} = {rest} % size_{name}")
+            rest = f"{rest} // size_{name}"
+        if self.plan.program.lanes:
+            self.out.line(f"at_{self.plan.program.lanes[0]} = {rest}")
         if self.there:
             entry = f"at_{self.plan.program.lanes[0]}"
             self.out.line(f"chosen = slot_of(tl.load(slots + {entry} * slots_entry), pool)")

@@ -2,23 +2,26 @@
 
 The text is one Python module that imports torch and Triton and nothing else:
 
-    arrive                    the ticket a program takes when it has read what others may overwrite (triton_tickets)
-    slot_of, rivals, ...      of a pool: which slot an entry has, and which others have the same one (pool)
-    step                      the kernel: one program computes one lane of a step, or one tile of it (triton_kernel)
+    arrive                    the ticket a program takes when it has read what others may overwrite (tickets)
+    slot_of, rivals, ...      of a pool: which slot an entry has, and which others have the same one (tickets)
+    high, product, ...        exact products, tiles of vectors and the other way round (tiles/functions)
+    step                      the kernel: one program computes one lane of a step, or one tile of it (kernel)
     ticket_count              how many tickets a sequence needs
-    launch                    a Python function around one launch (triton_arguments)
+    launch                    a Python function around one launch (arguments)
 """
 
 from __future__ import annotations
 
 from kvbuffer_compile.codegen.schedule import schedule
 from kvbuffer_compile.codegen.triton.arguments import Launcher
+from kvbuffer_compile.codegen.triton.drafts import drafts
 from kvbuffer_compile.codegen.triton.kernel import Kernel
 from kvbuffer_compile.codegen.triton.launch import Config, configure, whole
-from kvbuffer_compile.codegen.triton.matrix import queries
 from kvbuffer_compile.codegen.triton.stream import streams
-from kvbuffer_compile.codegen.triton.tickets import ARRIVE
-from kvbuffer_compile.codegen.triton.values import DTYPES, Python, Values
+from kvbuffer_compile.codegen.triton.tickets import ARRIVE, CHOSEN
+from kvbuffer_compile.codegen.triton.tiles.functions import FUNCTIONS
+from kvbuffer_compile.codegen.triton.tiles.matrix import queries
+from kvbuffer_compile.codegen.triton.tiles.values import DTYPES, Python, Values
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.shadow import may_have_shadow
@@ -34,13 +37,19 @@ def emit(plan: Plan, config: Config | None = None) -> str:
         raise EmitError(f"no Triton kernel for a shadow of {plan.state_dtype} with these reads\n{plan.program}")
     order = schedule(plan.program, in_place=plan.variant != "buffered")
     launch = config or configure(plan, order)
-    if launch.part and not streams(plan, order):
+    if launch.part and not (drafts(plan, order) if plan.several else streams(plan, order)):
         raise EmitError(f"no Triton kernel streams this state\n{plan.program}")
     body = Python()
     values = Values(body, plan, None if whole(plan, order, launch) else order.split)
     kernel = Kernel(body, plan, order, values, launch.part)
     if plan.variant != "recurrent":
         body.lines(ARRIVE)
+        _gap(body)
+    if plan.slots:
+        body.lines(CHOSEN)
+        _gap(body)
+    if launch.part and plan.several:
+        body.lines(FUNCTIONS)
         _gap(body)
     kernel.emit()
     _gap(body)

@@ -14,9 +14,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 from kvbuffer_compile.codegen.schedule import Fold, Old, Schedule
-from kvbuffer_compile.codegen.triton.matrix import Matrix, applies, needed
-from kvbuffer_compile.codegen.triton.rows import Rows
-from kvbuffer_compile.codegen.triton.values import AXES, Python, Values
+from kvbuffer_compile.codegen.triton.tiles.matrix import Matrix, applies, needed
+from kvbuffer_compile.codegen.triton.tiles.rows import Rows
+from kvbuffer_compile.codegen.triton.tiles.values import AXES, Python, Values
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Kind, Var
 
@@ -61,7 +61,7 @@ class Fresh:
         roots = [*(v for v in self.factors.values() if v), *(r.x for r in self.first)]
         steps = needed([n for stage in self.stages for n in stage.steps], roots)
         used = self.values.operands(steps, roots)
-        self._start_fading()
+        self.start_fading()
         self.values.load_first(used)
         with self.out.block("for t in range(T)"):
             self.values.load_next(used)
@@ -69,9 +69,9 @@ class Fresh:
             for read in self.first:
                 self.out.line(f"part = {self.values.full(read.out.kind, '0.0')}")
                 self.rows.add_rows("part", read, self._query(read))
-                self._fade("part", read)
+                self.fade("part", read)
                 self.out.line(f"{read.out}_rows += tl.where((token == t)[:, None], part[None, :], 0.0)")
-            self._fade_on()
+            self.fade_on()
 
     def start(self) -> None:
         """What the loop over tokens carries."""
@@ -82,7 +82,7 @@ class Fresh:
                 zeros = f"tl.zeros([TOKENS, {self.values.length(kind)}], {self.values.real})"
                 with self._where_needed(kind, n):
                     self.out.line(f"fresh_{SIDES[kind]}_{n} = {zeros}")
-        self._start_fading()
+        self.start_fading()
 
     def read(self, read: Old) -> None:
         """One read of token t."""
@@ -90,7 +90,7 @@ class Fresh:
         if self.matrix:
             with self.out.block("if MATRIX"):
                 self.out.line(f"{out} = {self.matrix.pick(read)}")
-                self._fade(out, read)
+                self.fade(out, read)
         with self.unless_matrix("else"):
             self._read_vector(out, read)
         for n in range(len(self.seen)):
@@ -99,11 +99,11 @@ class Fresh:
     def _read_vector(self, out: str, read: Old) -> None:
         if read not in self.first:
             self.rows.read(read, self._query(read))
-            self._fade(out, read)
+            self.fade(out, read)
             return
         self.out.line(f"{out} = {self.values.full(read.out.kind, '0.0')}")
         self.rows.add_base(read, self._query(read))
-        self._fade(out, read)
+        self.fade(out, read)
         self.out.line(f"{out} += tl.sum(tl.where((token == t)[:, None], {read.out}_rows, 0.0), 0)")
 
     def _add_fresh(self, out: str, read: Old, n: int) -> None:
@@ -121,18 +121,18 @@ class Fresh:
         self.out.line(f"query = {self.values.name(read.x)} * now_{read.x.kind}")
         return "query"
 
-    def _fade(self, out: str, read: Old) -> None:
+    def fade(self, out: str, read: Old) -> None:
         gates: list[Kind] = ["scalar", read.out.kind]
         for kind in gates:
             if self.factors.get(kind):
                 self.out.line(f"{out} *= now_{kind}")
 
-    def _start_fading(self) -> None:
+    def start_fading(self) -> None:
         for kind, v in self.factors.items():
             if v:
                 self.out.line(f"now_{kind} = {self.values.full(kind, '1.0')}")
 
-    def _fade_on(self) -> None:
+    def fade_on(self) -> None:
         for kind, v in self.factors.items():
             if v:
                 self.out.line(f"now_{kind} = now_{kind} * {self.values.name(v)}")
@@ -140,7 +140,7 @@ class Fresh:
     def append(self) -> None:
         """What the token leaves of the rows before it, and its own rows beside them."""
         name, fold = self.values.name, self.fold
-        self._fade_on()
+        self.fade_on()
         for n, (left, right) in enumerate(self.seen):
             gates = [name(fold.scalar)] if fold.scalar else []
             gates += [f"{name(fold.key)}[None, :]"] if fold.key else []

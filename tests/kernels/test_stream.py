@@ -8,11 +8,11 @@ from hypothesis import given, settings
 
 from kvbuffer_compile.codegen.schedule import schedule
 from kvbuffer_compile.codegen.standalone import aot
-from kvbuffer_compile.codegen.triton import rows as triton_rows
 from kvbuffer_compile.codegen.triton import triton
 from kvbuffer_compile.codegen.triton.launch import Config, configure
 from kvbuffer_compile.codegen.triton.load import load
 from kvbuffer_compile.codegen.triton.stream import SLOTS, streams
+from kvbuffer_compile.codegen.triton.tiles import rows as triton_rows
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.plan import Layout
 from kvbuffer_compile.ir.text import parse

@@ -16,10 +16,11 @@ from torch import Tensor
 from benchmarks import triton_aot
 from kvbuffer_compile.codegen.schedule import schedule
 from kvbuffer_compile.codegen.standalone import aot
-from kvbuffer_compile.codegen.triton import matrix, triton
-from kvbuffer_compile.codegen.triton import rows as triton_rows
+from kvbuffer_compile.codegen.triton import triton
 from kvbuffer_compile.codegen.triton.launch import Config, configure
 from kvbuffer_compile.codegen.triton.load import load
+from kvbuffer_compile.codegen.triton.tiles import matrix
+from kvbuffer_compile.codegen.triton.tiles import rows as triton_rows
 from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir.plan import Layout, Plan
 from kvbuffer_compile.ir.program import Program
@@ -76,6 +77,7 @@ class Session:
         self, plan: Plan, limits: list[int], state: Tensor | None = None, block: int = 4, config: Config | None = None
     ) -> None:
         block = config.block if config else block
+        self.streamed = (config or configure(plan, schedule(plan.program, plan.variant != "buffered"))).part > 0
         self.plan, self.options, self.steps = plan, {"block": block}, 0
         self.lanes = tuple(LANES[x] for x in plan.program.lanes)
         self.module = load(triton.emit(plan, config), interpret=True)
@@ -95,7 +97,7 @@ class Session:
 
     def step(self, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """One step of both: (got, expected) outputs."""
-        if self.plan.several:
+        if self.plan.several and not self.streamed:
             self.options["matrix"] = self.steps % 2 == 0
             self.steps += 1
         got = self.module.launch(self.state, self.cursor, self.tickets, self.rows, inputs, **self.options)

@@ -24,7 +24,7 @@ LAYERS = [
     ["errors", "limits", "process", "passes", "passes.reading", "integrations", "integrations.functions"],
     ["options", "machine", "ir", "capture", "codegen", "codegen.source"],
     ["passes.lifted", "passes.algebra", "codegen.calls", "codegen.schedule", "codegen.example"],
-    ["passes.walk", "passes.storage", "passes.choice", "codegen.cut"],
+    ["passes.walk", "passes.storage", "passes.choice", "codegen.cut", "codegen.triton.tiles"],
     ["records", "passes.tokens", "passes.proof", "codegen.cpp", "codegen.triton"],
     ["codegen.build", "passes.lift", "passes.rewrite"],
     ["codegen.standalone", "native"],

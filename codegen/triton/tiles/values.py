@@ -20,7 +20,6 @@ from kvbuffer_compile.errors import EmitError
 from kvbuffer_compile.ir import program
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import REDUCTIONS, Kind, Map, Var
-from kvbuffer_compile.ir.shadow import scale_kind
 
 DTYPES = {
     torch.float32: "tl.float32",
@@ -30,19 +29,20 @@ DTYPES = {
 }
 AXES: tuple[Kind, ...] = ("key", "value")
 STATE = "state + {key}[:, None] * STATE_KEY + {value}[None, :] * STATE_VALUE"
-SHADOW = "shadow + {key}[:, None] * SHADOW_KEY + {value}[None, :] * SHADOW_VALUE"
 
 # Names of the kernel that a value of the same name would hide, and how such names begin.
 TAKEN = frozenset(
     """tl torch triton libdevice step arrive state cursor tickets tile program lane sequence owed limit live flush kept
-    t s T TOKENS BLOCK TILES EVICT FOLD QUERIES MATRIX PRECISION key value key_ok value_ok age used later dot token
-    query part ahead chunk n fold float range asked asked_token queries result shadow shadow_scale scale exact lacks
-    folded largest exponent unit half slot start ENTRIES
-    slots pool chosen earlier writes rivals leave wait slot_of""".split()
+    t s T TOKENS BLOCK TILES EVICT FOLD QUERIES MATRIX DRAFTS PRECISION key value key_ok value_ok age used later dot
+    token query part ahead chunk n fold float range asked asked_token queries result shadow shadow_scale scale exact
+    lacks folded largest exponent unit half slot start stored faded j high product halves fours columns totals
+    short stack pieces some now there here add_four add_eight
+    ENTRIES slots pool chosen earlier writes rivals leave wait slot_of""".split()
 )
 PREFIXES = tuple(
     """in_ row_ out_ at_ size_ state_ left_ right_ later_ after_ fade_ fresh_ carry_ now_ run_ next_ slot_ cursor_
-    tickets_ weight_ last_ met_ gram_ all_ key_ value_ half_ scale_ part_ raw_ base_ sum_ asked_""".split()
+    tickets_ weight_ last_ met_ gram_ all_ key_ value_ half_ scale_ part_ raw_ base_ sum_ asked_ given_ each_
+    cut_""".split()
 )
 
 
@@ -132,10 +132,14 @@ class Values:
 
     def load_tile(self, address: str, live: str | None, policy: str) -> str:
         """A tile like the state's, at an address with the places {key} and {value}."""
+        return f"{self.load_raw(live, policy, address)}.to({self.real})"
+
+    def load_raw(self, live: str | None = None, policy: str = "", address: str = STATE) -> str:
+        """The same as it is stored."""
         masks = self._tile_mask([live] if live else [])
         other = ", other=0.0" if masks else ""
         policy = f", eviction_policy={policy}" if policy else ""
-        return f"tl.load({address.format(**self.index)}{masks}{other}{policy}).to({self.real})"
+        return f"tl.load({address.format(**self.index)}{masks}{other}{policy})"
 
     def store_state(self) -> None:
         self.store_tile(STATE, f"s.to({DTYPES[self.plan.state_dtype]})")
@@ -189,7 +193,16 @@ class Values:
         for v in inputs:
             self.out.line(f"next_{v} = {self._operand(v, 'ahead')}")
 
-    def operand_tile(self, v: Var, token: str) -> str:
+    def take(self, inputs: Iterable[Var]) -> None:
+        """Operands of token t, from tuples given_<name>."""
+        for v in inputs:
+            self.out.line(f"{self.name(v)} = given_{v}[t].to({self.real})")
+
+    def inside(self, text: str, kind: Kind) -> str:
+        """A vector with zeros beyond the axis."""
+        return f"tl.where({self.ok(kind)}, {text}, 0.0)" if self.padded(kind) else text
+
+    def operand_tile(self, v: Var, token: str, dtype: str = "") -> str:
         """An operand of many tokens, a row for each of the tensor `token`; zero where there is no such token."""
         vector = v.kind != "scalar"
         at = [f"at_{lane} * in_{v}_{lane}" for lane in self.plan.program.lanes if lane in v.lanes]
@@ -197,15 +210,19 @@ class Values:
         at += [f"{self.index[v.kind]}[None, :] * in_{v}_last"] if vector else []
         mask = f"(({token} >= 0) & ({token} < T)){'[:, None]' if vector else ''}"
         mask += f" & {self.ok(v.kind)}[None, :]" if vector and self.padded(v.kind) else ""
-        return f"tl.load({' + '.join([f'in_{v}', *at])}, mask={mask}, other=0.0).to({self.real})"
+        return f"tl.load({' + '.join([f'in_{v}', *at])}, mask={mask}, other=0.0).to({dtype or self.real})"
 
     def _operand(self, v: Var, token: str) -> str:
+        return f"{self.operand(v, token)}.to({self.real})"
+
+    def operand(self, v: Var, token: str) -> str:
+        """An operand of one token as it is stored."""
         at = [f"at_{lane} * in_{v}_{lane}" for lane in self.plan.program.lanes if lane in v.lanes]
         at += [f"{token} * in_{v}_t"] if self.plan.several else []
         at += [f"{self.index[v.kind]} * in_{v}_last"] if v.kind != "scalar" else []
         masks = self.mask(v.kind) if v.kind != "scalar" else ""
         other = ", other=0.0" if masks else ""
-        return f"tl.load({' + '.join([f'in_{v}', *at])}{masks}{other}).to({self.real})"
+        return f"tl.load({' + '.join([f'in_{v}', *at])}{masks}{other})"
 
     def steps(self, steps: Iterable[Step]) -> None:
         """Compute steps in order."""
@@ -230,57 +247,6 @@ class Values:
             rest = {"aten.amax.default": 'float("-inf")', "aten.amin.default": 'float("inf")'}.get(fn, "0.0")
             text = f"tl.where({self.ok(kind)}{'[None, :]' if axis else ''}, {text}, {rest})"
         return calls.TRITON_REDUCTIONS[fn].format(text, axis, f"{self.size(kind)}.0")
-
-
-class Shadow:
-    """Prints the parts of a kernel that deal with the shadow of a tile; plain loads where the plan has none.
-
-    A shadow is what a program reads in its tile's place, and a flush makes it anew. A program has the scales of all it
-    holds: lanes are cut along the axis that reads leave free. A tile without a shadow is folded with no rows, which
-    makes one.
-    """
-
-    def __init__(self, out: Python, plan: Plan, values: Values) -> None:
-        self.out, self.plan, self.values = out, plan, values
-        self.there = plan.shadowed
-        self.kind: Kind = scale_kind(plan.program) or "value"
-
-    def find(self) -> None:
-        """`scale` of this tile, `exact`: whether the tile itself is read, and `lacks`: whether it gets a shadow."""
-        for name, strides in (("shadow", "half"), ("shadow_scale", "scale")):
-            if self.plan.program.lanes:
-                offset = self.values.offset(strides)
-                self.out.line(f"{name} += {offset}")
-        other = ", other=1.0" if self.values.padded(self.kind) else ""
-        self.out.line(f"scale = tl.load(shadow_scale + {self.kind}{self.values.mask(self.kind)}{other})")
-        self.out.line("lacks = tl.max((scale == 0.0).to(tl.int32), 0) > 0")
-        self.out.line("exact = flush | lacks | (tl.max((scale != scale).to(tl.int32), 0) > 0)")
-        self.out.line(f"lacks = lacks & (tl.load(cursor + 3 * cursor_row) == 0){' & writes' * self.plan.slots}")
-
-    def load(self, name: str) -> str:
-        """The tile that is read: an expression, which is the name where it takes more than one."""
-        base = self.values.load_state("live", "EVICT")
-        if not self.there:
-            return base
-        with self.out.block("if exact"):
-            self.out.line(f"{name} = {base}")
-        with self.out.block("else"):
-            half = self.values.load_tile(SHADOW, None, "EVICT")
-            self.out.line(f"{name} = {half} * scale{self.values.across(self.kind)}")
-        return name
-
-    def make(self) -> None:
-        """The shadow of `s` (see ir/shadow.py): by integers, in which inf and NaN are the largest."""
-        if not self.there:
-            return
-        across = self.values.across(self.kind)
-        self.out.line(f"largest = s.to(tl.int32, bitcast=True) & {0x7FFFFFFF}")
-        self.out.line(f"exponent = tl.max(largest, {0 if self.kind == 'value' else 1}) >> 23")
-        self.out.line("unit = tl.maximum(exponent - 14, 1)")
-        self.out.line(f"half = s * ((254 - unit) << 23).to(tl.float32, bitcast=True){across}")
-        self.values.store_tile(SHADOW, f"half.to({DTYPES[self.plan.read_dtype or self.plan.compute]})")
-        self.out.line('unit = tl.where(exponent == 255, float("nan"), (unit << 23).to(tl.float32, bitcast=True))')
-        self.out.line(f"tl.store(shadow_scale + {self.kind}, unit{self.values.mask(self.kind)})")
 
 
 def power_of_two(n: int) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvbuffer_compile.codegen.schedule import Old
-from kvbuffer_compile.codegen.triton.values import DTYPES, Python, Values, power_of_two
+from kvbuffer_compile.codegen.triton.tiles.values import DTYPES, Python, Values, power_of_two
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Decay, Kind, Update, Var
 
@@ -189,6 +189,12 @@ class Rows:
         if "scalar" in self.fades and "scalar" in kinds:
             gates = [after["scalar"]] if "scalar" in after else []
             self._say(f"weight_{n} = {' * '.join([*gates, 'later_scalar'])}")
+
+    def side(self, n: int, side: str) -> Var:
+        """One side of update n, "left" or "right"."""
+        event = self.events[self.updates[n]]
+        assert isinstance(event, Update)
+        return event.left if side == "left" else event.right
 
     # ------------------------------------------------------------------------------------------- reading
 

@@ -19,8 +19,9 @@ from contextlib import contextmanager
 
 from kvbuffer_compile.codegen import calls
 from kvbuffer_compile.codegen.schedule import Dot, Old, Schedule, Step, Widen, uses
-from kvbuffer_compile.codegen.triton.rows import Rows
-from kvbuffer_compile.codegen.triton.values import AXES, Python, Shadow, Values, power_of_two
+from kvbuffer_compile.codegen.triton.tiles.rows import Rows
+from kvbuffer_compile.codegen.triton.tiles.shadow import Shadow
+from kvbuffer_compile.codegen.triton.tiles.values import AXES, Python, Values, power_of_two
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import REDUCTIONS, Kind, Map, Var
 
@@ -77,7 +78,7 @@ class Matrix:
         met = self.met(n)
         steps = needed(self.steps, [met])
         whole = any(isinstance(s, Dot) or (isinstance(s, Map) and s.fn in REDUCTIONS) for s in steps)
-        return not whole and met in _known(self.values.plan.program.inputs, self.steps)
+        return not whole and met in known(self.values.plan.program.inputs, self.steps)
 
     def met(self, n: int) -> Var:
         """The side of the n-th row of a token that the reads meet."""
@@ -94,30 +95,48 @@ class Matrix:
 
     # ---------------------------------------------------------------------------------- before the tokens
 
-    def read(self) -> None:
-        """`result`, a row for each query, and the grams."""
+    def start(self) -> None:
+        """The numbers of the queries, and which token asks."""
         self.out.line("asked = tl.arange(0, QUERIES)")
         self.out.line(f"asked_token = asked // {self.width}")
-        self._empty("result", "QUERIES", self.values.length(self.other))
+
+    def read(self) -> None:
+        """`result`, a row for each query, and the grams."""
+        self.start()
+        self.empty("result", "QUERIES", self.values.length(self.other))
         for n in range(len(self.rows.updates)):
-            self._empty(f"met_{n}", "QUERIES", str(self.slots))
-        for n in self.grams:
-            self._empty(f"gram_{n}", "QUERIES", "TOKENS")
+            self.empty(f"met_{n}", "QUERIES", str(self.slots))
+        self._empty_grams()
         self.rows.at_once(("scalar", self.other))
         with self._parts():
-            self._lay()
+            self.lay()
             self.rows.at_once((self.kind,))
             for n in range(len(self.rows.updates)):
                 self._product(f"met_{n}", "queries", f"{'left' if self.kind == 'key' else 'right'}_{n}")
-            for n in self.grams:
-                self._evaluate([self.met(n)], "token", "TOKENS")
-                self._product(f"gram_{n}", "queries", self._inside(self._name(self.met(n))))
+            self._multiply_fresh()
             faded = f"queries * fade_{self.kind}[None, :]" if self.kind in self.rows.fades else "queries"
             tile = self.shadow.load("tile_read")
             self._product("result", faded, tile if self.kind == "value" else f"tl.trans({tile})")
         self._add_rows()
 
-    def _empty(self, name: str, *sizes: str) -> None:
+    def multiply_fresh(self) -> None:
+        """The grams alone."""
+        self._empty_grams()
+        with self._parts():
+            self.lay()
+            self._multiply_fresh()
+
+    def _empty_grams(self) -> None:
+        for n in self.grams:
+            self.empty(f"gram_{n}", "QUERIES", "TOKENS")
+
+    def _multiply_fresh(self) -> None:
+        """A part of the grams."""
+        for n in self.grams:
+            self._evaluate([self.met(n)], "token", "TOKENS")
+            self._product(f"gram_{n}", "queries", self._inside(self._name(self.met(n))))
+
+    def empty(self, name: str, *sizes: str) -> None:
         self.out.line(f"{name} = tl.zeros([{', '.join(sizes)}], {self.values.real})")
 
     @contextmanager
@@ -132,9 +151,26 @@ class Matrix:
                 self.out.line(f"{name}_ok = {name} < {self.values.size(self.kind)}")
             yield
 
-    def _lay(self) -> None:
-        """The part of all queries, faded by the tokens before: the decay's rows stand one token later, once a token."""
-        self._evaluate([r.x for r in self.reads], "asked_token", "QUERIES")
+    @property
+    def bare(self) -> bool:
+        """Whether all queries are operands as they are."""
+        return self.factor is None and all(r.x in self.values.plan.program.inputs for r in self.reads)
+
+    def lay(self, stored: bool = False) -> None:
+        """The part of all queries, faded by the tokens before: the decay's rows stand one token later, once a token.
+
+        stored: as they are stored, where they are bare and of one dtype.
+        """
+        if stored and self.bare:
+            names = [f"in_{r.x}" for r in self.reads]
+            same = " and ".join(f"{name}.dtype == {names[0]}.dtype" for name in names[1:])
+            rest = f" if {same} else {self.values.real}" if same else ""
+            self.out.line(f"stored: tl.constexpr = {names[0]}.dtype.element_ty{rest}")
+            for read in self.reads:
+                tile = self.values.operand_tile(read.x, "asked_token", "stored")
+                self.out.line(f"{self._name(read.x)} = {tile}")
+        else:
+            self._evaluate([r.x for r in self.reads], "asked_token", "QUERIES")
         text = self._name(self.reads[0].x)
         for n, read in enumerate(self.reads[1:], 1):
             text = f"tl.where((asked % {self.width} == {n})[:, None], {self._name(read.x)}, {text})"
@@ -154,15 +190,19 @@ class Matrix:
 
     def _add_rows(self) -> None:
         """What the owed rows leave of the product with the state, and what they add."""
-        fades = [("scalar", ""), (self.other, "[None, :]")]
-        factors = "".join(f" * fade_{kind}{across}" for kind, across in fades if kind in self.rows.fades)
-        if factors:
-            self.out.line(f"result = result{factors}")
+        self.fade_result()
         weight = " * weight_{}[None, :]" if "scalar" in self.rows.fades else ""
         for n in range(len(self.rows.updates)):
             free = f"{'right' if self.kind == 'key' else 'left'}_{n}"
             left = f"met_{n}{weight.format(n)}"
             self.out.line(f"result = tl.dot({left}, {free}, result, input_precision=PRECISION)")
+
+    def fade_result(self) -> None:
+        """What decays along no contracted axis leave of the product with the state."""
+        fades = [("scalar", ""), (self.other, "[None, :]")]
+        factors = "".join(f" * fade_{kind}{across}" for kind, across in fades if kind in self.rows.fades)
+        if factors:
+            self.out.line(f"result = result{factors}")
 
     # ------------------------------------------------------------------------------- in the loop over tokens
 
@@ -207,7 +247,7 @@ class Matrix:
         return self._name(v) + ("[:, None]" if v.kind == "scalar" and kind != "scalar" else "")
 
 
-def _known(inputs: Iterable[Var], steps: Iterable[Step]) -> set[Var]:
+def known(inputs: Iterable[Var], steps: Iterable[Step]) -> set[Var]:
     """The values that depend on no read."""
     known = set(inputs)
     for step in steps:
