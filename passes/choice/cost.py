@@ -140,6 +140,14 @@ def recurrent(program: Program) -> Cost:
 
 
 @functools.cache
+def meetings(program: Program) -> int:
+    """How many times a recurrent step goes over a lane of the state: what an update needs is read before."""
+    memory = Recurrent(program.lanes)
+    run(program, memory, _inputs(program))
+    return max(memory.passes, memory.updated)
+
+
+@functools.cache
 def step(program: Program, sequence: bool = True, widths: Widths | None = None, *, shadow: bool = False) -> Cost:
     """One buffered step that does not flush, n tokens owed. Token j of T also walks the j rows before it.
 

@@ -43,10 +43,14 @@ def elements(x: Size) -> Expr:
 
 @dataclass
 class Recurrent:
-    """Counts a step that updates the state itself. The other memory shares what it counts for reads and maps."""
+    """Counts a step that updates the state itself. The other memory shares what it counts for reads and maps.
+
+    passes: over the state, for reads. updated: the pass, from 1, in which the last update is known.
+    """
 
     lanes: tuple[str, ...]
     passes: int = 0
+    updated: int = 1
     operations: Expr = ZERO
 
     @property
@@ -58,6 +62,7 @@ class Recurrent:
         self.operations += self.cells
 
     def update(self, left: Size, right: Size, kinds: tuple[Kind, Kind]) -> None:
+        self.updated = max(self.updated, left.depth + 1, right.depth + 1)
         self.operations += 2 * self.cells
 
     def read(self, x: Size, kind: Kind) -> Size:

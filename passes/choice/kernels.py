@@ -6,6 +6,7 @@ from math import prod
 
 from kvbuffer_compile.ir.program import Read
 from kvbuffer_compile.machine.numbers import Kernels, Kind, Machine
+from kvbuffer_compile.passes.choice import cost
 from kvbuffer_compile.passes.choice.case import Case, Period, Work
 
 # A call of a rewritten graph and each of its states cost the host so many launches (of 2.5 us) more than Inductor's
@@ -20,21 +21,22 @@ READ = 2  # operations on an element that is read
 def recurrent(case: Case, machine: Machine, timed: Kernels, work: Work) -> float:
     """A C++ step that reads and writes the state: arithmetic on all threads, and the state's way from where it is,
     which hide each other in part."""
-    passes: Kind = "kernel_twice" if work.state_read > case.state_bytes else "kernel_update"
-    moving = 2 * case.state_bytes / machine.speed(passes, case.working_set) + _met_again(case, machine, work)
+    times = cost.meetings(case.program)
+    kind: Kind = "kernel_twice" if times > 1 else "kernel_update"
+    moving = 2 * case.state_bytes / machine.speed(kind, case.working_set) + _met_again(case, machine, times)
     arithmetic = prod(case.lanes) * timed.lane + work.operations / timed.rate + _rounding(case, timed)
     vectors = work.operands / machine.speed("read", case.working_set)
     threads, fork = _threads(case, machine, timed)
     return timed.call + fork + timed.together(arithmetic / threads, moving) + vectors + host(case, machine)
 
 
-def _met_again(case: Case, machine: Machine, work: Work) -> float:
+def _met_again(case: Case, machine: Machine, times: int) -> float:
     """Seconds in which passes after the first fetch a lane from behind the core's own cache. What was timed had small
     lanes, which were still there; while a lane is met again the next one comes in, so there must be room for both."""
     lane = prod(case.sizes) * case.state_width
-    if 2 * lane <= machine.cache / machine.threads:
+    if 2 * lane < machine.cache / machine.threads:
         return 0.0
-    return max(work.state_read - case.state_bytes, 0.0) / machine.speed("kernel_read", 2 * machine.cache)
+    return (times - 1) * case.state_bytes / machine.speed("kernel_read", 2 * machine.cache)
 
 
 def buffered(case: Case, machine: Machine, timed: Kernels, period: Period) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from kvbuffer_compile.ir.program import Program
 from kvbuffer_compile.machine import Machine, Speed
 from kvbuffer_compile.machine.numbers import Kernels
 from kvbuffer_compile.options import Options
+from kvbuffer_compile.passes.choice import choose as choose_module
 from kvbuffer_compile.passes.choice import kernels, predict
 from kvbuffer_compile.passes.choice.choose import choose, explain_choice, lane_sizes, likely_flush, row_dtypes
 from kvbuffer_compile.passes.choice.dtypes import exact_dtype, holds
@@ -109,6 +111,42 @@ def test_the_host_is_shared_by_the_states_of_a_graph() -> None:
     one, many = (explain_choice(tiny, Options(flush=1), TIMED, "cpp", Call(0, n))[1] for n in (1, 24))
     assert one.choice is not None and many.choice is not None
     assert one.choice.seconds - many.choice.seconds == pytest.approx(kernels.CALL_LAUNCHES * TIMED.launch * 23 / 24)
+
+
+def seconds(machine: Machine, flush: int = 16, **more: Any) -> float:
+    """What the candidate with this flush length is predicted to take."""
+    prediction = explain_choice(lifted(**more), Options(flush=flush), machine, "cpp")[1]
+    assert prediction.choice is not None
+    return prediction.choice.seconds
+
+
+def test_rows_have_a_speed_of_their_own() -> None:
+    """From memory they come more slowly than a state, in whose place many of them are read."""
+    slow = replace(TIMED, speeds=(NEAR, replace(FAR, kernel_rows=3e9)))
+    assert seconds(slow) > 1.1 * seconds(TIMED)
+    assert seconds(slow, flush=1) == seconds(TIMED, flush=1)
+
+
+def test_a_lane_is_met_again_where_there_is_room_for_it() -> None:
+    """As many bytes in lanes of 64 KB, two of which fit in the core's cache of 512 KB, and of 256 KB."""
+    core = replace(TIMED, cache=1 << 19)
+    small, large = seconds(core, 1), seconds(core, 1, lanes=(16, 16), sizes=(256, 256))
+    assert large > 1.1 * small
+    roomy = replace(core, cache=1 << 20)
+    assert seconds(roomy, 1, lanes=(16, 16), sizes=(256, 256)) < 1.05 * small
+    once = [
+        seconds(core, 1, lanes=n, sizes=k, program=GLA) for n, k in (((32, 32), (128, 128)), ((16, 16), (256, 256)))
+    ]
+    assert once[1] < 1.05 * once[0]  # nothing is met twice
+
+
+def test_equal_candidates_are_equal_without_the_host() -> None:
+    """Of kernels that take 10 and 11 us the faster one is taken, whatever the host takes around either."""
+    found = explain_choice(lifted(lanes=(1, 4)), Options(), TIMED, "cpp")[1]
+    assert found.around > 50e-6
+    fast = [replace(c, seconds=found.around + (10e-6 if c.flush == 16 else 11e-6)) for c in found.candidates]
+    order = choose_module._order(replace(found, candidates=tuple(fast)))
+    assert found.candidates[order[0]].flush == 16
 
 
 def test_measured_times_are_believed() -> None:

@@ -177,6 +177,13 @@ def test_keys_that_depend_on_reads_cost_passes() -> None:
     assert sympy.simplify(cost.recurrent(CHAINED).state_read - 3 * state) == 0
 
 
+def test_an_update_that_needs_a_read_meets_the_state_twice() -> None:
+    """Both reads of GDN are of what the state was, in one pass; the update waits for one of them."""
+    gdn = programs.gated_deltanet()
+    assert [cost.meetings(p) for p in (GLA, gdn, CHAINED)] == [1, 2, 3]
+    assert cost.recurrent(gdn).passes == 1
+
+
 def test_a_program_without_reads_reads_only_to_flush() -> None:
     found = cost.buffered(WRITE_ONLY)
     assert sympy.simplify(found.state_read - B * K * V * s * T / L) == 0
