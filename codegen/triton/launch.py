@@ -63,7 +63,8 @@ def configure(plan: Plan, schedule: Schedule) -> Config:
     Buffered and verify steps stream the state where they can: benchmarks/results/gpu_predicted.json has the comparison.
     """
     for config in _ahead(plan, schedule):
-        if _rows_held(plan, schedule, config) < plan.sizes[0] * plan.sizes[1]:  # RWKV-7 at 64 x 64 has more
+        # A step of one token has the rows beside each other: RWKV-7 at 64 x 64 has more of them than its state.
+        if plan.several or _rows_held(plan, schedule, config) < plan.sizes[0] * plan.sizes[1]:
             return config
     return held(plan, schedule)
 
