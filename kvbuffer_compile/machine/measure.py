@@ -49,7 +49,7 @@ def probe(machine: Machine) -> float:
 def _measured(device: torch.device, name: str) -> Machine:
     cache, last = cache_bytes(device), last_level_bytes(device)
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    load = load_average()
     speeds, spread = [], 0.0
     for size in sizes(device, cache, last):
         speed, spread = _at(device, size, within=size <= cache)
@@ -60,6 +60,11 @@ def _measured(device: torch.device, name: str) -> Machine:
             launch=_launch_seconds(device), rate=_operation_rate(device, cache // threads) * threads,
             measured=date.today().isoformat(), load=load, spread=spread,
         )  # fmt: skip
+
+
+def load_average() -> float:
+    """Processes that want to run, for each core, over the last minute."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
 def sizes(device: torch.device, cache: int, last: int) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kvbuffer_compile.machine.measure import measure, probe
+from kvbuffer_compile.machine.measure import load_average, measure, probe
 from kvbuffer_compile.machine.numbers import Kernels, Machine, Speed
 from kvbuffer_compile.process import disk
 
@@ -73,10 +73,15 @@ def _found(device: torch.device, name: str) -> Machine:
     except OSError:  # no folder at all: a measurement costs a fraction of a second
         return measure(device, name)
     found = load(path)
-    if found is None or (found.name, found.device) != (name, device.type) or _disagrees(found):
+    if found is None or (found.name, found.device) != (name, device.type) or _is_idle_now(found) or _disagrees(found):
         found = measure(device, name)
         store(found, path)
     return found
+
+
+def _is_idle_now(found: Machine) -> bool:
+    """Whether it was busy when it was measured, and is much less so now."""
+    return found.busy and load_average() < found.load / 2
 
 
 def _disagrees(found: Machine) -> bool:

@@ -20,8 +20,6 @@ from kvbuffer_compile.passes.choice.dtypes import exact_dtype
 from kvbuffer_compile.passes.choice.predict import (
     FLUSHES,
     FLUSHES_TRITON,
-    MIN_GAIN,
-    MIN_GAIN_KERNEL,
     Prediction,
     predict,
     with_measured,
@@ -189,8 +187,7 @@ def _fastest(prediction: Prediction, case: Case, machine: Machine) -> int | None
         best = _order(prediction)[0]
     else:
         best = _asked(prediction, _shared_flush(case, machine))
-    needed = MIN_GAIN.get(prediction.target, MIN_GAIN_KERNEL)
-    return best if prediction.candidates[best].gain >= needed else None
+    return best if prediction.candidates[best].gain >= prediction.needed else None
 
 
 # ------------------------------------------------------------------------------------------------ numbers

@@ -54,6 +54,9 @@ COMPOSITE_RECURRENT_PASSES = 20.0  # every op of the program makes a temporary o
 # A prediction must promise this much before a graph is rewritten ("never slower"); the composite one is the rougher.
 MIN_GAIN = {"aten": 1.25}
 MIN_GAIN_KERNEL = 1.1
+# And this many times as much where the machine was measured while it was busy: small states were then predicted to gain
+# 40 times, and lost. Large ones gain that much anyway.
+BUSY = 2.0
 
 # Flush lengths worth a look. The optimum is flat (within 6% at a factor of sqrt(2)), so few are enough; Triton's
 # tiles are powers of two, and loops over rows are unrolled by 4.
@@ -102,6 +105,11 @@ class Prediction:
     @property
     def choice(self) -> Candidate | None:
         return None if self.chosen is None else self.candidates[self.chosen]
+
+    @property
+    def needed(self) -> float:
+        """The gain that a candidate must promise to be taken."""
+        return MIN_GAIN.get(self.target, MIN_GAIN_KERNEL) * (BUSY if self.machine.busy else 1.0)
 
 
 @functools.lru_cache(maxsize=256)

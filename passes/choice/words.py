@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvbuffer_compile.errors import Declined
-from kvbuffer_compile.passes.choice.predict import MIN_GAIN, MIN_GAIN_KERNEL, Candidate, Prediction
+from kvbuffer_compile.passes.choice.predict import Candidate, Prediction
 from kvbuffer_compile.passes.choice.working_set import hint
 from kvbuffer_compile.passes.lifted import Lifted
 
@@ -26,13 +26,18 @@ def duration(seconds: float) -> str:
 def no_gain(lifted: Lifted, prediction: Prediction) -> Declined:
     """The decline of a state that is left to Inductor, with the numbers."""
     best = min(prediction.candidates, key=lambda c: c.seconds)
-    needed = MIN_GAIN.get(prediction.target, MIN_GAIN_KERNEL)
     reason = _of_block(lifted, prediction) + (
         f"{best.variant} with L={best.flush} is predicted to take {duration(best.seconds)} a step "
-        f"({prediction.target}) and Inductor {duration(prediction.plain.seconds)}: {best.gain:.2f}x, {needed:g}x is "
-        f"needed; state {prediction.state_bytes / 1e6:.3g} MB; {prediction.formula}; an integer flush is obeyed"
+        f"({prediction.target}) and Inductor {duration(prediction.plain.seconds)}: {best.gain:.2f}x, "
+        f"{prediction.needed:g}x is needed{_busy(prediction)}; state {prediction.state_bytes / 1e6:.3g} MB; "
+        f"{prediction.formula}; an integer flush is obeyed"
     )
     return Declined(lifted.state.name, "no-gain", reason, lifted.source)
+
+
+def _busy(prediction: Prediction) -> str:
+    advice = prediction.machine.advice
+    return f" of a machine that was measured {advice}" if advice else ""
 
 
 def _of_block(lifted: Lifted, prediction: Prediction) -> str:

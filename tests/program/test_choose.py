@@ -149,6 +149,20 @@ def test_equal_candidates_are_equal_without_the_host() -> None:
     assert found.candidates[order[0]].flush == 16
 
 
+def test_a_busy_machine_must_promise_more() -> None:
+    """What was measured beside others says little of small differences; the reason says so."""
+    state = lifted(lanes=(1, 16))
+    prediction = explain_choice(state, Options(), TIMED, "cpp")[1]
+    gain = max(c.gain for c in prediction.candidates)
+    assert prediction.needed < gain < 2 * prediction.needed and prediction.chosen is not None, gain
+    busy = replace(TIMED, spread=0.9)
+    declined = choose(state, Options(), busy, "cpp")
+    assert isinstance(declined, Declined) and "2.2x is needed of a machine that was measured while it was busy" in str(
+        declined
+    )
+    assert planned(choose(state, Options(flush=16), busy, "cpp")).flush == 16
+
+
 def test_measured_times_are_believed() -> None:
     times = {1: 9e-3, 8: 1e-3, 16: 2e-3}
     plan, prediction = explain_choice(lifted(), Options(), TIMED, "cpp", times=times)

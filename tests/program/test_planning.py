@@ -19,7 +19,7 @@ from kvbuffer_compile.codegen import build
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.machine import machine_for
 from kvbuffer_compile.options import Options
-from kvbuffer_compile.passes.choice import choose
+from kvbuffer_compile.passes.choice import predict
 from kvbuffer_compile.passes.lifted import ALONE
 from kvbuffer_compile.process import disk
 from kvbuffer_compile.records import GraphRecord
@@ -61,7 +61,7 @@ def compiled_plan(**options: object) -> Plan:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """The best candidate is taken even where Inductor is predicted to be faster."""
-    monkeypatch.setattr(choose, "MIN_GAIN_KERNEL", 0.0)
+    monkeypatch.setattr(predict, "MIN_GAIN_KERNEL", 0.0)
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_steps_that_cannot_be_timed_are_no_candidates(own_cache: None, monkeypat
         return measured(plan, *given)
 
     monkeypatch.setattr(trial, "_measured", scarce)
-    monkeypatch.setattr(choose, "MIN_GAIN_KERNEL", 0.0)
+    monkeypatch.setattr(predict, "MIN_GAIN_KERNEL", 0.0)
     assert compiled_plan(tune=True).flush in (1, 4)
 
 
