@@ -13,7 +13,7 @@ from kvbuffer_compile.machine import Machine, machine_for
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.choose import explain_choice, likely_flush, plans_of, state_tensor
 from kvbuffer_compile.passes.choice.predict import Prediction
-from kvbuffer_compile.passes.choice.words import duration
+from kvbuffer_compile.passes.choice.words import busy, duration
 from kvbuffer_compile.passes.choice.working_set import hint
 from kvbuffer_compile.passes.lift.words import EMPTY
 from kvbuffer_compile.passes.lifted import Call, Lifted, LiftedGraph
@@ -70,7 +70,7 @@ def loss_of(prediction: Prediction, ours: Options) -> str:
     return (
         f"flush={ours.flush} is predicted to take {duration(best.seconds)} a step, Inductor alone "
         f"{duration(prediction.plain.seconds)}, for a state of {prediction.state_bytes / 1e6:.3g} MB: flush='auto' "
-        "would leave it to Inductor (this is said once)"
+        f"would leave it to Inductor{busy(prediction)} (this is said once)"
     )
 
 

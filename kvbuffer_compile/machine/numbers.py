@@ -5,11 +5,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from math import log
-from typing import Literal
+from typing import Literal, get_args
 
 Kind = Literal["read", "copy", "update", "kernel_read", "kernel_update", "kernel_twice", "kernel_rows"]
 
-# Times that a larger size is copied faster, above which a CPU counts as busy. Some is no sign: a small copy has few of
+# Times that a larger size is faster, above which a CPU counts as busy. Some is no sign: a small copy has few of
 # many threads. 32 was seen.
 INVERTED = 8.0
 BUSY = 0.3  # a spread above which a machine counts as busy
@@ -134,9 +134,10 @@ class Machine:
 
     @property
     def inverted(self) -> float:
-        """How many times faster copies were at a larger size than at a smaller one, at most; it should be below 1."""
-        copies = [speed.copy for speed in self.speeds]
-        return max((max(copies[i:]) / near for i, near in enumerate(copies[:-1], 1)), default=0.0)
+        """How many times faster one kind of traffic was at a larger size than at a smaller one, at most; it should be
+        below 1."""
+        kinds = [[x for s in self.speeds if (x := float(getattr(s, kind)))] for kind in get_args(Kind)]
+        return max((max(found[i:]) / near for found in kinds for i, near in enumerate(found[:-1], 1)), default=0.0)
 
     @property
     def advice(self) -> str:

@@ -29,15 +29,16 @@ def no_gain(lifted: Lifted, prediction: Prediction) -> Declined:
     reason = _of_block(lifted, prediction) + (
         f"{best.variant} with L={best.flush} is predicted to take {duration(best.seconds)} a step "
         f"({prediction.target}) and Inductor {duration(prediction.plain.seconds)}: {best.gain:.2f}x, "
-        f"{prediction.needed:g}x is needed{_busy(prediction)}; state {prediction.state_bytes / 1e6:.3g} MB; "
+        f"{prediction.needed:g}x is needed{busy(prediction)}; state {prediction.state_bytes / 1e6:.3g} MB; "
         f"{prediction.formula}; an integer flush is obeyed"
     )
     return Declined(lifted.state.name, "no-gain", reason, lifted.source)
 
 
-def _busy(prediction: Prediction) -> str:
+def busy(prediction: Prediction) -> str:
+    """That the numbers are those of a busy machine, "" where they are not."""
     advice = prediction.machine.advice
-    return f" of a machine that was measured {advice}" if advice else ""
+    return f" (this machine was measured {advice})" if advice else ""
 
 
 def _of_block(lifted: Lifted, prediction: Prediction) -> str:

@@ -157,7 +157,7 @@ def test_a_busy_machine_must_promise_more() -> None:
     assert prediction.needed < gain < 2 * prediction.needed and prediction.chosen is not None, gain
     busy = replace(TIMED, spread=0.9)
     declined = choose(state, Options(), busy, "cpp")
-    assert isinstance(declined, Declined) and "2.2x is needed of a machine that was measured while it was busy" in str(
+    assert isinstance(declined, Declined) and "2.2x is needed (this machine was measured while it was busy" in str(
         declined
     )
     assert planned(choose(state, Options(flush=16), busy, "cpp")).flush == 16

@@ -68,6 +68,8 @@ def test_a_cache_that_is_slower_than_memory_was_measured_while_others_ran() -> N
     right = replace(seen, speeds=seen.speeds[:1] + seen.speeds[-1:])
     assert not right.busy and right.inverted < 1 and not right.advice
     assert not replace(seen, device="cuda").busy  # where a small copy is a launch
+    rows = [replace(s, kernel_rows=rate) for s, rate in zip(right.speeds, (0.24e9, 4.3e9), strict=True)]
+    assert replace(right, speeds=tuple(rows)).busy  # of any kind of traffic
 
 
 def test_of_busy_measurements_a_quiet_one_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
