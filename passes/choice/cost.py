@@ -129,21 +129,25 @@ def slot(program: Program, sequence: bool = True, widths: Widths | None = None) 
 
 
 @functools.cache
-def recurrent(program: Program) -> Cost:
-    """One step that reads and writes the state, all T tokens at once."""
+def _run_recurrent(program: Program) -> Recurrent:
     memory = Recurrent(program.lanes)
     run(program, memory, _inputs(program))
+    return memory
+
+
+@functools.cache
+def recurrent(program: Program) -> Cost:
+    """One step that reads and writes the state, all T tokens at once."""
+    memory = _run_recurrent(program)
     cells = memory.cells * s
     reads = max(memory.passes, 1)
     operations = T * memory.operations
     return Cost(reads * cells, cells, operands=T * _operands(program), operations=operations, passes=Integer(reads))
 
 
-@functools.cache
 def meetings(program: Program) -> int:
     """How many times a recurrent step goes over a lane of the state: what an update needs is read before."""
-    memory = Recurrent(program.lanes)
-    run(program, memory, _inputs(program))
+    memory = _run_recurrent(program)
     return max(memory.passes, memory.updated)
 
 

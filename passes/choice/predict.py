@@ -56,7 +56,7 @@ MIN_GAIN = {"aten": 1.25}
 MIN_GAIN_KERNEL = 1.1
 # And this many times as much where the machine was measured while it was busy: small states were then predicted to gain
 # 40 times, and lost. Large ones gain that much anyway.
-BUSY = 2.0
+MIN_GAIN_BUSY = 2.0
 
 # Flush lengths worth a look. The optimum is flat (within 6% at a factor of sqrt(2)), so few are enough; Triton's
 # tiles are powers of two, and loops over rows are unrolled by 4.
@@ -109,7 +109,7 @@ class Prediction:
     @property
     def needed(self) -> float:
         """The gain that a candidate must promise to be taken."""
-        return MIN_GAIN.get(self.target, MIN_GAIN_KERNEL) * (BUSY if self.machine.busy else 1.0)
+        return MIN_GAIN.get(self.target, MIN_GAIN_KERNEL) * (MIN_GAIN_BUSY if self.machine.busy else 1.0)
 
 
 @functools.lru_cache(maxsize=256)
