@@ -16,6 +16,7 @@ __all__ = [  # noqa: F405
     "DeclinedError",
     "EmitError",
     "IRError",
+    "OptionError",
     "Options",
     "Report",
     "StateError",

@@ -22,8 +22,10 @@ from kvbuffer_compile.backend import GraphRecord, kvbuffer, observers
 from kvbuffer_compile.integrations.functions.substitution import left_alone
 from kvbuffer_compile.machine import machine_for
 from kvbuffer_compile.options import Options, split
+from kvbuffer_compile.passes.lifted import Lifted
 from kvbuffer_compile.process.afresh import afresh
-from kvbuffer_compile.report.report import Report, StateReport, state_report
+from kvbuffer_compile.report.report import Report
+from kvbuffer_compile.report.state import StateReport, state_report
 from kvbuffer_compile.report.whole import WholeCall, whole_call
 from kvbuffer_compile.runtime.by_hand import tensors_in
 
@@ -49,11 +51,11 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
         try:
             with observers.also(told.append), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Error detected in")  # of autograd, which gives up: see below
-                return kvbuffer(gm, inputs, options=given)
+                kvbuffer(gm, inputs, options=given)
         except Exception:  # the true call fails as well; what is asked for is why its states are not buffered
             if not any(why.rule == "gradients" for record in told for why in record.declined):
                 raise
-            return gm.forward
+        return gm.forward  # nothing is owed to the caller's states, nor counted of them
 
     backend.rewrites_recurrences = True  # type: ignore[attr-defined]
     told = left_alone(findings.hear)
@@ -78,8 +80,9 @@ class Findings:
         self.graphs += 1
         seen = record.predictions
         lifted = [
-            (f.state, state_report(f, plan, seen.get(f.state.name), pool=record.pools.get(f.state.name)))
+            (f.state, _with_sources(state_report(f, plan, seen.get(f.state.name), pool=pool), f, record))
             for f, plan in record.states
+            for pool in [record.pools.get(f.state.name)]
         ]
         refused = [(r.state, state_report(r.state, r.why, kept=r.kept)) for r in record.refused]
         found = [
@@ -121,6 +124,19 @@ def _scope(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         scope = inspect.signature(called).bind(*args, **kwargs).arguments
         return {**scope, "self": getattr(called, "__self__", None)}
     return {}
+
+
+def _with_sources(report: StateReport, lifted: Lifted, record: GraphRecord) -> StateReport:
+    """With the user's names behind inputs of the program that are made of one input of the graph each."""
+    lines = report.program.splitlines()
+    for var, operand in zip(lifted.program.inputs, lifted.operands, strict=True):
+        node = operand
+        while node.op == "call_function" and len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+        if node.op == "placeholder":
+            said = f"{record.name(node)}" if node is operand else f"from {record.name(node)}"
+            lines = [f"{line}  # {said}" if line.startswith(f"  input {var}:") else line for line in lines]
+    return replace(report, program="\n".join(lines))
 
 
 def _reached_by(name: str, scope: dict[str, Any]) -> str | None:

@@ -5,11 +5,12 @@ from kvbuffer_compile.errors import Declined as Declined
 from kvbuffer_compile.errors import DeclinedError as DeclinedError
 from kvbuffer_compile.errors import EmitError as EmitError
 from kvbuffer_compile.errors import IRError as IRError
+from kvbuffer_compile.errors import OptionError as OptionError
 from kvbuffer_compile.errors import StateError as StateError
 from kvbuffer_compile.explanation import explain as explain
 from kvbuffer_compile.options import Options as Options
 from kvbuffer_compile.report.report import Report as Report
-from kvbuffer_compile.report.report import StateReport as StateReport
+from kvbuffer_compile.report.state import StateReport as StateReport
 from kvbuffer_compile.runtime.by_hand import materialize as materialize
 from kvbuffer_compile.runtime.by_hand import rollback as rollback
 from kvbuffer_compile.runtime.drafts import accept as accept

@@ -35,6 +35,20 @@ class Subject:
     read_dtype: torch.dtype | None = None
     scale: int = 0
 
+    @property
+    def ulp(self) -> float:
+        """Of the coarsest dtype in which anything of it is kept."""
+        dtypes = [self.state_dtype, *(dtype for _, dtype in self.rows.values())]
+        return max(torch.finfo(dtype).eps for dtype in [*dtypes, self.read_dtype or self.state_dtype])
+
+    @property
+    def allowed(self) -> str:
+        """What is kept in which dtype, and how large an error may be, for people."""
+        kept = {"state": self.state_dtype, **{name: dtype for name, (_, dtype) in self.rows.items()}}
+        kept |= {"shadow": self.read_dtype} if self.read_dtype else {}
+        dtypes = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in kept.items())
+        return f"{dtypes}; allowed {FACTOR:g} times that of plain torch in this dtype and {ULPS * self.ulp:.3g}"
+
     def tail(self, kind: str) -> tuple[int, ...]:
         return {"scalar": (), "key": self.sizes[:1], "value": self.sizes[1:]}[kind]
 
@@ -140,10 +154,7 @@ class _Session:
 
     def _compare(self, got: Tensor, exact: Tensor, eager: Tensor, what: str) -> None:
         scale = exact.abs().max()
-        dtypes = [self.subject.state_dtype, *(dtype for _, dtype in self.subject.rows.values())]
-        dtypes += [self.subject.read_dtype] if self.subject.read_dtype else []
-        ulp = max(torch.finfo(dtype).eps for dtype in dtypes)
         error = float((got.double() - exact).abs().max() / scale)
-        allowed = FACTOR * float((eager.double() - exact).abs().max() / scale) + ULPS * ulp
+        allowed = FACTOR * float((eager.double() - exact).abs().max() / scale) + ULPS * self.subject.ulp
         assert error <= allowed, f"{what}: relative error {error:.3g}, allowed {allowed:.3g}"
         self.worst = max(self.worst, error)

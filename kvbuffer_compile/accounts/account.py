@@ -115,6 +115,7 @@ class Account:
 
     def attempt(self, attempt: Attempt[Account], tokens: int) -> None:
         """To be called before a step of so many tokens: if it may flush, the state has memory from now on."""
+        self.history.warn_of_sharing(self.shared)
         self.reconcile()
         self.dirty = True
         self.drafts = None

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbuffer_compile.process.callers import Site
+from kvbuffer_compile.process.callers import Site, warn_once
 from kvbuffer_compile.process.surroundings import neutral
 
 log = logging.getLogger("kvbuffer_compile")
 
 Count = int | Tensor  # of a whole state, or of each slot of a pool
 CAUSES = 8  # lines of code that are kept for each state
-IN_A_ROW = 8  # settles, each a step after the one before, after which a loop is told that it gains nothing
-_told: set[str] = set()  # lines that were warned of
+IN_A_ROW = 8  # steps, each with its rows folded in behind it, after which a loop is told that it gains nothing
+ELSE = "or compile with options={'flush': 1}"
 
 
 @dataclass
@@ -170,10 +170,17 @@ class History:
         last, times = self._row
         times = times + 1 if isinstance(since, int) and since == 1 and last == line else 1
         self._row = line, times
-        if times == IN_A_ROW and site is not None and line not in _told:
-            _told.add(line)
-            site.warn(f"kvbuffer: {line} looks at a state after every step, so its rows are folded in each time and "
-                      "buffering it gains nothing; look less often, or compile with options={'flush': 1}")  # fmt: skip
+        if times == IN_A_ROW and site is not None:
+            warn_once(line, f"kvbuffer: {line} looks at a state after every step, so its rows are folded in each time "
+                      f"and buffering it gains nothing; look less often, {ELSE}")  # fmt: skip
+
+    def warn_of_sharing(self, shared: str | None) -> None:
+        """Once, where rows are folded in behind every step. shared: who has the memory for ever; None: only for now."""
+        if self.exposed + self.before.exposed >= IN_A_ROW:
+            looked = f", last looked at by {next(reversed(self.before.causes))}" if self.before.causes else ""
+            who = shared or f"an object that holds its storage (a NumPy array, say{looked})"
+            warn_once(who, f"kvbuffer: the memory of a state is shared with {who}, so its rows are folded in after "
+                      f"every step and buffering it gains nothing; step a clone() of it, {ELSE}")  # fmt: skip
 
 
 def profiled(name: str) -> AbstractContextManager[Any]:

@@ -16,12 +16,21 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
+import torch
 from torch import Tensor
 
 from kvbuffer_compile.accounts.account import Account, Key
 from kvbuffer_compile.accounts.allocation import Allocation
 from kvbuffer_compile.accounts.history import Tally
 from kvbuffer_compile.guard.overlap import overlap, storage_of
+
+Region = tuple[int, int, torch.Size]  # of memory: storage, place in it, shape
+MOST_BRIEF = 256
+
+
+def region_of(t: Tensor) -> Region:
+    """The part of which allocation a tensor is."""
+    return storage_of(t), int(t.storage_offset()), t.shape
 
 
 class Phases:
@@ -56,6 +65,7 @@ class Ledger:
         self.by_alias: dict[int, Account] = {}  # by the id of what stands for the owner, where that is the state
         self.allocations: dict[int, Allocation[Account]] = {}  # by overlap.storage_of
         self.gone = Tally()  # of states that are gone
+        self.brief: dict[Region, int] = {}  # how many in a row were stepped once and are gone, unlike their memory
         self._phases: dict[int, Phases] = {}  # by flush length
         self._numbers: dict[int, tuple[Phases, int]] = {}  # by the account's serial number
         self._serials = itertools.count()
@@ -180,9 +190,18 @@ class Ledger:
             return
         account.leave()  # it would keep tensors on the memory alive
         if account.allocation.outlives(dying):
+            self._note_brief(account)
             account.settle("its tensor is gone, its memory is not")
         self._remove(account)
         self._remember(account)
+
+    def _note_brief(self, account: Account) -> None:
+        region, steps = region_of(account.state), account.so_far[0]
+        times = self.brief.pop(region, 0) + 1  # of many regions, the latest are kept
+        if isinstance(steps, int) and steps == 1:  # of no pool
+            self.brief[region] = times
+        if len(self.brief) > MOST_BRIEF:
+            del self.brief[next(iter(self.brief))]
 
     # ----------------------------------------------------------------------------------------- finding
 

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from kvbuffer_compile.accounts.account import Account
 from kvbuffer_compile.accounts.fresh import forget_fresh, is_fresh, make_zero
-from kvbuffer_compile.accounts.ledger import LEDGER
+from kvbuffer_compile.accounts.history import ELSE, IN_A_ROW
+from kvbuffer_compile.accounts.ledger import LEDGER, region_of
 from kvbuffer_compile.guard.aliases import Place
 from kvbuffer_compile.guard.guarded import GuardedState, guard, plain_calls
 from kvbuffer_compile.guard.overlap import storage_of
 from kvbuffer_compile.guard.sharing import Storage, hand_out, handed_out, shared_with
 from kvbuffer_compile.ir.plan import Plan
+from kvbuffer_compile.process.callers import warn_once
 from kvbuffer_compile.process.locks import RLock
 
 log = logging.getLogger("kvbuffer_compile")
@@ -54,7 +56,17 @@ def open_account(owner: Tensor, plan: Plan, place: Place | None = None, lock: RL
         forget_fresh(storage_of(owner), id(owner))
     if plan.slots:
         account.provide()
+    _warn_of_views(account)
     return account
+
+
+def _warn_of_views(account: Account) -> None:
+    """Once, where each call takes a new view of the same memory."""
+    if LEDGER.brief and LEDGER.brief.get(region_of(account.state), 0) >= IN_A_ROW:
+        shape = tuple(account.state.shape)
+        warn_once(shape, f"kvbuffer: a new view of the same state, of shape {shape}, is made for every call: each gets "
+                  "rows of its own, which are folded in when it is gone, and buffering gains nothing; make the view "
+                  f"once and keep it, {ELSE}")  # fmt: skip
 
 
 def reached_by(owner: Tensor) -> str | None:

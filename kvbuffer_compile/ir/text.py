@@ -10,8 +10,9 @@ from kvbuffer_compile.ir.program import KINDS, Decay, Op, Program, Read, Update,
 
 
 def parse(text: str) -> Program:
-    """Read the text form. Kinds and lanes of results follow from those of the operands. IRError on bad text."""
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    """Read the text form; what stands behind a # is a comment. Kinds and lanes of results follow from those of the
+    operands. IRError on bad text."""
+    lines = [line for given in text.splitlines() if (line := given.partition("#")[0].strip())]
     head = re.fullmatch(r"program over (.+) tokens (\d+)", lines[0]) if lines else None
     if head is None:
         raise IRError(f"program text must begin with 'program over <lanes> tokens <n>', got {lines[:1]}")

@@ -49,7 +49,8 @@ class Kernels:
     work. A lane takes `lane` and its operations, `rate` a second, in a step that changes the state; `read_lane` and
     `read` in one that only reads it. An owed row takes `row` a lane and its operations, `walk` a second, and `gather`
     for each element of it that is copied first. A flush takes `pack` for each row of a lane and does `fold` operations
-    a second. bfloat16: what an element in it takes more to be read and written; narrow_read: what one takes to be
+    a second. bfloat16: what an element in it takes more to be read and written than one of float32, below zero where
+    conversions cost less than the bytes that are spared; narrow_read: what one takes to be
     read, all in all; narrow_row, narrow_walk: a row in it. exposed: how much of the shorter of arithmetic and the
     state's way from memory the longer does not hide, from 0 to 1.
     """

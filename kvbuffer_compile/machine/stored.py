@@ -17,13 +17,14 @@ from kvbuffer_compile.machine.measure import load_average, measure, probe
 from kvbuffer_compile.machine.numbers import Kernels, Machine, Speed
 from kvbuffer_compile.process import disk
 
-FORMAT = 5  # raised when a number changes its meaning
+FORMAT = 6  # raised when a number changes its meaning
 MOST_BYTES = 1 << 16  # of a file
 SMALLEST, LARGEST = 1e-12, 1e24  # of any number in it: no product or quotient of a few overflows
 MAY_BE_ZERO = (
     "fork", "load", "spread", "kernel_read", "kernel_update", "kernel_twice", "kernel_rows", "bfloat16",
     "exposed",
 )  # fmt: skip
+MAY_BE_NEGATIVE = ("bfloat16",)
 DISAGREES = 2.0  # times faster or slower than was measured
 
 
@@ -142,6 +143,8 @@ def _makes_sense(name: str, kind: str, value: Any) -> bool:
     if kind == "str":
         return isinstance(value, str)
     number = isinstance(value, int if kind == "int" else int | float) and not isinstance(value, bool)
+    if number and name in MAY_BE_NEGATIVE:
+        value = abs(value)
     return number and ((name in MAY_BE_ZERO and value == 0) or SMALLEST < value < LARGEST)  # NaN is not
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -18,6 +18,7 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _LIBRARY = sysconfig.get_path("stdlib") + os.sep
 _INSTALLED = (sysconfig.get_path("purelib") + os.sep, sysconfig.get_path("platlib") + os.sep)
 _warned: dict[Any, Any] = {}  # what Python remembers of warnings that were given
+_once: set[Hashable] = set()  # what was warned of once
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,13 @@ def warn(message: str) -> None:
         warnings.warn(message, stacklevel=2)
     else:
         site.warn(message)
+
+
+def warn_once(about: Hashable, message: str) -> None:
+    """Warn at the first call with this `about` in the process."""
+    if about not in _once:
+        _once.add(about)
+        warn(message)
 
 
 def _callers() -> Iterator[FrameType]:

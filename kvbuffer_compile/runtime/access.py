@@ -17,8 +17,9 @@ from kvbuffer_compile.accounts.ledger import LEDGER
 from kvbuffer_compile.guard import dispatch_watch
 from kvbuffer_compile.guard.aliases import forget, known_alias, plain
 from kvbuffer_compile.guard.guarded import GuardedState, is_export, is_inspecting, on_access, plain_calls, states_in
-from kvbuffer_compile.guard.sharing import hand_out
+from kvbuffer_compile.guard.sharing import hand_out, handed_out
 from kvbuffer_compile.guard.wrapped import inside, is_wrapper
+from kvbuffer_compile.process.callers import Site
 from kvbuffer_compile.process.locks import under_locks
 
 _alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]  # whether two tensors share a storage
@@ -122,9 +123,13 @@ def settle_memory(state: Tensor, exported: bool) -> None:
 
 
 def _hand_out(states: Sequence[Tensor], accounts: Sequence[Account], why: str) -> None:
-    for account in accounts:
-        account.shared = why
-    for state in states:
+    """Remember who can reach the memory of states from now on: with the line of the first that got it."""
+    new = [state for state in states if handed_out(state) is None]
+    if new:
+        why = f"{why} ({site})" if (site := Site.find()) else why
+        for account in accounts:
+            account.shared = account.shared or why
+    for state in new:
         hand_out(state, why)
 
 

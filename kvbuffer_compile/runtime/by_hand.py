@@ -107,6 +107,17 @@ def _reconciled(accounts: Sequence[Account], call: Callable[[], None]) -> None:
     call()
 
 
+_WITHOUT = (
+    "obj holds a state that is stepped without a buffer, by a plan of flush length 1; compile with an integer flush, "
+    "options={'flush': 16} say, where tokens are to be taken back"
+)
+_NOTHING = (
+    "obj holds no state with buffered tokens: it was not yet stepped by what was compiled with backend='kvbuffer', or "
+    "it was declined (kvbuffer_compile.explain(fn, *args) says why; where it says 'no-gain', compile with an integer "
+    "flush, options={'flush': 16} say), or obj is a copy of what is stepped"
+)
+
+
 def whole_accounts(tensors: Sequence[Tensor], call: str) -> list[Account]:
     """The accounts of the states in a list of tensors; ValueError when a state is there in part, or has no rows."""
     accounts = list(dict.fromkeys(a for t in tensors for a in LEDGER.overlapping(t)))
@@ -114,10 +125,11 @@ def whole_accounts(tensors: Sequence[Tensor], call: str) -> list[Account]:
         if not any(t is account.owner() or _covers(t, account) for t in tensors):
             raise ValueError(f"{call}: obj holds a part of a state, of which no tokens can be taken back by themselves")
     if not accounts:
-        raise ValueError(f"{call}: obj holds no state with buffered tokens")
+        rowless = any(id(t) in _rowless for t in tensors)
+        raise ValueError(f"{call}: {_WITHOUT if rowless else _NOTHING}")
     owners = {id(a.owner()) for a in accounts}
     if any(id(t) in _rowless and id(t) not in owners for t in tensors):
-        raise ValueError(f"{call}: obj holds a state that is stepped without a buffer, by a plan of flush length 1")
+        raise ValueError(f"{call}: {_WITHOUT}")
     return accounts
 
 

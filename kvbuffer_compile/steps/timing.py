@@ -138,7 +138,7 @@ def _alone(plans: _Plans) -> Kernels:
         rows_call=max(_best(_step(plans.reading[SMALL], 1), 10) - owing[0][SMALL], 1e-9),
         fork=0.0, lane=lane, rate=rate, read_lane=read_lane, read=read, row=row, walk=walk,
         gather=max((gated[ROWS] - gated[0]) / ROWS - rows[LARGE], 1e-12) / copied, pack=pack, fold=fold,
-        bfloat16=max(_lane(plans.rounding) - large, 0.0) / elements,
+        bfloat16=(_lane(plans.rounding) - large) / elements,
         narrow_read=max(narrow[0][LARGE] - read_lane, 1e-12) / elements,
         narrow_row=narrow_row, narrow_walk=narrow_walk, exposed=0.0,
     )  # fmt: skip

@@ -24,7 +24,7 @@ def recurrent(case: Case, machine: Machine, timed: Kernels, work: Work) -> float
     times = cost.meetings(case.program)
     kind: Kind = "kernel_twice" if times > 1 else "kernel_update"
     moving = 2 * case.state_bytes / machine.speed(kind, case.working_set) + _met_again(case, machine, times)
-    arithmetic = prod(case.lanes) * timed.lane + work.operations / timed.rate + _rounding(case, timed)
+    arithmetic = prod(case.lanes) * timed.lane + max(work.operations / timed.rate + _rounding(case, timed), 0.0)
     vectors = work.operands / machine.speed("read", case.working_set)
     threads, fork = _threads(case, machine, timed)
     return timed.call + fork + timed.together(arithmetic / threads, moving) + vectors + host(case, machine)
@@ -66,7 +66,7 @@ def _pass_arithmetic(case: Case, timed: Kernels, work: Work, flushes: bool) -> f
     if (case.state_width if flushes else case.read_width) < case.compute_width:
         spent += work.passes * case.elements * (timed.narrow_read - READ / timed.read)
     if flushes:
-        spent += work.fold_operations / timed.fold + _rounding(case, timed)
+        spent += max(work.fold_operations / timed.fold + _rounding(case, timed), 0.0)
     return spent
 
 
@@ -85,10 +85,11 @@ def _row_arithmetic(case: Case, timed: Kernels, work: Work, flushes: bool) -> fl
 
 
 def _rounding(case: Case, timed: Kernels) -> float:
-    """What 16-bit elements that are written take more. Processors round to float16 by one instruction, which took 0 to
-    0.02 ns an element where ten took 0.11 for bfloat16."""
-    rounded = case.state_width < case.compute_width and not case.float16
-    return case.elements * timed.bfloat16 if rounded else 0.0
+    """What 16-bit elements that are read and written take more. Processors round to float16 by one instruction, which
+    took 0 to 0.02 ns an element where ten took 0.11 for bfloat16."""
+    if case.state_width >= case.compute_width:
+        return 0.0
+    return case.elements * (min(timed.bfloat16, 0.0) if case.float16 else timed.bfloat16)
 
 
 def _threads(case: Case, machine: Machine, timed: Kernels) -> tuple[int, float]:

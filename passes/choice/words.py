@@ -30,7 +30,7 @@ def no_gain(lifted: Lifted, prediction: Prediction) -> Declined:
         f"{best.variant} with L={best.flush} is predicted to take {duration(best.seconds)} a step "
         f"({prediction.target}) and Inductor {duration(prediction.plain.seconds)}: {best.gain:.2f}x, "
         f"{prediction.needed:g}x is needed{busy(prediction)}; state {prediction.state_bytes / 1e6:.3g} MB; "
-        f"{prediction.formula}; an integer flush is obeyed"
+        f"{prediction.formula}; options={{'flush': 16}} buffers it all the same"
     )
     return Declined(lifted.state.name, "no-gain", reason, lifted.source)
 
@@ -46,7 +46,7 @@ def _of_block(lifted: Lifted, prediction: Prediction) -> str:
     if not lifted.block:
         return ""
     count, rows = hint(lifted.tokens), prediction.slot_bytes * hint(lifted.tokens)
-    untimed = "blocks are not timed on GPUs, so only an integer flush takes one; "
+    untimed = "blocks are not timed on GPUs, so one is only taken where flush is a number; "
     return (untimed if prediction.target == "triton" else "") + (
         f"the {count} tokens of a call read the state by one product and write it once already, and their rows are "
         f"{rows / 1e6:.3g} MB: "

@@ -16,7 +16,9 @@ from kvbuffer_compile.errors import Declined
 from kvbuffer_compile.options import Options
 from kvbuffer_compile.passes.choice.choose import explain_choice
 from kvbuffer_compile.passes.lifted import Call, Lifted
-from kvbuffer_compile.report.report import LEGEND, Report, StateReport, state_report
+from kvbuffer_compile.report.report import Report
+from kvbuffer_compile.report.state import StateReport, state_report
+from kvbuffer_compile.report.text import LEGEND
 from kvbuffer_compile.report.whole import WholeCall, whole_call
 from tests.program.test_choose import GDN, GLA, lifted
 from tests.support.machines import CPU

@@ -12,14 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from kvbuffer_compile import materialize, rollback, stats
+from kvbuffer_compile import explain, materialize, rollback, stats
 from kvbuffer_compile.accounts import history
 from kvbuffer_compile.accounts.attempt import Attempt
 from kvbuffer_compile.accounts.ledger import LEDGER
+from kvbuffer_compile.process import callers
 from kvbuffer_compile.runtime import by_hand
 from tests.runtime.test_runtime import B, H, K, L, Pair, V, draw, step
 
@@ -118,6 +120,61 @@ def test_a_loop_that_looks_at_every_step_is_told_once(recwarn: pytest.WarningsRe
     assert said.filename == HERE and "pair.state.sum()" in Path(HERE).read_text().splitlines()[said.lineno - 1]
 
 
+def test_memory_that_is_handed_out_is_told_once_with_the_line(recwarn: pytest.WarningsRecorder) -> None:
+    pair = Pair()
+    pair.run(2)
+    array = pair.state.numpy()
+    for _ in range(3 * history.IN_A_ROW):
+        pair.run()
+        np.testing.assert_allclose(array, pair.eager.numpy(), atol=1e-4)
+    (said,) = [w for w in recwarn if "after every step" in str(w.message)]
+    (line,) = stats(pair.state).settled_by
+    assert f"a NumPy array, say, last looked at by {line}" in str(said.message) and line.startswith(HERE)
+
+
+def test_a_pointer_that_is_handed_out_is_told_once_with_the_line(recwarn: pytest.WarningsRecorder) -> None:
+    pair = Pair()
+    pair.run(2)
+    pair.state.data_ptr()
+    pair.run(3 * history.IN_A_ROW)
+    (said,) = [w for w in recwarn if "after every step" in str(w.message)]
+    assert f"shared with whoever called data_ptr() on it ({HERE}:" in str(said.message)
+    assert f"data_ptr() on it ({HERE}:" in str(stats(pair.state).states[0].shared)
+
+
+def test_memory_that_is_handed_out_when_all_is_done_is_nothing_to_tell(recwarn: pytest.WarningsRecorder) -> None:
+    pair = Pair()
+    pair.run(2)
+    pair.state.numpy()
+    pair.run(history.IN_A_ROW)
+    assert not [w for w in recwarn if "after every step" in str(w.message)]
+
+
+def test_a_view_for_every_call_is_told_once(recwarn: pytest.WarningsRecorder) -> None:
+    states = torch.zeros(2, B, H, K, V)
+    expected = states.clone()
+    fn = torch.compile(step, backend="kvbuffer", options={"flush": L, "inner": "eager", "target": "aten"})
+    with torch.no_grad():
+        for _ in range(3 * history.IN_A_ROW):
+            given = draw()
+            fn(states[1], *given)
+            step(expected[1], *given)
+    torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)
+    (said,) = [w for w in recwarn if "a new view of the same state" in str(w.message)]
+    assert f"of shape {tuple(states[1].shape)}" in str(said.message)
+
+
+def test_explaining_counts_nothing() -> None:
+    pair = Pair()
+    pair.run(3)
+    before = stats(pair.state).total("steps"), stats().gone
+    with torch.no_grad():
+        report = explain(step, pair.state, *draw(), options={"flush": L, "inner": "eager", "target": "aten"})
+    assert report.count("buffered") == 1
+    assert (stats(pair.state).total("steps"), stats().gone) == before
+    pair.check(pair.state)
+
+
 def test_a_loop_that_looks_now_and_then_is_left_alone(recwarn: pytest.WarningsRecorder) -> None:
     pair = Pair()
     for _ in range(3 * history.IN_A_ROW):
@@ -126,16 +183,22 @@ def test_a_loop_that_looks_now_and_then_is_left_alone(recwarn: pytest.WarningsRe
     assert not [w for w in recwarn if "after every step" in str(w.message)]
 
 
-def test_a_warning_that_is_an_error_leaves_the_state_right() -> None:
+@pytest.mark.parametrize("look", [Tensor.sum, Tensor.numpy])
+def test_a_warning_that_is_an_error_leaves_the_state_right(
+    look: Callable[[Tensor], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callers, "_once", set())
     pair = Pair()
+    held = None  # while it is stepped again
     with warnings.catch_warnings(), pytest.raises(UserWarning, match="after every step"):
         warnings.simplefilter("error")
         for _ in range(2 * history.IN_A_ROW):
             pair.run()
-            pair.state.sum()
+            held = look(pair.state)
     pair.check(pair.state)
     pair.run(3)
     pair.check(pair.state)
+    assert held is not None
 
 
 def test_a_state_that_begins_at_zero_is_not_read() -> None:
