@@ -25,6 +25,7 @@ MAY_BE_ZERO = (
     "exposed",
 )  # fmt: skip
 MAY_BE_NEGATIVE = ("bfloat16",)
+LOWEST = -1e-8  # seconds of an element
 DISAGREES = 2.0  # times faster or slower than was measured
 
 
@@ -143,8 +144,8 @@ def _makes_sense(name: str, kind: str, value: Any) -> bool:
     if kind == "str":
         return isinstance(value, str)
     number = isinstance(value, int if kind == "int" else int | float) and not isinstance(value, bool)
-    if number and name in MAY_BE_NEGATIVE:
-        value = abs(value)
+    if number and name in MAY_BE_NEGATIVE and LOWEST < value < 0:
+        return True
     return number and ((name in MAY_BE_ZERO and value == 0) or SMALLEST < value < LARGEST)  # NaN is not
 
 
