@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, StaticCache
 
-from benchmarks.cpu_kernels import command, machine
+from benchmarks.run import command, machine
 from examples.batch_model import remembering
 from kvbuffer_compile.backend import GraphRecord, observers
 

@@ -1,11 +1,12 @@
 """Generated C++ kernels on a CPU, op by op, against plain Inductor and against moving the state once.
 
-    python -m benchmarks.cpu_kernels [--out FILE.json] [--batches 1 32] [--only gdn ...] [--threads 2]
+    python -m benchmarks.cpu_kernels [--out FILE.json] [--states 1x1 24x8] [--only gdn ...] [--threads 2]
 
-All sides take turns within one run, so that a busy machine slows all of them alike. A turn is a whole flush period of
-steps on a state of the side's own, behind one that warms the caches; a number is the mean over the steps of a period,
-of the best or the median of all turns. `read` and `copy` move the state once, without arithmetic to speak of.
-Outputs of all sides are compared before anything is timed.
+A row is warm, one state that is stepped again and again, or cold, so many states in turn that no cache holds them, as
+the layers of a model are: 24x8 are 24 states of batch 8. All sides take turns within one run, so that a busy machine
+slows all of them alike. A turn is a whole flush period of steps of each state, of a warm one behind another that warms
+the caches; a number is the mean over the steps of a period, of the best or the median of all turns. `read` and `copy`
+move the state once, without arithmetic to speak of. Outputs of all sides are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -14,14 +15,11 @@ import argparse
 import ctypes
 import functools
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.run import command, machine
 from kvbuffer_compile.codegen import build
 from kvbuffer_compile.commands.recurrences import RECURRENCES, Recurrence
 from kvbuffer_compile.ir.plan import Layout, Plan
@@ -37,7 +36,8 @@ from kvbuffer_compile.steps import ops
 CPU = torch.device("cpu")
 L = 16
 DRAFTS = 4
-WARM = L  # steps of a turn that are not timed
+FLUSHES = (4, 8, L)  # of buffered steps
+WARM = L  # steps of a turn that are not timed, where one state is stepped again and again
 CONTEXT = 32  # tokens of the sequence that lives in the buffer alone
 NUMBERS = 32 * 128 * 128  # of the state of one sequence, in every recurrence
 
@@ -45,7 +45,7 @@ NUMBERS = 32 * 128 * 128  # of the state of one sequence, in every recurrence
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--states", type=_states, nargs="+", default=[(1, 1), (24, 8)], help="NUMBERxBATCH, in turn")
     parser.add_argument("--only", nargs="+", default=list(RECURRENCES))
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--rounds", type=int, default=8, help="turns of every side")
@@ -55,47 +55,20 @@ def main() -> None:
     results: dict[str, Any] = {"command": command("cpu_kernels"), "machine": machine(), "cases": []}
     print(results["machine"], flush=True)
     for dtype in args.dtypes:
-        for batch in args.batches:
+        for states, batch in args.states:
             for name in args.only:
                 found = RECURRENCES[name]
                 case = replace(found, heads=NUMBERS // prod(found.sizes))
-                row = measure(case, batch, getattr(torch, dtype), args.rounds)
+                row = measure(case, states, batch, getattr(torch, dtype), args.rounds)
                 results["cases"].append(row)
                 print(line(row), flush=True)
                 if args.out:
                     args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def command(module: str) -> str:
-    """How this measurement was started, but for where its results went."""
-    given = sys.argv[1:]
-    kept = [x for n, x in enumerate(given) if x != "--out" and given[n - 1 : n] != ["--out"]]
-    return " ".join([f"python -m benchmarks.{module}", *kept])
-
-
-def machine() -> dict[str, Any]:
-    cpu = next((x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.processor())
-    capability = torch.backends.cpu.get_cpu_capability()
-    threads = torch.get_num_threads()
-    versions = {"torch": torch.__version__, "compiler": (build.compiler() or "").split(": ")[-1]}
-    run = {"commit": _commit(), "command": " ".join(["python", "-m", _module(), *sys.argv[1:]])}
-    return {"cpu": cpu, "capability": capability, "cores": os.cpu_count(), "threads": threads, **versions, **run}
-
-
-def _module() -> str:
-    spec = sys.modules["__main__"].__spec__
-    return sys.argv[0] if spec is None else spec.name
-
-
-def _commit() -> str:
-    """Of the code that runs; with a plus when files differ from it."""
-    asked = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
-    return asked.stdout.strip()
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+def _states(text: str) -> tuple[int, int]:
+    states, batch = text.split("x")
+    return int(states), int(batch)
 
 
 # ------------------------------------------------------------------------------------------------- floor
@@ -179,56 +152,70 @@ class Steps:
         return self.op(self.state, *self.side, *inputs)  # type: ignore[no-any-return]
 
 
-def measure(case: Recurrence, batch: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """One row of the table: best and median milliseconds of every side."""
+def measure(case: Recurrence, states: int, batch: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """One row of the table: best and median milliseconds of every side for a state. The sides share the memory of the
+    states, but not that of rows."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     start = torch.randn(batch, case.heads, *case.sizes).to(dtype)
     inputs = case.inputs(batch, dtype, CPU)
     compiled = torch.compile(case.step, dynamic=False)
-    plain, recurrent = start.clone(), Steps(case, "recurrent", start.clone())
-    buffered = Steps(case, "buffered", start.clone())
-    verify = Steps(case, "verify", start.clone(), capacity=L + DRAFTS, flush=L)
-    bare = Steps(case, "buffered", torch.zeros_like(start), capacity=2 * CONTEXT, bare=True)
-    compare(case, batch, start, lambda x: compiled(plain, *x), [recurrent, buffered], verify)
+    plain = start.clone()
+    compare(case, batch, start, lambda x: compiled(plain, *x))
 
     drafts = [torch.stack([x] * DRAFTS, dim=2) for x in inputs]
-    moved, copied = start.clone(), start.clone()
+    memory = [start.clone() for _ in range(states)]
+
+    def steps(variant: str, **more: Any) -> list[Steps]:
+        return [Steps(case, variant, state, **more) for state in memory]
+
     sides = [
-        Side("read", lambda: move("read_all", moved)),
-        Side("copy", lambda: move("copy_all", copied)),
-        Side("inductor", lambda: compiled(plain, *inputs)),
-        Side("recurrent", lambda: recurrent(inputs)),
-        Side("buffered", lambda: buffered(inputs), first=lambda: buffered.rewind(L // 2)),
-        Side(f"verify {DRAFTS}", lambda: verify(drafts), lambda: verify.rewind(L // 2)),
-        Side(f"bare at {CONTEXT}", lambda: bare(inputs), lambda: bare.rewind(CONTEXT)),
+        Side("read", [partial(move, "read_all", s) for s in memory]),
+        Side("copy", [partial(move, "copy_all", s) for s in memory]),
+        Side("inductor", [partial(compiled, s, *inputs) for s in memory]),
+        Side("recurrent", [partial(step, inputs) for step in steps("recurrent")]),
     ]
+    for flush in FLUSHES:
+        made = steps("buffered", capacity=flush)
+        begin = [partial(step.rewind, flush // 2) for step in made]
+        sides.append(Side(f"buffered {flush}", [partial(step, inputs) for step in made], first=begin))
+    made = steps("verify", capacity=L + DRAFTS, flush=L)
+    half = [partial(step.rewind, L // 2) for step in made]
+    sides.append(Side(f"verify {DRAFTS}", [partial(step, drafts) for step in made], half))
+    made = steps("buffered", capacity=2 * CONTEXT, bare=True)
+    full = [partial(step.rewind, CONTEXT) for step in made]
+    sides.append(Side(f"bare at {CONTEXT}", [partial(step, inputs) for step in made], full))
     for _ in range(rounds):
         for side in sides:
             side.turn()
-    row: dict[str, Any] = {"case": case.name, "batch": batch, "dtype": str(dtype).split(".")[1]}
+    row: dict[str, Any] = {"case": case.name, "states": states, "batch": batch, "dtype": str(dtype).split(".")[1]}
     return row | {"MB": start.nbytes / 1e6} | {side.name: side.summary() for side in sides}
 
 
 @dataclass
 class Side:
-    """What takes turns. prepare, first: what is done before each step and before each turn, while no clock runs."""
+    """What takes turns: a step for each state. prepare, first: what is done before each step and before each turn,
+    while no clock runs."""
 
     name: str
-    step: Callable[[], Any]
-    prepare: Callable[[], Any] = lambda: None
-    first: Callable[[], Any] = lambda: None
+    steps: list[Callable[[], Any]]
+    prepare: list[Callable[[], Any]] = field(default_factory=list)
+    first: list[Callable[[], Any]] = field(default_factory=list)
     times: list[list[float]] = field(default_factory=lambda: [[] for _ in range(L)])  # a list for each step of a period
 
     def turn(self) -> None:
         """A flush period of steps."""
-        self.first()
-        for place in [None] * WARM + self.times:
-            self.prepare()
+        for call in self.first:
+            call()
+        warm: list[list[float] | None] = [None] * (WARM if len(self.steps) == 1 else 0)
+        for place in warm + self.times:
+            for call in self.prepare:
+                call()
             begin = time.perf_counter()
-            self.step()
+            for step in self.steps:
+                step()
             if place is not None:
-                place.append((time.perf_counter() - begin) * 1e3)
+                place.append((time.perf_counter() - begin) / len(self.steps) * 1e3)
 
     def summary(self) -> dict[str, float]:
         """Milliseconds a step; the mean over a period."""
@@ -236,15 +223,11 @@ class Side:
         return {"best": round(best, 4), "median": round(statistics.mean(statistics.median(x) for x in self.times), 4)}
 
 
-def compare(
-    case: Recurrence,
-    batch: int,
-    start: Tensor,
-    plain: Callable[[list[Tensor]], Tensor],
-    sides: list[Steps],
-    verify: Steps,
-) -> None:
-    """AssertionError when a side's outputs differ from those of plain Inductor over two flush periods."""
+def compare(case: Recurrence, batch: int, start: Tensor, plain: Callable[[list[Tensor]], Tensor]) -> None:
+    """AssertionError when outputs of a generated step differ from those of plain Inductor over two flush periods."""
+    sides = [Steps(case, "recurrent", start.clone())]
+    sides += [Steps(case, "buffered", start.clone(), capacity=flush) for flush in FLUSHES]
+    verify = Steps(case, "verify", start.clone(), capacity=L + DRAFTS, flush=L)
     tolerance = 1e-4 if start.dtype == torch.float32 else 6e-2  # a plain 16-bit state is rounded at every step
     history = []
     for _ in range(2 * L + 3):
@@ -266,11 +249,19 @@ def close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
 # ------------------------------------------------------------------------------------------------- report
 
 
+def fastest(row: dict[str, Any]) -> dict[str, float]:
+    """The best milliseconds of each side; `buffered` is the fastest flush length, which is `flush`."""
+    best = {name: found["best"] for name, found in row.items() if isinstance(found, dict)}
+    flush = min(FLUSHES, key=lambda n: best[f"buffered {n}"])
+    return best | {"buffered": best[f"buffered {flush}"], "flush": flush}
+
+
 def ratios(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """What the targets are about, from the best times."""
-    best = {name: found["best"] for name, found in row.items() if isinstance(found, dict)}
+    best = fastest(row)
     yield "speed of buffered over inductor", best["inductor"] / best["buffered"]
     yield "speed of recurrent over inductor", best["inductor"] / best["recurrent"]
+    yield "speed of buffered over recurrent", best["recurrent"] / best["buffered"]
     yield "buffered / read", best["buffered"] / best["read"]
     yield "recurrent / copy", best["recurrent"] / best["copy"]
     yield f"speed of verify over {DRAFTS} recurrent", DRAFTS * best["recurrent"] / best[f"verify {DRAFTS}"]
@@ -279,7 +270,7 @@ def ratios(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 def line(row: dict[str, Any]) -> str:
     """One case for people."""
-    head = f"{row['case']} batch {row['batch']} {row['dtype']} {row['MB']:.0f} MB"
+    head = f"{row['case']} {row['states']} of batch {row['batch']} {row['dtype']}, {row['MB']:.0f} MB each"
     sides = (f"{name} {x['best']:.3f} ({x['median']:.3f})" for name, x in row.items() if isinstance(x, dict))
     return "\n  ".join(
         [head, "ms, best (median): " + ", ".join(sides), *(f"{name}: {x:.2f}" for name, x in ratios(row))]

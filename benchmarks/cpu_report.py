@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cpu_kernels import fastest
+
 RESULTS = Path(__file__).resolve().parent / "results"
 NAMES = {"gdn": "Gated DeltaNet", "kda": "KDA", "mamba2": "Mamba-2", "gla": "GLA", "rwkv7": "RWKV-7", "mlstm": "mLSTM"}
 Case = dict[str, Any]
@@ -26,17 +28,23 @@ def main() -> None:
 
 
 def cases(pattern: str) -> list[Case]:
-    """What was measured, of all files of this name."""
+    """What was measured, of all files of this name; each case with the processor it was measured on."""
     stored = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{pattern}.json")))
-    return [case for found in stored for case in found["cases"]]
+    return [case | {"processor": processor(found["machine"])} for found in stored for case in found["cases"]]
+
+
+def processor(machine: dict[str, Any]) -> str:
+    """Short, with the instructions that kernels are built of."""
+    name = next((known for known in ("Xeon", "EPYC") if known in machine["cpu"]), machine["cpu"])
+    return f"{name}, {machine.get('capability', 'AVX512').replace('AVX512', 'AVX-512')}"
 
 
 # ------------------------------------------------------------------------------------------------ tables
 
 
-STEPS = ("one layer", "batch", "Inductor, ms", "recurrent, ms", "buffered, ms", "gain", "buffered / read",
+STEPS = ("states", "of", "Inductor, ms", "recurrent, ms", "buffered, ms", "L", "gain", "buffered / read",
          "recurrent / copy", "4 drafts", "buffer only")  # fmt: skip
-MODELS = ("model", "batch", "Inductor, ms a token", "kvbuffer, ms a token", "gain")
+MODELS = ("model", "processor", "batch", "Inductor, ms a token", "kvbuffer, ms a token", "gain")
 
 
 def tables(kernels: list[Case], models: list[Case]) -> Iterator[str]:
@@ -51,18 +59,19 @@ def compared(models: list[Case]) -> list[Case]:
 
 
 def kernel_row(case: Case) -> list[str]:
-    best = {name: x["best"] for name, x in case.items() if isinstance(x, dict)}
+    best = fastest(case)
     plain = best["recurrent"]
-    times = [f"{best[name]:.3g}" for name in ("inductor", "recurrent", "buffered")]
+    times = [f"{best[name]:.3g}" for name in ("inductor", "recurrent", "buffered")] + [str(best["flush"])]
     gain = best["inductor"] / min(plain, best["buffered"])
     floors = [f"{best['buffered'] / best['read']:.2f}", f"{plain / best['copy']:.2f}"]
     others = [f"{4 * plain / best['verify 4']:.1f}x", f"{plain / best['bare at 32']:.1f}x"]
-    return [NAMES[case["case"]], str(case["batch"]), *times, f"{gain:.1f}x", *floors, *others]
+    return [f"{case['states']} x {case['MB']:.3g} MB", NAMES[case["case"]], *times, f"{gain:.1f}x", *floors, *others]
 
 
 def model_row(case: Case) -> list[str]:
     plain, ours = (f"{case[side]['median_ms']:.0f}" for side in ("inductor", "kvbuffer"))
-    return [f"{case['layers']} layers", str(case["batch"]), plain, ours, f"{case['gain_of_medians']:.2f}x"]
+    head = [f"{case['layers']} layers", case["processor"], str(case["batch"])]
+    return [*head, plain, ours, f"{case['gain_of_medians']:.2f}x"]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -79,14 +88,15 @@ def draw(kernels: list[Case], models: list[Case], path: Path) -> None:
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[5, 3])
-    large = [case for case in kernels if case["batch"] == max(c["batch"] for c in kernels)]
+    large = [case for case in kernels if case["states"] == max(c["states"] for c in kernels)]
     sides = ("inductor", "recurrent", "buffered")
-    bars(left, sides, [[case[side]["best"] for side in sides] for case in large])
+    bars(left, sides, [[fastest(case)[side] for side in sides] for case in large])
     floor = sum(case["read"]["best"] for case in large) / len(large)
     left.axhline(floor, color="#444444", linestyle=":", linewidth=1, label="reading the state once")
     left.set_xticks(range(len(large)), [NAMES[case["case"]] for case in large])
-    left.set(ylabel="ms a step", title=f"one layer, batch {large[0]['batch']}, state of {large[0]['MB']:.0f} MB")
-    both = compared(models)
+    left.set(ylabel="ms a step", title=f"{large[0]['states']} states of {large[0]['MB']:.0f} MB in turn")
+    newest = models[-1]["processor"]
+    both = [case for case in compared(models) if case["processor"] == newest]
     bars(right, ("inductor", "kvbuffer"), [[case[s]["median_ms"] for s in ("inductor", "kvbuffer")] for case in both])
     right.set_xticks(range(len(both)), [f"batch {case['batch']}" for case in both])
     right.set(ylabel="ms a token", title=f"Qwen3.5-style model, {both[0]['layers']} layers")

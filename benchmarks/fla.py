@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cpu_kernels import machine
+from benchmarks.run import machine
 from kvbuffer_compile.backend import GraphRecord, observers
 from kvbuffer_compile.integrations.functions import substitution
 from tests.spelled import fla_calls

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cpu_kernels import command, machine, move
+from benchmarks.cpu_kernels import move
+from benchmarks.run import command, machine
 from kvbuffer_compile.codegen import build
 from kvbuffer_compile.commands.recurrences import RECURRENCES, Recurrence
 from kvbuffer_compile.ir.plan import Layout, Plan

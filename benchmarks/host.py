@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cpu_kernels import machine
+from benchmarks.run import machine
 
 SHAPE = 1, 2, 8, 8
 BLOCKS, CALLS = 400, 20

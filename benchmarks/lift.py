@@ -23,7 +23,7 @@ from torch._inductor.utils import fresh_cache
 from torch.fx import GraphModule
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM, StaticCache
 
-from benchmarks.cpu_kernels import machine
+from benchmarks.run import machine
 from kvbuffer_compile import backend, planning
 from kvbuffer_compile.steps import targets
 

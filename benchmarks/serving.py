@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from benchmarks.cpu_kernels import command, machine
+from benchmarks.run import command, machine
 from examples.batch_model import remembering
 from kvbuffer_compile.accounts.ledger import LEDGER
 from kvbuffer_compile.backend import observers

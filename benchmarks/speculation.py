@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import Qwen3_5ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.cpu_kernels import command, machine
+from benchmarks.run import command, machine
 from kvbuffer_compile import rollback
 from kvbuffer_compile.integrations.functions.adapters import GATED_DELTA
 from kvbuffer_compile.integrations.transformers import enable_speculation

@@ -124,7 +124,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.child:
         return child(given.child, given.layers[0])
-    from benchmarks.cpu_kernels import machine
+    from benchmarks.run import machine
 
     with tempfile.TemporaryDirectory() as scratch:
         found = {

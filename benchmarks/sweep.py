@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cpu_kernels import CPU, Steps, machine
+from benchmarks.cpu_kernels import CPU, Steps
+from benchmarks.run import machine
 from kvbuffer_compile.backend import observers
 from kvbuffer_compile.commands.recurrences import RECURRENCES, Recurrence
 from kvbuffer_compile.ir.plan import Plan
@@ -177,7 +178,8 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     calls = math.lcm(*flushes)
     times = alternate(graphs, calls, seconds)
     ranked = alternate({str(k): f for k, f in candidates(case, flushes, starts, operands).items()}, calls, seconds)
-    predicted = {str(c.flush): round(c.seconds * 1e6, 2) for c in prediction.candidates if c.flush in flushes}
+    ops = {str(c.flush): c.seconds - c.around for c in prediction.candidates if c.flush in flushes}
+    predicted = {flush: round(spent * 1e6, 2) for flush, spent in ops.items()}
     pairs = sorted(b / a for a, b in zip(times["inductor"], times["auto"], strict=True))
     row: dict[str, Any] = asdict(case) | {"case": str(case), "MB": round(case.bytes / 1e6, 3), "chosen": chosen}
     row |= {name: summary(x) for name, x in times.items()}

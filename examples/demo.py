@@ -39,11 +39,11 @@ PROMPT = '''class Stack:
 DRAFTS = 6
 RUNS = 3  # timed completions a side, in turn
 WHY = {  # of the second part, by what the cost model took
-    "recurrent": "It still writes the state at every token (status `recurrent`): on this machine reading the buffered rows "
-    "is predicted to take longer than the writes that they spare. With more sequences, or more cores on the same memory, "
-    "that turns.",
-    "buffered": "It writes the state every L tokens only (status `buffered`): the writes that are left out are predicted "
-    "to take longer than the rows that are read instead.",
+    "recurrent": "It still writes the state at every token (status `recurrent`): on this machine reading the buffered "
+    "rows is predicted to take longer than the writes that they spare. With more sequences, or more cores on the same "
+    "memory, that turns.",
+    "buffered": "It writes the state every L tokens only (status `buffered`): the writes that are left out are "
+    "predicted to take longer than the rows that are read instead.",
     "declined": "Nothing was predicted to be faster than Inductor here.",
 }
 console = Console()

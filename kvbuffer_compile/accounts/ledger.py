@@ -64,6 +64,7 @@ class Ledger:
         self.accounts: dict[Key, Account] = {}
         self.by_alias: dict[int, Account] = {}  # by the id of what stands for the owner, where that is the state
         self.allocations: dict[int, Allocation[Account]] = {}  # by overlap.storage_of
+        self.opened = 0  # accounts, ever
         self.gone = Tally()  # of states that are gone
         self.brief: dict[Region, int] = {}  # how many in a row were stepped once and are gone, unlike their memory
         self._phases: dict[int, Phases] = {}  # by flush length
@@ -117,6 +118,7 @@ class Ledger:
         if found is None:
             found = self.allocations[storage_of(account.state)] = Allocation(account.state)
         account.allocation = found
+        self.opened += 1
         found.add(account)
         self.accounts[account.key] = account
         self.by_alias[id(account.state)] = account

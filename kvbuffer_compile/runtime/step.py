@@ -22,6 +22,7 @@ from kvbuffer_compile.process.locks import RLock, under_locks
 from kvbuffer_compile.runtime import check, drafts
 from kvbuffer_compile.runtime.access import stepped_within, touch
 from kvbuffer_compile.runtime.by_hand import mark_rowless
+from kvbuffer_compile.runtime.calm import Calm
 from kvbuffer_compile.runtime.drafts import Tree
 
 
@@ -67,8 +68,14 @@ class Step:
         holders = {s.index if s.index < whole else parts[s.index - whole].index for s in self.buffered}
         self.holders = sorted(holders) if simple else []
         self.last: Attempt[Account] | None = None
+        self.calm: Calm | None = None
+        # only states that are stepped without rows, each an input that is written in place
+        self.may_be_calm = not (self.buffered or parts or self.donated or original)
 
     def __call__(self, args: list[Any]) -> Any:
+        if self.calm is not None and self.calm.holds(args) and drafts.active() is None:
+            stepped_within()
+            return self.compiled(args)
         with plain_calls():
             tree = drafts.active()
             if tree is not None:
@@ -80,6 +87,7 @@ class Step:
             if out is None:
                 accounts = self._open(args)
                 self._settle_rowless(args)
+                self.calm = Calm.of(args, self.rowless, self.others or []) if self.may_be_calm else None
                 stepped_within()  # before the step: behind it, an interrupt could come first
                 out = under_locks(accounts, lambda: self._stepped(args, accounts, tree))
             return type(out)(owners.get(i, x) for i, x in enumerate(out)) if owners else out

@@ -152,10 +152,13 @@ def _shared_flush(case: Case, machine: Machine) -> int:
 
 
 def _order(prediction: Prediction) -> list[int]:
-    """Candidates, the fastest first; of equals, whose ops take the same within a few percent, the shorter buffer."""
-    spent = [c.seconds - prediction.around for c in prediction.candidates]
-    order = [i for i, seconds in enumerate(spent) if seconds <= EQUAL * min(spent)]
-    return order + sorted(range(len(spent)), key=spent.__getitem__)
+    """Candidates, the fastest first; of equals, that differ by a few percent of what the op of one takes, the shorter
+    buffer."""
+    spent = [c.seconds for c in prediction.candidates]
+    first = min(prediction.candidates, key=lambda c: c.seconds)
+    enough = first.seconds + (EQUAL - 1) * (first.seconds - first.around)
+    equal = [i for i, seconds in enumerate(spent) if seconds <= enough]
+    return equal + sorted(range(len(spent)), key=spent.__getitem__)
 
 
 def _shadowed(

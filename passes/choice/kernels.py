@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from math import prod
 
+from kvbuffer_compile.ir.plan import Variant
 from kvbuffer_compile.ir.program import Read
 from kvbuffer_compile.machine.numbers import Kernels, Kind, Machine
 from kvbuffer_compile.passes.choice import cost
 from kvbuffer_compile.passes.choice.case import Case, Period, Work
 
-# A call of a rewritten graph and each of its states cost the host so many launches (of 2.5 us) more than Inductor's
-# graph: accounts are found, rows handed over, and what stands around a step is no longer one kernel with it. In a loop
-# of nothing else 14 and 1.5 (benchmarks/results/host.json); between real work, when nothing of it is in a cache, 30 to
-# 60 and 4 to 8 (benchmarks/results/sweep_epyc.json).
-CALL_LAUNCHES, STATE_LAUNCHES = 32.0, 5.0
+# A call of a rewritten graph and each of its states cost the host so many launches more than Inductor's graph: accounts
+# are found, rows handed over, and what stands around a step is no longer one kernel with it. In a loop of nothing else
+# it is a tenth of that; here nothing of it is in a cache, as between real work (benchmarks/results/host.json).
+CALL_LAUNCHES, STATE_LAUNCHES = 20.0, 3.0
+CALL_WITH_ROWS, STATE_WITH_ROWS = 32.0, 5.0
 THREADED = 1 << 14  # elements of a state from which on a C++ step runs on all threads
 READ = 2  # operations on an element that is read
 
@@ -27,7 +28,7 @@ def recurrent(case: Case, machine: Machine, timed: Kernels, work: Work) -> float
     arithmetic = prod(case.lanes) * timed.lane + max(work.operations / timed.rate + _rounding(case, timed), 0.0)
     vectors = work.operands / machine.speed("read", case.working_set)
     threads, fork = _threads(case, machine, timed)
-    return timed.call + fork + timed.together(arithmetic / threads, moving) + vectors + host(case, machine)
+    return timed.call + fork + timed.together(arithmetic / threads, moving) + vectors + host(case, machine, "recurrent")
 
 
 def _met_again(case: Case, machine: Machine, times: int) -> float:
@@ -56,7 +57,7 @@ def buffered(case: Case, machine: Machine, timed: Kernels, period: Period) -> fl
 
     ordinary, last = step(period.reading, False), step(period.flushing, True)
     mean = (1 - period.share) * ordinary + period.share * last
-    return timed.rows_call + fork + mean + host(case, machine)
+    return timed.rows_call + fork + mean + host(case, machine, "buffered")
 
 
 def _pass_arithmetic(case: Case, timed: Kernels, work: Work, flushes: bool) -> float:
@@ -98,6 +99,8 @@ def _threads(case: Case, machine: Machine, timed: Kernels) -> tuple[int, float]:
     return threads, timed.fork if threads > 1 else 0.0
 
 
-def host(case: Case, machine: Machine) -> float:
+def host(case: Case, machine: Machine, variant: Variant) -> float:
     """Seconds around the op that Inductor's graph does not need."""
-    return (STATE_LAUNCHES + CALL_LAUNCHES / case.states) * machine.launch
+    if variant == "recurrent":
+        return (STATE_LAUNCHES + CALL_LAUNCHES / case.states) * machine.launch
+    return (STATE_WITH_ROWS + CALL_WITH_ROWS / case.states) * machine.launch

@@ -70,13 +70,15 @@ FLUSHES_TRITON = (8, 16, 32)
 @dataclass(frozen=True)
 class Candidate:
     """One way to serve a state. bytes, seconds: per step, mean over a flush period. gain: plain over these seconds.
-    measured: seconds that were timed, None where none were; what the host does around the op is added to them."""
+    around: of them what the host takes around the op of a kernel. measured: seconds of an op that was timed, None where
+    none was."""
 
     variant: Variant
     flush: int
     bytes: float
     seconds: float
     gain: float
+    around: float = 0.0
     measured: float | None = None
 
 
@@ -87,7 +89,6 @@ class Prediction:
     slot_bytes: one slot of the log, over all lanes. best_flush: L*, of the bytes alone. formula: L* with its numbers.
     shadow_bytes: of the shadow that buffered steps read, 0 for none.
     plain: the step as Inductor compiles it (flush 1, gain 1). chosen: index into candidates, None when declined.
-    around: seconds that the host takes around the op of a kernel, the same for each candidate.
     """
 
     machine: Machine
@@ -100,7 +101,6 @@ class Prediction:
     candidates: tuple[Candidate, ...]
     chosen: int | None = None
     shadow_bytes: int = 0
-    around: float = 0.0
 
     @property
     def choice(self) -> Candidate | None:
@@ -122,7 +122,7 @@ def predict(case: Case, machine: Machine, flushes: tuple[int, ...]) -> Predictio
     def candidate(variant: Variant, flush: int) -> Candidate:
         moved, seconds = serve(case, machine, counts, variant, flush)
         seconds += _within(case) / (machine.rate * _products(case.tokens))
-        return Candidate(variant, flush, moved, seconds, plain_seconds / seconds)
+        return Candidate(variant, flush, moved, seconds, plain_seconds / seconds, _around(case, machine, variant))
 
     ladder = sorted(set(flushes) | {1} if case.tokens == 1 else set(flushes))
     candidates = tuple(candidate(_variant(case, flush), flush) for flush in ladder)
@@ -130,7 +130,7 @@ def predict(case: Case, machine: Machine, flushes: tuple[int, ...]) -> Predictio
     best, formula = _best_flush(case, counts)
     return Prediction(
         machine, case.target, case.state_bytes, round(counts.slot), best, formula, plain, candidates,
-        shadow_bytes=case.elements * case.shadow_width, around=_around(case, machine),
+        shadow_bytes=case.elements * case.shadow_width,
     )  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def with_measured(prediction: Prediction, times: Mapping[int, float]) -> Predict
     """The candidates that were timed, judged by that. times: seconds of an op by flush length."""
 
     def judged(c: Candidate) -> Candidate:
-        spent = times[c.flush] + prediction.around
+        spent = times[c.flush] + c.around
         return replace(c, seconds=spent, gain=prediction.plain.seconds / spent, measured=times[c.flush])
 
     timed = tuple(judged(c) for c in prediction.candidates if c.flush in times)
@@ -258,12 +258,12 @@ def _kernel(case: Case, machine: Machine, counts: _Counts, variant: Variant, flu
     return work.bytes, _seconds(case, machine, work.bytes / efficiency, operations, launches)
 
 
-def _around(case: Case, machine: Machine) -> float:
+def _around(case: Case, machine: Machine, variant: Variant) -> float:
     """Composite steps are many ops, and how many depends on the variant."""
     if case.target == "aten":
         return 0.0
     launches = KERNEL_LAUNCHES.get(machine.device, 1.0)
-    return launches * machine.launch if machine.kernels is None else kernels.host(case, machine)
+    return launches * machine.launch if machine.kernels is None else kernels.host(case, machine, variant)
 
 
 def _composite(case: Case, machine: Machine, counts: _Counts, variant: Variant, flush: int) -> tuple[float, float]:

@@ -187,6 +187,21 @@ def test_many_random_float_programs(program, variant, inner, merged, sizes):
     sweep(program, variant, inner, merged, sizes, exact=False)
 
 
+@pytest.mark.parametrize("inner", [row("value", True), row("key", False)])
+@pytest.mark.parametrize("variant", ["recurrent", "buffered"])
+@pytest.mark.parametrize("columns", [row(n, n in (32, 128)) for n in (16, 32, 64, 128)])
+@pytest.mark.parametrize("name", [row(name, name == "gdn") for name in ("gdn", "gla", "mamba2", "oja", "rwkv7")])
+def test_rows_that_are_a_few_vectors_long(name, columns, variant, inner):
+    """2, 4 or 8 vectors: their sums stay in registers. Passes that read, that fold, forwards, backwards; no state."""
+    sizes = (7, columns) if inner == "value" else (columns, 7)
+    for dtype in (torch.float32, torch.bfloat16):
+        plan = make_plan(NAMED[name], variant, sizes=sizes, inner=inner, state=dtype)
+        exact = is_exact(NAMED[name])
+        assert play(plan, exact=exact and dtype == torch.float32, limits=(2, 3, 1)) > 1
+    if variant == "buffered":
+        play(make_plan(NAMED[name], variant, sizes=sizes, inner=inner), exact=False, bare=True)
+
+
 # ------------------------------------------------------------------------------------------ tile and threads
 
 
