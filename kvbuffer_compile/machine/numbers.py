@@ -12,6 +12,7 @@ Kind = Literal["read", "copy", "update", "kernel_read", "kernel_update", "kernel
 # Times that a larger size is faster, above which a CPU counts as busy. Some is no sign: a small copy has few of
 # many threads. 32 was seen.
 INVERTED = 8.0
+MOST_FORK = 1e-4  # seconds to let all threads work; more was a thread that others kept from its processor
 BUSY = 0.3  # a spread above which a machine counts as busy
 
 
@@ -130,8 +131,10 @@ class Machine:
     @property
     def busy(self) -> bool:
         """Whether others used it while it was measured: copies took very different times, or what a CPU's cache holds
-        was slower than what lies behind it (0.07 GB/s at 2 MiB and 2.4 at 128 MiB were seen, with a spread of 12 %)."""
-        return self.spread > BUSY or (self.device == "cpu" and self.inverted > INVERTED)
+        was slower than what lies behind it (0.07 GB/s at 2 MiB and 2.4 at 128 MiB were seen, with a spread of 12 %), or
+        threads waited for each other (4 ms, where 1 to 12 us are usual)."""
+        waited = self.kernels is not None and self.kernels.fork >= MOST_FORK
+        return self.spread > BUSY or waited or (self.device == "cpu" and self.inverted > INVERTED)
 
     @property
     def inverted(self) -> float:

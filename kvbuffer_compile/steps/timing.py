@@ -25,7 +25,7 @@ from kvbuffer_compile.ir.program import Program
 from kvbuffer_compile.ir.text import parse
 from kvbuffer_compile.machine import Machine, keep, machine_for
 from kvbuffer_compile.machine.measure import one_thread, seconds
-from kvbuffer_compile.machine.numbers import Kernels, Speed
+from kvbuffer_compile.machine.numbers import MOST_FORK, Kernels, Speed
 from kvbuffer_compile.process import progress
 from kvbuffer_compile.process.surroundings import neutral
 from kvbuffer_compile.steps import ops
@@ -87,16 +87,21 @@ def _timed(machine: Machine) -> tuple[Kernels, tuple[Speed, ...]]:
         list(pool.map(ops.use_cpp, plans.all))
     with one_thread():
         kernels = _alone(plans)
-    together = _best(_step(plans.changing[SMALL], FORK_LANES))
-    with one_thread():
-        single = _best(_step(plans.changing[SMALL], FORK_LANES))
-    fork = max(together - kernels.call - (single - kernels.call) / machine.threads, 0.0)
-    kernels = replace(kernels, fork=fork)
+    kernels = replace(kernels, fork=_fork(plans, kernels, machine.threads))
     levels = {s.bytes: _Level(plans, s.bytes, kernels, machine) for s in machine.speeds if s.bytes > machine.cache}
     if levels:
         kernels = replace(kernels, exposed=statistics.median(level.exposed for level in levels.values()))
     # What fits in the cores' caches was timed already.
     return kernels, tuple(levels[s.bytes].speed(s, kernels) if s.bytes in levels else s for s in machine.speeds)
+
+
+def _fork(plans: _Plans, kernels: Kernels, threads: int) -> float:
+    """What it takes to let all threads work, MOST_FORK at most."""
+    step = _step(plans.changing[SMALL], FORK_LANES)
+    together = _best(step)
+    with one_thread():
+        single = _best(step)
+    return min(max(together - kernels.call - (single - kernels.call) / threads, 0.0), MOST_FORK)
 
 
 class _Plans:

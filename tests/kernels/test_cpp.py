@@ -425,14 +425,14 @@ def test_flags_and_compiler_are_part_of_the_key(cache, monkeypatch):
 
 STEPS = "buffered or recurrent or verify"
 CACHE = "library or entry or process or compiler or folder"
-LONG = "many or elements or sanitizers"
+LONG = "many or elements or sanitizers or few_vectors"
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("file", "names"),
     [
-        ("test_cpp.py", STEPS),
+        ("test_cpp.py", f"({STEPS}) and not ({LONG})"),
         ("test_cpp.py", f"not ({STEPS} or {CACHE} or {LONG})"),
         ("test_cut.py", f"not ({LONG})"),
         ("test_tree_cpp.py", f"not ({LONG})"),

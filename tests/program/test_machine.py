@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from kvbuffer_compile.codegen import build
 from kvbuffer_compile.machine import Machine, Speed, keep, load, machine_for, measured_again, stored
 from kvbuffer_compile.machine import measure as measuring
 from kvbuffer_compile.machine.measure import measure, sizes
-from kvbuffer_compile.machine.numbers import Kernels
+from kvbuffer_compile.machine.numbers import MOST_FORK, Kernels
 from kvbuffer_compile.process import disk
 from kvbuffer_compile.steps import timing
 from tests.support.machines import CPU
@@ -70,6 +71,17 @@ def test_a_cache_that_is_slower_than_memory_was_measured_while_others_ran() -> N
     assert not replace(seen, device="cuda").busy  # where a small copy is a launch
     rows = [replace(s, kernel_rows=rate) for s, rate in zip(right.speeds, (0.24e9, 4.3e9), strict=True)]
     assert replace(right, speeds=tuple(rows)).busy  # of any kind of traffic
+
+
+def test_threads_that_waited_for_each_other_were_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread whose processor another program holds comes milliseconds late: no such time is believed."""
+    took = iter([4e-3, 2e-5])
+    monkeypatch.setattr(timing, "_best", lambda step: next(took))
+    monkeypatch.setattr(timing, "_step", lambda plan, lanes: None)
+    plans = SimpleNamespace(changing={timing.SMALL: None})
+    fork = timing._fork(plans, KERNELS, 2)  # type: ignore[arg-type]
+    assert fork == MOST_FORK
+    assert replace(CPU, kernels=replace(KERNELS, fork=fork)).busy and not TIMED.busy
 
 
 def test_of_busy_measurements_a_quiet_one_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,9 @@ FACTOR = 1.5  # of the root mean square of the errors of eager in its working dt
 WIDE = 4.0  # of the largest of them
 ULPS = 2  # of the values, for results where eager happens to be exact; 0.6 were needed in 200 random recurrences
 JUDGE_ULPS = 8  # in float64, where the judge rounds as much as eager does and nothing tells how much
+# Of fewer numbers eager's errors are luck as well: a sum of five reads, three times a step, erred by 1.5 ulps in eager
+# and by 8 in a kernel, of 200 random recurrences the worst. They are allowed as many as float64.
+FEW = 256
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Series:
     """One result of a run, step after step."""
 
     steps: int = 0
+    numbers: int = 0
     ulp: float = 0.0
     got: Tally = field(default_factory=Tally)
     eager: Tally = field(default_factory=Tally)
@@ -66,12 +70,14 @@ class Series:
         self.eager.add((eager.double() - exact) / scale, self.steps)
         self.exact.add(exact / scale, self.steps)
         self.steps += 1
+        self.numbers += exact.numel()
 
     def mean(self, tally: Tally) -> float:
         return tally.roots / self.steps
 
     def faults(self) -> list[str]:
-        ulps = ULPS if self.ulp > torch.finfo(torch.float64).eps else JUDGE_ULPS
+        many = self.ulp > torch.finfo(torch.float64).eps and self.numbers >= FEW
+        ulps = ULPS if many else JUDGE_ULPS
         mean, allowed = self.mean(self.got), FACTOR * self.mean(self.eager) + ulps * self.ulp * self.mean(self.exact)
         largest, at_most = self.got.largest, WIDE * self.eager.largest + ulps * self.ulp * self.exact.largest
         found = []
