@@ -27,7 +27,7 @@ def machine() -> dict[str, Any]:
     capability = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
     versions = {"torch": torch.__version__, "compiler": (build.compiler() or "").split(": ")[-1]}
-    run = {"commit": _commit(), "command": " ".join(["python", "-m", _module(), *sys.argv[1:]])}
+    run = {"commit": _commit(), "command": command(_module().removeprefix("benchmarks."))}
     return {"cpu": cpu, "capability": capability, "cores": os.cpu_count(), "threads": threads, **versions, **run}
 
 

@@ -17,6 +17,7 @@ CALL_LAUNCHES, STATE_LAUNCHES = 20.0, 3.0
 CALL_WITH_ROWS, STATE_WITH_ROWS = 32.0, 5.0
 THREADED = 1 << 14  # elements of a state from which on a C++ step runs on all threads
 READ = 2  # operations on an element that is read
+ROOMY = 0.25  # of a core's cache: so much of it is found again
 
 
 def recurrent(case: Case, machine: Machine, timed: Kernels, work: Work) -> float:
@@ -33,11 +34,11 @@ def recurrent(case: Case, machine: Machine, timed: Kernels, work: Work) -> float
 
 def _met_again(case: Case, machine: Machine, times: int) -> float:
     """Seconds in which passes after the first fetch a lane from behind the core's own cache. What was timed had small
-    lanes, which were still there; while a lane is met again the next one comes in, so there must be room for both."""
-    lane = prod(case.sizes) * case.state_width
-    if 2 * lane < machine.cache / machine.threads:
-        return 0.0
-    return (times - 1) * case.state_bytes / machine.speed("kernel_read", 2 * machine.cache)
+    lanes, which were still there; while a lane is met again the next one comes in. Caches do not forget the oldest
+    first: of two lanes that fill half of one a third is gone, of two that fill it all is."""
+    filled = 2 * prod(case.sizes) * case.state_width * machine.threads / machine.cache
+    gone = min(max((filled - ROOMY) / (1 - ROOMY), 0.0), 1.0)
+    return gone * (times - 1) * case.state_bytes / machine.speed("kernel_read", 2 * machine.cache)
 
 
 def buffered(case: Case, machine: Machine, timed: Kernels, period: Period) -> float:
