@@ -23,7 +23,7 @@ COLOURS = {"inductor": "#8a5a00", "recurrent": "#7fb8d0", "buffered": "#0b6e99",
 
 def main() -> None:
     kernels, models = cases("cpu_kernels"), cases("cpu_models*")
-    print("\n\n".join(tables(kernels, models)))
+    print("\n\n".join([sweeps(), *tables(kernels, models)]))
     draw(kernels, models, RESULTS / "cpu.png")
 
 
@@ -51,6 +51,23 @@ def tables(kernels: list[Case], models: list[Case]) -> Iterator[str]:
     """The tables of the README, in order."""
     yield table(STEPS, map(kernel_row, kernels))
     yield table(MODELS, map(model_row, compared(models)))
+
+
+SWEEPS = ("processor", "slowest, of Inductor's time", "median", "left to Inductor", "own plans in the predicted order")
+
+
+def sweeps() -> str:
+    """What all stored sweeps of all cases came to."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("sweep_*_81.json"))]
+    return table(SWEEPS, map(sweep_row, found))
+
+
+def sweep_row(found: dict[str, Any]) -> list[str]:
+    told = found["summary"]
+    ordered, pairs = told["pairs in the predicted order"].split(" of ")
+    share = f"{ordered} of {pairs} pairs ({100 * int(ordered) / int(pairs):.0f} %)"
+    numbers = [f"{told[name]:.2f}" for name in ("slowest over Inductor", "median over Inductor")]
+    return [processor(found["machine"]), *numbers, f"{told['declined']} of {told['cases']}", share]
 
 
 def compared(models: list[Case]) -> list[Case]:

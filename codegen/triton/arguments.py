@@ -233,8 +233,9 @@ class Launcher:
                 self.out.line(f"drafts = tokens if queries <= {LINES} and tokens <= {MOST} else 0")
             tokens = " tokens,"
         if self.plan.several or self.config.part:
-            # Triton's interpreter, on CPUs, multiplies the bits of bfloat16 numbers; float32 it takes as it is.
-            self.out.line('precision = "ieee" if torch.version.hip or not state.is_cuda else "tf32x3"')
+            # Triton's interpreter multiplies the bits of bfloat16 numbers; float32 it takes as it is.
+            self.out.line("exact = torch.version.hip or triton.knobs.runtime.interpret")
+            self.out.line('precision = "ieee" if exact else "tf32x3"')
         real = _short(self.plan.compute)
         tails = {"scalar": "", "key": f" {self.plan.sizes[0]},", "value": f" {self.plan.sizes[1]},"}
         self.out.line("outputs = [")

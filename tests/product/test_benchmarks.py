@@ -13,7 +13,8 @@ FILES = sorted(p.name for p in cpu_report.RESULTS.glob("cpu_*.json"))
 
 def test_the_tables_of_the_readme_are_the_stored_results():
     readme = (ROOT / "README.md").read_text()
-    for table in cpu_report.tables(cpu_report.cases("cpu_kernels"), cpu_report.cases("cpu_models*")):
+    measured = cpu_report.tables(cpu_report.cases("cpu_kernels"), cpu_report.cases("cpu_models*"))
+    for table in (cpu_report.sweeps(), *measured):
         assert table in readme, f"the README lacks this table; python -m benchmarks.cpu_report prints it\n{table}"
 
 

@@ -161,7 +161,7 @@ def test_a_step_without_rows_costs_the_host_less() -> None:
 
 def test_a_busy_machine_must_promise_more() -> None:
     """What was measured beside others says little of small differences; the reason says so."""
-    state = lifted(lanes=(1, 16))
+    state = lifted(lanes=(1, 14))
     prediction = explain_choice(state, Options(), TIMED, "cpp")[1]
     gain = max(c.gain for c in prediction.candidates)
     assert prediction.needed < gain < 2 * prediction.needed and prediction.chosen is not None, gain
