@@ -12,8 +12,8 @@ from kvbuffer_compile.ir.program import Var
 
 def example(plan: Plan, lanes: tuple[int, ...], tokens: int, device: str | torch.device) -> tuple[Any, ...]:
     """(state, cursor, tickets, rows and shadow, operands) for a state whose lanes have these sizes: contiguous zeros,
-    and a cursor that flushes every plan.flush tokens. tokens: of a verify step. For a pool also its slots, all of them
-    backwards."""
+    and a cursor that flushes every plan.flush tokens. tokens: of a verify step. For a tree also parents, of a binary
+    one; for a pool its slots, all of them backwards."""
 
     def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -36,6 +36,7 @@ def example(plan: Plan, lanes: tuple[int, ...], tokens: int, device: str | torch
         zeros((sequences, plan.tickets(lanes)), torch.int32),
         [*(zeros(plan.row_shape(v, lanes), dtype) for v, dtype in logged), *shadow],
         [operand(v) for v in plan.program.inputs],
+        *([(torch.arange(1, tokens + 1, device=device) // 2 - 1)[None].int()] if plan.variant == "tree" else []),
         *([torch.arange(sequences, device=device).flip(0)] if plan.slots else []),
     )
 

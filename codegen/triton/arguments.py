@@ -11,6 +11,7 @@ from kvbuffer_compile.codegen.triton.launch import Config
 from kvbuffer_compile.codegen.triton.tickets import Tickets
 from kvbuffer_compile.codegen.triton.tiles.values import Python, Values, power_of_two
 from kvbuffer_compile.codegen.triton.tiles.vectors import LINES
+from kvbuffer_compile.codegen.triton.tree import NODES
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Kind, Var
 
@@ -37,6 +38,9 @@ def arguments(plan: Plan, split: Kind | None, streamed: bool = False) -> list[Ar
         found += [*_tickets()]
     for v in plan.program.inputs:
         found += _operand(plan, v)
+    if plan.variant == "tree":
+        found += [Argument("parents", "parents"), Argument("parents_sequence", "stride(parents, 0)")]
+        found += [Argument("parents_t", "parents.stride(1)")]
     found += [Argument(f"out_{n}", f"outputs[{n}]") for n, _ in enumerate(plan.program.outputs)]
     if plan.several:
         found += [Argument("T", "tokens"), Argument("TOKENS", "triton.next_power_of_2(tokens)", True)]
@@ -118,13 +122,15 @@ CONTRACT = '''"""Run one {variant} step; returns its outputs: {outputs}.
 state    {state}, read and written in place
 {log}operands {operands}
 block, warps, fold, stages: how much of an axis one program takes, also at once in a flush, and how it is compiled
-{matrix}{slots}
+{matrix}{parents}{slots}
 One launch; nothing waits for the device.
 """'''
 MATRIX = "matrix: whether reads are matrix products\n"
 REGISTERS = "registers: that a thread may have, on NVIDIA's GPUs\n"
 SLOTS = """slots    int32 or int64 [entries], 32768 at most: slots of the pool to step, negative ones from its end; of
          equal ones the last is stored. Lane 0 of operands and outputs are the entries, of all else the slots
+"""
+PARENTS = """parents  int32 [sequences or 1, T], T at most {nodes}: the node before that each follows, or -1
 """
 LOG = """cursor   int32 [4, sequences]: tokens owed (-1: padding), flush at, steps run, state known to be zero
 tickets  int32 [sequences, at least ticket_count(...)], zero; zero again when the launch is done
@@ -148,6 +154,7 @@ class Launcher:
         self.out.line()
         c = self.config
         head = f"state, cursor, tickets, rows, operands, {'slots, ' * self.plan.slots}"
+        head += "parents, " * (self.plan.variant == "tree")
         head += f"block={c.block}, warps={c.warps}, fold={c.fold}, stages={c.stages}"
         head += f", matrix={c.matrix}" if self.plan.several and not c.part else ""
         head += f", registers={c.registers}" if c.registers else ""
@@ -201,6 +208,7 @@ class Launcher:
             operands=", ".join(shape(v, lanes, *middle) for v in plan.program.inputs),
             matrix=(MATRIX if plan.several and not self.config.part else "")
             + (REGISTERS if self.config.registers else ""),
+            parents=PARENTS.format(nodes=NODES) if plan.variant == "tree" else "",
             slots=SLOTS if plan.slots else "",
         )
         self.out.lines(text)
@@ -228,6 +236,8 @@ class Launcher:
         tokens = ""
         if self.plan.several:
             self.out.line(f"tokens = max(x.shape[{self.plan.layout.lanes}] for x in operands)")
+            if self.plan.variant == "tree":
+                self._check_tree()
             self.out.line(f"queries = max(16, {self.width or 1} * triton.next_power_of_2(tokens))")
             if self.config.part:
                 self.out.line(f"drafts = tokens if queries <= {LINES} and tokens <= {MOST} else 0")
@@ -243,6 +253,13 @@ class Launcher:
             shape = f"(*lanes,{tokens}{tails[v.kind]})".replace(",)", ")" if tokens or tails[v.kind] else ",)")
             self.out.line(f"    torch.empty({shape}, dtype=torch.{real}, device=state.device),")
         self.out.line("]")
+
+    def _check_tree(self) -> None:
+        most = min(NODES, self.plan.capacity)
+        with self.out.block(f"if tokens > {most} or parents.shape[1] != tokens"):
+            self.out.line(
+                f'raise ValueError(f"{{tokens}} drafts, {{parents.shape[1]}} parents; there may be {most} of them")'
+            )
 
     def _call(self) -> None:
         if self.config.registers:

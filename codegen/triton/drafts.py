@@ -38,9 +38,9 @@ MOST = 8  # tokens that are unrolled
 def drafts(plan: Plan, schedule: Schedule) -> bool:
     """Whether a step of several tokens can be streamed: by matrix products, and no row that reads meet needs a read.
 
-    Pools of slots are held: their verify steps have not been looked at in this form.
+    Pools of slots are held: their verify steps have not been looked at in this form. Nor have trees.
     """
-    if not applies(plan, schedule) or plan.shadowed or plan.slots or schedule.fold is None:
+    if not applies(plan, schedule) or plan.shadowed or plan.slots or schedule.fold is None or plan.variant == "tree":
         return False
     kind = schedule.stages[0].reads[0].x.kind
     steps = [step for stage in schedule.stages for step in stage.steps]

@@ -3,7 +3,7 @@
 recurrent   s is the tile of the state; read it, fold the token in, write it
 buffered    s and the owed rows stand for the state (rows.py); on a flush they are written back as one. Where it can
             be, the state is streamed (stream.py)
-verify      the same for T tokens, of which each sees those before it, or none as a block (verify.py)
+verify      the same for T tokens, of which each sees those before it (verify.py), above it in a tree (tree.py), or none
 
 What does not depend on the cursor is loaded before it, and all of the cursor at once: a program that waits for memory
 three times in a row cannot stream.
@@ -21,6 +21,7 @@ from kvbuffer_compile.codegen.triton.stream import Stream
 from kvbuffer_compile.codegen.triton.tickets import Group, Pool, Tickets
 from kvbuffer_compile.codegen.triton.tiles.rows import Rows
 from kvbuffer_compile.codegen.triton.tiles.values import Python, Values
+from kvbuffer_compile.codegen.triton.tree import Branches
 from kvbuffer_compile.codegen.triton.verify import Fresh
 from kvbuffer_compile.ir.plan import Plan
 from kvbuffer_compile.ir.program import Var
@@ -135,11 +136,12 @@ class Kernel:
 
     def _logged(self) -> None:
         """Rows first, then the state: the one's registers are free when the other comes."""
-        if not self.verify:
-            self.values.load(self._operands())
+        kind = Branches if self.plan.variant == "tree" else Fresh
+        fresh = kind(self.out, self.plan, self.schedule, self.values, self.rows) if self.verify else None
+        fresh.ask() if fresh else self.values.load(self._operands())
         self._cursor()
         self._flush()
-        fresh = self._before_state()
+        fresh.read_ahead() if fresh else self._before_state()
         with fresh.unless_matrix() if fresh else nullcontext():
             if (tile := self.shadow.load("s")) != "s":
                 self.out.line(f"s = {tile}")
@@ -148,12 +150,8 @@ class Kernel:
         self._tokens(fresh) if fresh else self._token()
         self._finish_all()
 
-    def _before_state(self) -> Fresh | None:
+    def _before_state(self) -> None:
         """What the owed rows add to the reads whose queries are known."""
-        if self.verify:
-            fresh = Fresh(self.out, self.plan, self.schedule, self.values, self.rows)
-            fresh.read_ahead()
-            return fresh
         first = self.schedule.stages[0]
         self.values.steps(first.steps)
         for read in first.reads:
@@ -164,7 +162,6 @@ class Kernel:
                 self.rows.add_rows(self.values.name(read.out), read, self.values.name(read.x))
 
         self.rows.through(add)
-        return None
 
     def _cursor(self) -> None:
         if not self.pool.there:
@@ -227,6 +224,7 @@ class Kernel:
         self.values.load_first(used)
         with self.out.block("for t in range(T)"):
             self.values.load_next(used)
+            fresh.meet()
             for stage in self.schedule.stages:
                 self.values.steps(stage.steps)
                 for read in stage.reads:
@@ -286,7 +284,8 @@ class Kernel:
 
     def _advance(self) -> None:
         self.pool.wait(reset=True)
-        self.out.line(f"tl.store(cursor, kept + {'T' if self.verify else '1'})")
+        added = {"buffered": " + 1", "tree": ""}.get(self.plan.variant, " + T")
+        self.out.line(f"tl.store(cursor, kept{added})")
         self._count_step()
         with self.out.block("if flush"):
             self.out.line(f"tl.store(cursor + cursor_row, {self.plan.flush})")

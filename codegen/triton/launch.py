@@ -39,6 +39,7 @@ class Config:
 # the recurrences of real models ahead of time (benchmarks/triton_aot.py), with nothing spilled.
 LIMITS = {"recurrent": 64, "state": 128, "rows": 150, "fold": 160, "products": 128, "stream": 132, "drafts": 32}
 DRAFTS = 8  # tokens of a verify step that the model counts on
+NODES = 16  # of a tree
 STAGES = 2  # of the loop over parts in matrix products: the next part is asked for while one is used
 VECTOR = 4  # elements of a tile that one thread holds side by side
 WARPS = (1, 2, 4, 8, 16)
@@ -70,17 +71,26 @@ def configure(plan: Plan, schedule: Schedule) -> Config:
 
 
 def held(plan: Plan, schedule: Schedule) -> Config:
-    """The same for a step that holds its tile of the state at once."""
+    """The same for a step that holds its tile of the state at once.
+
+    Products in a tree spill beyond 16 nodes and 32 rows. Still, GDN with 16 nodes and 64 rows, 704 bytes spilled, was
+    predicted at 80 us, with twice the warps at 160 and by vectors, where nothing spills, at 580.
+    """
     _, size = _axis(plan, schedule)
     block = size if schedule.split is None else min(size, 64 if plan.variant == "recurrent" else 32)
+    if plan.variant == "tree" and applies(plan, schedule):
+        return Config(block, 4, min(16, block), STAGES, True, REGISTERS["many"])
     return next(_fitting(plan, schedule, block, applies(plan, schedule)), Config(block, WARPS[-1]))
 
 
 def space(plan: Plan, schedule: Schedule) -> list[Config]:
     """The launches worth trying on a GPU, the model's own first: other tiles, more warps, both forms, loads ahead.
 
-    Streamed ones with other tiles, depths and occupancy; the model's own with as few registers as ptxas likes.
+    Streamed ones with other tiles, depths and occupancy; the model's own with as few registers as ptxas likes. Of a
+    tree only the model's own: its kernel is built in the middle of a run.
     """
+    if plan.variant == "tree":
+        return [configure(plan, schedule)]
     _, size = _axis(plan, schedule)
     found = list(dict.fromkeys([configure(plan, schedule), *_ahead(plan, schedule)]))
     blocks = [b for b in (16, 32, 64, 128) if b <= size] if schedule.split else [found[0].block]
@@ -214,6 +224,7 @@ def phases(plan: Plan, schedule: Schedule, config: Config) -> dict[str, int]:
         slots, part = power_of_two(plan.capacity), min(PART, whole)
         tiles = 16 * (block + (updates + 1) * slots) + slots * (part + block) * updates  # totals, and rows
         return held | {"products": tiles + 2 * part * (block + 16 + slots * gates)}
-    fresh = DRAFTS * updates * (whole + block) if plan.variant == "verify" else 0
+    fresh = {"verify": DRAFTS, "tree": NODES}.get(plan.variant, 0) * updates * (whole + block)
+    fresh += 4 * NODES * gates * whole if plan.variant == "tree" else 0
     rows = min(CHUNK, power_of_two(plan.capacity)) * (whole * (updates + gates) + block * updates)
     return held | {"rows": rows, "state": whole * block + fresh}

@@ -58,8 +58,8 @@ def emit(plan: Plan, config: Config | None = None) -> str:
 
 
 def _check(plan: Plan) -> None:
-    if plan.variant == "tree":
-        raise EmitError(f"no Triton kernel for a tree of drafts\n{plan.program}")
+    if plan.variant == "tree" and plan.slots:
+        raise EmitError(f"no Triton kernel for a tree of drafts on a pool\n{plan.program}")
     if min(plan.sizes) < 1:
         raise EmitError(f"no Triton kernel for a state without elements\n{plan.program}")
     dtypes = {"state": plan.state_dtype}

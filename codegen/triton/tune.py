@@ -100,8 +100,9 @@ def on_gpu(plan: Plan, config: Config) -> float:
 
 
 def _seconds(launch: Any, plan: Plan) -> float:
-    arguments = example(plan, typical_lanes(plan, LANES), TOKENS, "cuda")
-    steps = max(1, plan.flush // (TOKENS if plan.several else 1))
+    tokens = min(TOKENS, plan.capacity) if plan.several else 1
+    arguments = example(plan, typical_lanes(plan, LANES), tokens, "cuda")
+    steps = max(1, plan.flush // tokens)
 
     def period() -> None:
         for _ in range(PERIODS * steps):

@@ -38,9 +38,16 @@ class Fresh:
         self.seen = () if self.alone else fold.rows
         self.matrix = Matrix(out, plan, values, rows, schedule) if applies(plan, schedule) else None
 
+    def ask(self) -> None:
+        """Before anything else: what depends on no cursor and is not an operand."""
+
+    def number(self) -> None:
+        """`token`, the numbers of the tokens, and what is known of their order."""
+        self.out.line("token = tl.arange(0, TOKENS)")
+
     def read_ahead(self) -> None:
         """What is known of the reads of the first pass: all by matrix products, or <out>_rows of the owed rows."""
-        self.out.line("token = tl.arange(0, TOKENS)")
+        self.number()
         if self.matrix:
             with self.out.block("if MATRIX"):
                 self.matrix.read()
@@ -65,6 +72,7 @@ class Fresh:
         self.values.load_first(used)
         with self.out.block("for t in range(T)"):
             self.values.load_next(used)
+            self.follow()
             self.values.steps(steps)
             for read in self.first:
                 self.out.line(f"part = {self.values.full(read.out.kind, '0.0')}")
@@ -77,12 +85,18 @@ class Fresh:
         """What the loop over tokens carries."""
         if self.matrix and self.matrix.weighs:
             self.out.line(f"fresh_weight = tl.zeros([TOKENS], {self.values.real})")
+        self._start_rows()
+        self.start_fading()
+
+    def _start_rows(self) -> None:
         for n, _ in enumerate(self.seen):
             for kind in AXES:
                 zeros = f"tl.zeros([TOKENS, {self.values.length(kind)}], {self.values.real})"
                 with self._where_needed(kind, n):
                     self.out.line(f"fresh_{SIDES[kind]}_{n} = {zeros}")
-        self.start_fading()
+
+    def meet(self) -> None:
+        """What token t finds of those before it."""
 
     def read(self, read: Old) -> None:
         """One read of token t."""
@@ -131,6 +145,9 @@ class Fresh:
         for kind, v in self.factors.items():
             if v:
                 self.out.line(f"now_{kind} = {self.values.full(kind, '1.0')}")
+
+    def follow(self) -> None:
+        """now_<kind> of token t: it is there already where tokens follow one another."""
 
     def fade_on(self) -> None:
         for kind, v in self.factors.items():

@@ -140,9 +140,9 @@ class _Redirected(TorchDispatchMode):
 
 
 def _tree_plan(plan: Plan) -> Plan:
-    """The tree step of a state's verify plan: a C++ kernel where that is one, built now if it is the first."""
+    """The tree step of a state's verify plan: a kernel where that is one, built now if it is the first."""
     tree = replace(plan, variant="tree")
-    return tree if plan.target == "cpp" and targets.build(tree) == "cpp" else replace(tree, target="aten")
+    return replace(tree, target=targets.build(tree))
 
 
 # --------------------------------------------------------------------------------------------------- accept

@@ -84,11 +84,12 @@ def use_triton(plan: Plan, interpret: bool = False) -> None:
     Triton.
     """
     from kvbuffer_compile.codegen.triton import load, triton, tune
+    from kvbuffer_compile.codegen.triton.tree import NODES
 
     step_op(plan)
     config = None if interpret else tune.tuned(plan, torch.cuda.get_device_name(), tune.on_gpu)
     launch = load.load(triton.emit(plan, config), interpret).launch
-    split = plan.sides
+    split, more = plan.sides, plan.slots + (plan.variant == "tree")
 
     def recurrent(state: Tensor, *rest: Tensor) -> Any:
         return _returned(tuple(launch(state, None, None, (), rest[plan.slots :], *rest[: plan.slots])))
@@ -96,10 +97,15 @@ def use_triton(plan: Plan, interpret: bool = False) -> None:
     def buffered(state: Tensor, cursor: Tensor, *rest: Tensor) -> Any:
         if not has_memory(state):  # the kernel wants its strides; this is neither read nor written, and gone at once
             state = torch.empty_strided(state.shape, state.stride(), dtype=state.dtype, device=state.device)
-        slots, operands = rest[split : split + plan.slots], rest[split + plan.slots :]
-        return _returned(tuple(launch(state, cursor, tickets_of(cursor), rest[:split], operands, *slots)))
+        given, operands = rest[split : split + more], rest[split + more :]
+        return _returned(tuple(launch(state, cursor, tickets_of(cursor), rest[:split], operands, *given)))
 
-    step = recurrent if plan.variant == "recurrent" else buffered
+    def drafted(state: Tensor, cursor: Tensor, *rest: Tensor) -> Any:
+        large = rest[split].shape[1] > NODES
+        return composite_step(state, cursor, *rest) if large else buffered(state, cursor, *rest)
+
+    composite_step = neutral(_composite(plan))
+    step = {"recurrent": recurrent, "tree": drafted}.get(plan.variant, buffered)
     LIBRARY.impl(plan.op_name, torch.compiler.disable(step), "CPU" if interpret else "CUDA")
 
 

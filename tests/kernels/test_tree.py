@@ -16,8 +16,7 @@ from torch import Tensor
 from kvbuffer_compile import accept, draft_tree, materialize, rollback
 from kvbuffer_compile.accounts.account import Account
 from kvbuffer_compile.codegen import build
-from kvbuffer_compile.codegen.triton import triton
-from kvbuffer_compile.errors import EmitError, StateError
+from kvbuffer_compile.errors import StateError
 from kvbuffer_compile.ir.program import Program
 from kvbuffer_compile.runtime import by_hand, drafts
 from kvbuffer_compile.runtime.check import dense
@@ -159,12 +158,6 @@ def test_one_cursor_for_a_state_without_sequences() -> None:
         args = (state.clone(), cursor.clone(), *(r.clone() for r in rows))
         want = ops.step_op(replace(plan, variant="verify"))(*args, *(x[:, path] for x in inputs))
         assert torch.equal(got[:, path], want)
-
-
-def test_triton_kernels_say_that_they_have_no_trees() -> None:
-    plan = replace(Exact(NAMED["gdn"], 4, 4, 0).plan, variant="tree")
-    with pytest.raises(EmitError, match="tree of drafts"):
-        triton.emit(plan)
 
 
 # --------------------------------------------------------------------------------------- compiled graphs

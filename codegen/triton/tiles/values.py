@@ -36,13 +36,13 @@ TAKEN = frozenset(
     t s T TOKENS BLOCK TILES EVICT FOLD QUERIES MATRIX DRAFTS PRECISION key value key_ok value_ok age used later dot
     token query part ahead chunk n fold float range asked asked_token queries result shadow shadow_scale scale exact
     lacks folded largest exponent unit half slot start stored faded j high product halves fours columns totals
-    short stack pieces some now there here add_four add_eight
+    short stack pieces some now there here add_four add_eight above over higher parents path shown behind jump
     ENTRIES slots pool chosen earlier writes rivals leave wait slot_of""".split()
 )
 PREFIXES = tuple(
     """in_ row_ out_ at_ size_ state_ left_ right_ later_ after_ fade_ fresh_ carry_ now_ run_ next_ slot_ cursor_
     tickets_ weight_ last_ met_ gram_ all_ key_ value_ half_ scale_ part_ raw_ base_ sum_ asked_ given_ each_
-    cut_""".split()
+    cut_ path_ parents_""".split()
 )
 
 
