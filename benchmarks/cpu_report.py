@@ -117,7 +117,8 @@ def draw(kernels: list[Case], models: list[Case], path: Path) -> None:
     bars(right, ("inductor", "kvbuffer"), [[case[s]["median_ms"] for s in ("inductor", "kvbuffer")] for case in both])
     right.set_xticks(range(len(both)), [f"batch {case['batch']}" for case in both])
     right.set(ylabel="ms a token", title=f"Qwen3.5-style model, {both[0]['layers']} layers")
-    left.legend(frameon=False, loc="upper center")
+    left.set_ylim(top=1.3 * left.get_ylim()[1])
+    left.legend(frameon=False, loc="upper center", ncols=2)
     right.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=110)
 
@@ -128,7 +129,7 @@ def bars(axes: Any, sides: Sequence[str], groups: Sequence[Sequence[float]]) -> 
     for n, side in enumerate(sides):
         places = [i + (n - (len(sides) - 1) / 2) * width for i in range(len(groups))]
         drawn = axes.bar(places, [g[n] for g in groups], width, color=COLOURS[side], label=side)
-        axes.bar_label(drawn, fmt=lambda x: f"{x:.1f}" if x < 10 else f"{x:.0f}", fontsize=7, padding=1)
+        axes.bar_label(drawn, fmt=lambda x: f"{x:.2f}" if x < 10 else f"{x:.0f}", fontsize=7, padding=1)
     axes.spines[["top", "right"]].set_visible(False)
 
 
