@@ -85,19 +85,20 @@ def tell_of_loss(message: str) -> None:
 def timed(found: Lifted, ours: Options, machine: Machine, target: str, call: Call) -> Mapping[int, float]:
     """What steps of this state take, by flush length; nothing where that is not measured: several tokens take the flush
     length of one, pools on a CPU go by the model. On a GPU it always is, since nothing is buffered there that was not
-    timed; on a CPU with options={"tune": True}."""
-    if found.several or ours.flush != "auto" or (found.slots is not None and target != "triton"):
+    timed; on a CPU with options={"tune": True}, a flush length that was asked for too."""
+    if found.several or (found.slots is not None and target != "triton"):
         return {}
     flushes: tuple[int, ...] = ()
-    if target == "triton" and trial.may_measure():
+    if target == "cpp" and ours.tune:
+        flushes = (1, ours.flush) if isinstance(ours.flush, int) else TIMED
+    elif target == "triton" and ours.flush == "auto" and trial.may_measure():
         flushes = (1, likely_flush(found, ours, machine, target, call))
-    elif target == "cpp" and ours.tune:
-        flushes = TIMED
     if not flushes:
         return {}
     plans = plans_of(found, ours, machine, target, flushes, call)
     times = trial.times(plans, _stepped(found), max(call.bytes, 1), machine)
-    return times if 1 in times or target != "triton" else {}  # what there is to be compared with
+    needed = {1} if target == "triton" else {ours.flush} if isinstance(ours.flush, int) else set()
+    return times if needed <= times.keys() else {}  # what there is to be compared with, and what was asked for
 
 
 def _stepped(found: Lifted) -> Tensor:

@@ -45,6 +45,7 @@ def standalone(plan: Plan, drawn: Mapping[str, str], tokens: int, title: str) ->
     EmitError when the plan has no spelling in the target's language.
     """
     out = Python()
+    out.line("# SPDX-License-Identifier: Apache-2.0")
     out.lines(triton.emit(plan) if plan.target == "triton" else _cpp(plan, title))
     _section(out, "One step.")
     _run(out, plan)

@@ -31,6 +31,8 @@ def take_back(accounts: Sequence[Account], n: Counts) -> None:
                 f"rollback(obj, n): n has shape {tuple(counts.shape)}, the state has {sequences} sequences"
             )
     if not all([_possible(account, counts) for account in accounts]):
+        if counts.device.type == "cpu" and bool((counts < 0).any()):
+            raise ValueError(f"rollback(obj, n): n={counts.tolist()} is not allowed: it must not be negative")
         raise ValueError(f"rollback(obj, n): n={counts.tolist()} but {_most(accounts)}")
     at_once(*[write for account in accounts for write in _without(account, counts)])
 
@@ -91,11 +93,15 @@ def _most(accounts: Sequence[Account]) -> str:
     available = [(a.cursor[0].clamp(min=0) * a.plan.program.tokens).cpu() for a in accounts]
     least = [x for x in available if x.shape == available[0].shape]
     most = torch.stack(least).amin(0).tolist()
-    alike = most[0] if len(set(most)) == 1 else f"{most} (one number a sequence)"
-    text = f"between 0 and {alike} tokens can be taken back"
+    each_one = "a slot" if accounts[0].plan.slots else "a sequence"
+    alike = most[0] if len(set(most)) == 1 else f"{most} (one number {each_one})"
+    text = "no token can be taken back" if alike == 0 else f"between 0 and {alike} tokens can be taken back"
     each = max(a.plan.program.tokens for a in accounts)
     if each > 1:
         text += f", in steps of {each}"
     if any(a.shared or a.allocation.aliased for a in accounts):
         return f"{text}: the memory of a state can be seen from elsewhere, so that every step writes the state itself"
+    tallies = [a.history.now(a.so_far, wait=False) for a in accounts]
+    if all(isinstance(t.steps, int) and t.flushes == t.folds == t.overwrites == t.rollbacks == 0 for t in tallies):
+        return f"{text}: no more were stepped"
     return f"{text}: those before are folded into the state, by a flush or because something looked at it"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,9 +42,12 @@ def _seeded(factory: Factory) -> Factory:
 
 
 def _from_file(path: Path, name: str, spec: str) -> Factory:
-    function = getattr(_module(path, spec), name, None)
+    module = _module(path, spec)
+    function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"SPEC {spec!r}: {path} has no function {name!r}")
+        near = difflib.get_close_matches(name, [n for n, x in vars(module).items() if callable(x)], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"SPEC {spec!r}: {path} has no function {name!r}{hint}")
 
     def factory() -> Call:
         try:
@@ -51,9 +56,21 @@ def _from_file(path: Path, name: str, spec: str) -> Factory:
             raise ValueError(f"SPEC {spec!r}: {name}() failed: {error!r}") from error
         if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], tuple | list)):
             raise ValueError(f"SPEC {spec!r}: {name}() must return (fn, args), a callable and a tuple")
+        _check_arguments(made[0], tuple(made[1]), f"SPEC {spec!r}: what {name}() returns does not fit together")
         return made[0], tuple(made[1])
 
     return factory
+
+
+def _check_arguments(fn: Callable[..., Any], args: tuple[Any, ...], what: str) -> None:
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # of something built in
+        return
+    try:
+        signature.bind(*args)
+    except TypeError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _module(path: Path, spec: str) -> Any:

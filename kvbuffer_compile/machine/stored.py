@@ -75,15 +75,18 @@ def _found(device: torch.device, name: str) -> Machine:
     except OSError:  # no folder at all: a measurement costs a fraction of a second
         return measure(device, name)
     found = load(path)
-    if found is None or (found.name, found.device) != (name, device.type) or _is_idle_now(found) or _disagrees(found):
+    if found is None or (found.name, found.device) != (name, device.type) or _is_outdated(found):
         found = measure(device, name)
         store(found, path)
     return found
 
 
-def _is_idle_now(found: Machine) -> bool:
-    """Whether it was busy when it was measured, and is much less so now."""
-    return found.busy and load_average() < found.load / 2
+def _is_outdated(found: Machine) -> bool:
+    """Whether it should be measured again: it was busy then and is much less so now, or a quick look disagrees. Where
+    it was busy and still is, every look would disagree, and every process find something else."""
+    if found.busy:
+        return load_average() < found.load / 2
+    return _disagrees(found)
 
 
 def _disagrees(found: Machine) -> bool:

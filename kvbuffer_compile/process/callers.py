@@ -15,6 +15,7 @@ import torch
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_EVAL_FRAME = os.path.join(_TORCH, "_dynamo", "eval_frame.py")
 _LIBRARY = sysconfig.get_path("stdlib") + os.sep
 _INSTALLED = (sysconfig.get_path("purelib") + os.sep, sysconfig.get_path("platlib") + os.sep)
 _warned: dict[Any, Any] = {}  # what Python remembers of warnings that were given
@@ -72,8 +73,17 @@ def _callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def _is_compiled(frame: FrameType) -> bool:
+    """Whether a frame is code that Dynamo has made in place of a function."""
+    caller = frame.f_back
+    called = caller is not None and caller.f_code.co_filename == _EVAL_FRAME
+    return called and frame.f_lineno == frame.f_code.co_firstlineno
+
+
 def _is_foreign(frame: FrameType) -> bool:
     file = frame.f_code.co_filename
+    if _is_compiled(frame):  # the line of its def says nothing of who called it
+        return False
     if file.startswith("<"):  # generated, or typed in by a person
         return frame.f_globals.get("__name__") == "__main__"
     if file.startswith((_OURS, _TORCH)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
@@ -44,7 +44,7 @@ class StateReport:
     program: str = ""
     signature: str = ""
     plan: str = ""
-    prediction: Prediction | None = None
+    prediction: Prediction | None = field(default=None, repr=False)
     row_bytes: int = 0
     reads: str = ""
     shadow_bytes: int = 0

@@ -95,6 +95,7 @@ def rollback(obj: Any, n: Counts) -> None:
     buffered state, a part of one, or a state that is stepped without rows. A tensor n on a state's own device is not
     brought to the host: a wrong one fails on the device.
     """
+    check_holder(obj, "rollback(obj, n)")
     with plain_calls():
         accounts = whole_accounts(list(tensors_in(obj)), "rollback(obj, n)")
         under_locks(accounts, lambda: _reconciled(accounts, lambda: take_back(accounts, n)))

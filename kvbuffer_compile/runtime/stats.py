@@ -166,6 +166,11 @@ def _text(found: Stats) -> str:
     console.print(Text(f"kvbuffer: {len(found.states)} buffered state{'s' * (len(found.states) != 1)}"))
     if found.states:
         console.print(_table(found.states))
+    elif not found.rowless and found.gone is None:
+        console.print(Text("nothing in this object is stepped with rows: states are in what a step is called with, a "
+                           "cache say; stats() has all, and explain(fn, *args) says why one is declined"))  # fmt: skip
+    if after := found.total("folded_after"):
+        console.print(Text(f"folded in behind a step, since others held the memory: {after} times"))
     if shadows := found.total("shadow_bytes"):
         console.print(Text(f"copies that steps read in the states' place: {in_bytes(shadows)}"))
     for line, times in found.settled_by.items():

@@ -26,11 +26,13 @@ def duration(seconds: float) -> str:
 def no_gain(lifted: Lifted, prediction: Prediction) -> Declined:
     """The decline of a state that is left to Inductor, with the numbers."""
     best = min(prediction.candidates, key=lambda c: c.seconds)
+    seen = "is predicted" if best.measured is None else "was measured"
+    rows = min((c for c in prediction.candidates if c.flush > 1), key=lambda c: c.seconds, default=best)
     reason = _of_block(lifted, prediction) + (
-        f"{best.variant} with L={best.flush} is predicted to take {duration(best.seconds)} a step "
+        f"{best.variant} with L={best.flush} {seen} to take {duration(best.seconds)} a step "
         f"({prediction.target}) and Inductor {duration(prediction.plain.seconds)}: {best.gain:.2f}x, "
         f"{prediction.needed:g}x is needed{busy(prediction)}; state {prediction.state_bytes / 1e6:.3g} MB; "
-        f"{prediction.formula}; options={{'flush': 16}} buffers it all the same"
+        f"{prediction.formula}; options={{'flush': {max(rows.flush, 2)}}} buffers it all the same"
     )
     return Declined(lifted.state.name, "no-gain", reason, lifted.source)
 

@@ -115,6 +115,14 @@ def test_the_text_is_that_of_plain_decoding(
     assert all(len(r.rewritten) == zoo.ARCHS[name].states for r in records)
 
 
+def test_what_is_no_model_of_the_library_is_refused() -> None:
+    with pytest.raises(ValueError, match="model is a Linear, no PreTrainedModel$"):
+        enable_speculation(torch.nn.Linear(2, 2))
+    wrapped = torch.compile(zoo.make_model("qwen3_5"), backend="kvbuffer")
+    with pytest.raises(ValueError, match=r"compile it in place, by model.compile\(backend='kvbuffer'\)"):
+        enable_speculation(wrapped)
+
+
 def test_disabling_restores_the_model() -> None:
     model = zoo.make_model("qwen3_next")
     before = dict(vars(model))

@@ -33,6 +33,9 @@ def make():
 def no_pair():
     return step
 
+def too_few():
+    return step, make()[1][:2]
+
 number = 3
 """
 
@@ -135,6 +138,8 @@ def test_doctor_misses_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         ("{dir}/my_step.py", "names no function of the file"),
         ("{dir}/missing.py:make", "there is no file"),
         ("{dir}/my_step.py:missing", "has no function 'missing'"),
+        ("{dir}/my_step.py:mak", "has no function 'mak'; did you mean make?"),
+        ("{dir}/my_step.py:too_few", "does not fit together: missing a required argument"),
         ("{dir}/my_step.py:number", "has no function 'number'"),
         ("{dir}/my_step.py:no_pair", "must return (fn, args)"),
         ("{dir}/broken.py:make", "cannot be imported"),

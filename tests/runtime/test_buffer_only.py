@@ -186,7 +186,7 @@ def test_rolling_back_to_nothing() -> None:
         for _ in range(3):
             pair.compiled(pair.state, *draw())
     rollback(pair.state, 3)
-    with pytest.raises(ValueError, match=r"between 0 and 0 tokens"):
+    with pytest.raises(ValueError, match="no token can be taken back"):
         rollback(pair.state, 1)
     assert torch.equal(dense(account_of(pair)), torch.zeros(B, H, K, V))
     pair.run(2)

@@ -160,7 +160,7 @@ def test_settled_tokens_cannot_be_taken_back(settled_by: str) -> None:
         case "reset":
             for state in (p.state, p.eager, p.exact):
                 state.zero_()
-    with pytest.raises(ValueError, match=r"between 0 and 0 tokens"):
+    with pytest.raises(ValueError, match="no token can be taken back: those before are folded"):
         rollback(p.state, 1)
     rollback(p.state, 0)  # crop(0)
     p.run(2)
@@ -199,12 +199,23 @@ def test_what_holds_no_tokens() -> None:
     p.check(p.state + 0)
 
 
+def test_what_is_wrong_with_a_count_is_said() -> None:
+    p = Pair(capacity=8)
+    p.run(2)
+    for n, why in ((3, "between 0 and 2 tokens can be taken back: no more were stepped"), (-1, "must not be negative")):
+        with pytest.raises(ValueError, match=why):
+            rollback(p.state, n)
+    with pytest.raises(ValueError, match="obj is 'x', which holds no states"):
+        rollback("x", 1)
+    p.check(p.state)
+
+
 def test_a_state_that_is_seen_from_elsewhere_says_so() -> None:
     p = Pair()
     p.run(2)
     seen = p.state.numpy()
     p.run(2)
-    with pytest.raises(ValueError, match=r"0 tokens can be taken back: the memory"):
+    with pytest.raises(ValueError, match="no token can be taken back: the memory"):
         rollback(p.state, 1)
     p.check(torch.from_numpy(seen))
 

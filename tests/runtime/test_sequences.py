@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from kvbuffer_compile import read_slots, write_slots
+from kvbuffer_compile import read_slots, stats, write_slots
 from kvbuffer_compile.runtime import by_hand
 from tests.lift.test_pools import FAST, SLOTS, TARGETS, Beside
 
@@ -136,3 +137,26 @@ def test_a_pool_that_was_made_zero() -> None:
     pools.take([2, 1])
     pools.run(6, slots=torch.tensor([2, 1, 4]))
     pools.check()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_one_sequence_alone_shares_the_rows_of_several(target: str) -> None:
+    """A graph for one sequence has no lane of sequences in its operands: rows of a pool have one all the same, so
+    nothing is folded in when batches of one and of several take turns."""
+
+    def step(pool: Tensor, slots: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        s = pool[slots] * gate[..., None] + k[..., None] * v[..., None, :]
+        pool[slots] = s
+        return (q[..., None] * s).sum(-2)
+
+    compiled = torch.compile(step, backend="kvbuffer", options={"flush": 8, "inner": "eager", "target": target})
+    pool = torch.randn(6, 2, 8, 16)
+    expected = pool.clone()
+    with torch.no_grad():
+        for slots in ([3], [3, 5, 0], [1, 2], [3], [5], [0, 3], [4], [3, 1, 2]) * 3:
+            n = len(slots)
+            given = (torch.randn(n, 2, 8), torch.randn(n, 2, 8), torch.randn(n, 2, 16), torch.rand(n, 2, 8))
+            got = compiled(pool, torch.tensor(slots), *given)
+            torch.testing.assert_close(got, step(expected, torch.tensor(slots), *given), atol=1e-4, rtol=1e-4)
+    assert stats(pool).total("settles") == 0 and stats(pool).total("owed") > 0
+    torch.testing.assert_close(pool, expected, atol=1e-4, rtol=1e-4)

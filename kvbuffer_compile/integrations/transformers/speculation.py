@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from kvbuffer_compile.errors import StateError
@@ -36,8 +36,12 @@ def enable_speculation(model: Any) -> None:
     serves. A second call changes nothing.
 
     Copies of the model, pickled and saved ones among them, are ordinary models: as with `model.compile()`, this is to
-    be called for each.
+    be called for each. ValueError for what is no model of transformers, or a compiled one in its wrapper.
     """
+    if not isinstance(model, PreTrainedModel):
+        wrapped = isinstance(getattr(model, "_orig_mod", None), PreTrainedModel)
+        hint = "; compile it in place, by model.compile(backend='kvbuffer'), and give the model itself" * wrapped
+        raise ValueError(f"enable_speculation(model): model is a {type(model).__name__}, no PreTrainedModel{hint}")
     if speculation_of(model) is None:
         _speculations[model] = Speculation(model)
 
