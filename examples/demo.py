@@ -55,7 +55,7 @@ def main() -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     console.print(
-        "Two parts, each with plain Inductor and with kvbuffer. Two to five minutes on two cores, nearly all of it for "
+        "Two parts, each with plain Inductor and with kvbuffer. One to five minutes on two cores, nearly all of it for "
         "compiling: C++ for every graph, and the first time this machine's kernels are timed as well.\n"
     )
     start = time.perf_counter()

@@ -16,7 +16,7 @@ from kvbuffer_compile.report.state import StateReport
 from kvbuffer_compile.report.whole import in_bytes
 
 WIDTH = 100  # columns of the table
-NAMES = 30  # columns of a state's name, at least
+NAMES = 28  # columns of a state's name, at most, where it can be broken
 FORMULA = (
     ("L*", "the flush length that moves the fewest bytes; the choice is by predicted time"),
     ("s", "bytes of one element of the state"),
