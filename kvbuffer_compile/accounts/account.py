@@ -137,11 +137,15 @@ class Account:
         attempt.again = None  # whoever calls this is about to look at the state, or has another step for it
         if attempt.done == attempt.begun:
             self.drafts = attempt.parents
-            counted = self.cursor[2].clone() if self.plan.slots else steps + attempt.done
+            counted = self._slot_steps() if self.plan.slots else steps + attempt.done
         else:
             counted = steps + attempt.done if attempt.done else steps
             self.take_back_unfinished(0 if self.cursor.data_ptr() in attempt.drafted else tokens, counted)
         self.progress = (counted, None, tokens)
+
+    @neutral  # the garbage collector may ask while something is traced
+    def _slot_steps(self) -> Tensor:
+        return self.cursor[2].clone()
 
     def leave(self) -> None:
         """The next call is not like the last ones: what it would need is let go."""

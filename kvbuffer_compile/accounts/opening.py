@@ -80,11 +80,13 @@ def reached_by(owner: Tensor) -> str | None:
 def _first_met(owner: Tensor) -> str | None:
     """Guard a state that is about to owe rows; who else can reach its memory, if anybody."""
     shared = reached_by(owner)
+    if shared is not None:  # before it is guarded, at any point: then who holds it cannot be told from ourselves
+        hand_out(owner, shared)
     base = owner._base if owner._is_view() else None
     if not guard(owner) or (base is not None and not guard(base)):
         shared = shared or f"code that knows nothing of its class, {type(owner).__name__}"
-    if shared is not None:  # by the next account it is guarded, and who holds it cannot be told from ourselves
         hand_out(owner, shared)
+    if shared is not None:
         log.debug("a state of shape %s owes nothing: its memory is shared with %s", tuple(owner.shape), shared)
     return shared
 

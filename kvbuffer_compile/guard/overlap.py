@@ -73,9 +73,12 @@ def _meet(distance: int, reach: Reach) -> bool:
     if not reach:
         return distance == 0
     (stride, end, other), *inner = reach
-    forward, back = sum(s * m for s, m, _ in inner), sum(s * n for s, _, n in inner)
+    forward, back = sum([s * m for s, m, _ in inner]), sum([s * n for s, _, n in inner])
     first = max(-other, -((forward - distance) // stride))
     last = min(end, (distance + back) // stride)
     if last - first > 2:
         return True  # dims that interleave
-    return any(_meet(distance - m * stride, inner) for m in range(first, last + 1))
+    for m in range(first, last + 1):  # three at most
+        if _meet(distance - m * stride, inner):
+            return True
+    return False

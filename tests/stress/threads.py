@@ -99,7 +99,9 @@ class _Interrupt:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> bool:
         sys.setprofile(None)
-        return kind is KeyboardInterrupt
+        # Python 3.11 makes a TypeError of what a profiler raises while generators are running.
+        lost = kind is TypeError and str(error[0]) == "'traceback' object is not callable"
+        return kind is KeyboardInterrupt or lost
 
     def event(self, frame: FrameType, event: str, arg: Any) -> None:
         if CompileContext.try_get() is not None:  # Dynamo turns what is raised while it works into errors of its own
