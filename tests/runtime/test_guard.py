@@ -22,6 +22,7 @@ from torch._dynamo.utils import counters
 
 from kvbuffer_compile import explain, kvbuffer, materialize
 from kvbuffer_compile.accounts.ledger import LEDGER, Phases
+from kvbuffer_compile.guard import sharing
 from kvbuffer_compile.guard.guarded import GuardedState
 from kvbuffer_compile.runtime import by_hand
 from tests.support.oracle import check
@@ -641,3 +642,14 @@ def test_first_flushes_are_spread(flush):
         phases.give_back(number)
     again = [phases.take()[1] for _ in range(flush)]
     assert sorted(again) == list(range(1, flush + 1))
+
+
+def test_a_call_of_another_thread_is_no_holder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the tensor while it runs; who holds it for longer is told from that."""
+    state = torch.zeros(2, 3)
+    assert sharing.shared_with(state) is None
+    held = iter([True, True, False])
+    monkeypatch.setattr(sharing, "_is_held_below_python", lambda owner, storage: next(held))
+    assert sharing.shared_with(state) is None and next(held, None) is None
+    monkeypatch.setattr(sharing, "_is_held_below_python", lambda owner, storage: True)
+    assert "C++ code that holds the tensor" in str(sharing.shared_with(state))

@@ -45,6 +45,12 @@ def test_whatever_happens_no_token_is_stale_or_lost(target: str) -> None:
     assert not [name for name, (weight, _) in RULES.items() if weight >= 1 and not counts[name]]
 
 
+@pytest.mark.parametrize("seed", [10320])
+def test_examples_that_failed_once(seed: int) -> None:
+    """10320: a first step is interrupted when its state is guarded, on memory that another library holds."""
+    run("aten", range(seed, seed + 1))
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("part", range(10))
 @pytest.mark.parametrize("target", TARGETS)
