@@ -80,10 +80,10 @@ class Findings:
         self.graphs += 1
         seen = record.predictions
         lifted = [
-            (f.state, _with_sources(state_report(f, plan, seen.get(f.state.name), pool=pool), f, record))
+            (f.state, state_report(f, plan, seen.get(f.state.name), pool=record.pools.get(f.state.name)))
             for f, plan in record.states
-            for pool in [record.pools.get(f.state.name)]
         ]
+        lifted = [(s, _with_sources(told, f, record)) for (s, told), (f, _) in zip(lifted, record.states, strict=True)]
         refused = [(r.state, state_report(r.state, r.why, kept=r.kept)) for r in record.refused]
         found = [
             self._named(replace(report, reason=record.told(report.reason)), record.name(state))
@@ -134,7 +134,7 @@ def _with_sources(report: StateReport, lifted: Lifted, record: GraphRecord) -> S
         while node.op == "call_function" and len(node.all_input_nodes) == 1:
             node = node.all_input_nodes[0]
         if node.op == "placeholder":
-            said = f"{record.name(node)}" if node is operand else f"from {record.name(node)}"
+            said = ("" if node is operand else "from ") + record.name(node)
             lines = [f"{line}  # {said}" if line.startswith(f"  input {var}:") else line for line in lines]
     return replace(report, program="\n".join(lines))
 

@@ -39,7 +39,7 @@ class Config:
 # the recurrences of real models ahead of time (benchmarks/triton_aot.py), with nothing spilled.
 LIMITS = {"recurrent": 64, "state": 128, "rows": 150, "fold": 160, "products": 128, "stream": 132, "drafts": 32}
 DRAFTS = 8  # tokens of a verify step that the model counts on
-NODES = 16  # of a tree
+TYPICAL_NODES = 16  # of a tree, that the model counts on
 STAGES = 2  # of the loop over parts in matrix products: the next part is asked for while one is used
 VECTOR = 4  # elements of a tile that one thread holds side by side
 WARPS = (1, 2, 4, 8, 16)
@@ -224,7 +224,7 @@ def phases(plan: Plan, schedule: Schedule, config: Config) -> dict[str, int]:
         slots, part = power_of_two(plan.capacity), min(PART, whole)
         tiles = 16 * (block + (updates + 1) * slots) + slots * (part + block) * updates  # totals, and rows
         return held | {"products": tiles + 2 * part * (block + 16 + slots * gates)}
-    fresh = {"verify": DRAFTS, "tree": NODES}.get(plan.variant, 0) * updates * (whole + block)
-    fresh += 4 * NODES * gates * whole if plan.variant == "tree" else 0
+    fresh = {"verify": DRAFTS, "tree": TYPICAL_NODES}.get(plan.variant, 0) * updates * (whole + block)
+    fresh += 4 * TYPICAL_NODES * gates * whole if plan.variant == "tree" else 0
     rows = min(CHUNK, power_of_two(plan.capacity)) * (whole * (updates + gates) + block * updates)
     return held | {"rows": rows, "state": whole * block + fresh}

@@ -101,7 +101,7 @@ def _most(accounts: Sequence[Account]) -> str:
         text += f", in steps of {each}"
     if any(a.shared or a.allocation.aliased for a in accounts):
         return f"{text}: the memory of a state can be seen from elsewhere, so that every step writes the state itself"
-    tallies = [a.history.now(a.so_far, wait=False) for a in accounts]
+    tallies = [a.tally(wait=False) for a in accounts]
     if all(isinstance(t.steps, int) and t.flushes == t.folds == t.overwrites == t.rollbacks == 0 for t in tallies):
         return f"{text}: no more were stepped"
     return f"{text}: those before are folded into the state, by a flush or because something looked at it"

@@ -93,6 +93,9 @@ def handed_out(owner: Tensor) -> str | None:
     return _handed_out.get(Storage(owner).handle) if _handed_out else None
 
 
+MOMENTS = (0.0, 1e-4, 1e-3, 1e-2)  # seconds: a call of another thread holds the tensor too, but not for long
+
+
 def shared_with(owner: Tensor) -> str | None:
     """Who, besides the tensors that torch counts, can reach the memory of a state that is met for the first time.
 
@@ -104,13 +107,11 @@ def shared_with(owner: Tensor) -> str | None:
     if not storage.object.resizable():
         return "whoever made it: NumPy, DLPack, a file, torch.load (clone() the state once to have it buffered)"
     for pause in MOMENTS:
+        if pause:
+            time.sleep(pause)
         if not _is_held_below_python(owner, storage):
             return None
-        time.sleep(pause)
     return "a DLPack capsule, or C++ code that holds the tensor"
-
-
-MOMENTS = (0.0, 1e-4, 1e-3, 1e-2)  # seconds: a call of another thread holds the tensor too, but not for long
 
 
 def _is_held_below_python(owner: Tensor, storage: Storage) -> bool:

@@ -125,10 +125,11 @@ def settle_memory(state: Tensor, exported: bool) -> None:
 def _hand_out(states: Sequence[Tensor], accounts: Sequence[Account], why: str) -> None:
     """Remember who can reach the memory of states from now on: with the line of the first that got it."""
     new = [state for state in states if handed_out(state) is None]
-    if new:
-        why = f"{why} ({site})" if (site := Site.find()) else why
-        for account in accounts:
-            account.shared = account.shared or why
+    if not new and all(account.shared for account in accounts):
+        return
+    why = f"{why} ({site})" if (site := Site.find()) else why
+    for account in accounts:
+        account.shared = account.shared or why
     for state in new:
         hand_out(state, why)
 

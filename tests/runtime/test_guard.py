@@ -23,6 +23,7 @@ from torch._dynamo.utils import counters
 from kvbuffer_compile import explain, kvbuffer, materialize
 from kvbuffer_compile.accounts.ledger import LEDGER, Phases
 from kvbuffer_compile.guard import sharing
+from kvbuffer_compile.guard.aliases import plain
 from kvbuffer_compile.guard.guarded import GuardedState
 from kvbuffer_compile.runtime import by_hand
 from tests.support.oracle import check
@@ -653,3 +654,14 @@ def test_a_call_of_another_thread_is_no_holder(monkeypatch: pytest.MonkeyPatch) 
     assert sharing.shared_with(state) is None and next(held, None) is None
     monkeypatch.setattr(sharing, "_is_held_below_python", lambda owner, storage: True)
     assert "C++ code that holds the tensor" in str(sharing.shared_with(state))
+
+
+def test_memory_that_was_handed_out_before_is_exported_once_more(pair):
+    """Who got it first is remembered; that the open account owes nothing from now on does not depend on it."""
+    sharing.hand_out(plain(pair.state), "somebody")
+    pair.state.data_ptr()
+    (account,) = by_hand.accounts_of(pair.state)
+    assert account.shared is not None and "data_ptr() on it" in account.shared
+    pair.run()
+    assert int(account.cursor[0].max()) == 0
+    pair.check(pair.state)
