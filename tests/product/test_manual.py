@@ -14,14 +14,11 @@ from pathlib import Path
 import pytest
 
 from kvbuffer_compile.options import Options
-from tests.support.daily import row
 from tests.support.snippets import ROOT, blocks, quick, run_page
 
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.glob("*.md") if blocks(page))
 NONE_BUFFERED = {"limits.md"}  # pages about what is not rewritten
-# Whole models, and a model of one's own; the README has both in every run.
-SLOW = {"transformers.md", "engine.md", "serving.md", "own-model.md"}
 
 
 @pytest.fixture
@@ -32,7 +29,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [row(page, page.name not in SLOW, page.stem) for page in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_snippet_runs(page: Path, folder: Path, records, monkeypatch) -> None:
     with quick(monkeypatch):
         run_page(page)
